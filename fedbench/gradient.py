@@ -1,0 +1,86 @@
+"""Gradient error: how far the gradient a client computes on the proxy is from the FM's own.
+
+FedPFT's theorem bounds what proxy tuning loses by this error; it is measured here, at the same tunable values and
+on the same probe batch, dropout off, in fp32.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbench.data import Examples
+from fedbench.packing import logits
+
+
+def gradients(
+    model: nn.Module, names: list[str], probe: Examples, device: torch.device, size: int = 32
+) -> dict[str, Tensor]:
+    """Gradient of the mean cross-entropy over all rows of `probe`, by parameter name, as float64 on the CPU."""
+    parameters = dict(model.named_parameters())
+    values = [parameters[n] for n in names]
+    before = [p.requires_grad for p in values]
+    sums = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in zip(names, values, strict=True)}
+    model.eval()
+    try:
+        for p in values:
+            p.requires_grad_(True)
+        for indices in probe.length_sorted_batches(size):
+            batch = probe.batch(indices, device)
+            loss = F.cross_entropy(logits(model, batch), batch.labels, reduction="sum") / len(probe)
+            for name, grad in zip(names, torch.autograd.grad(loss, values), strict=True):
+                sums[name] += grad.double().cpu()
+    finally:
+        for p, required in zip(values, before, strict=True):
+            p.requires_grad_(required)
+    return sums
+
+
+def compare(proxy: Mapping[str, Tensor], fm: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """|| g_proxy - g_FM || / || g_FM || and the cosine, over the tensors of `fm`; those `proxy` lacks count as zero.
+
+    None where the FM's gradient is zero, and for the cosine also where the proxy's is: not a number, not a zero.
+    """
+    difference = reference = product = own = 0.0
+    for name, g in fm.items():
+        p = proxy.get(name)
+        difference += float(((p if p is not None else 0.0) - g).square().sum())
+        reference += float(g.square().sum())
+        if p is not None:
+            product += float((p * g).sum())
+            own += float(p.square().sum())
+    if reference == 0.0:
+        return {"error": None, "cosine": None}
+    return {
+        "error": (difference / reference) ** 0.5,
+        "cosine": product / (reference * own) ** 0.5 if own > 0.0 else None,
+    }
+
+
+def gradient_error(
+    proxy: Mapping[str, Tensor],
+    fm: Mapping[str, Tensor],
+    layer_of: Callable[[str], int | None],
+    is_head: Callable[[str], bool],
+) -> dict[str, Any]:
+    """The record's block for one point: restricted to the proxy's tensors, zero-filled, LoRA, head, and per FM layer.
+
+    Both mappings are by FM name; `layer_of` and `is_head` read FM names.
+    """
+    shared = {n: g for n, g in fm.items() if n in proxy}
+    layers: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, g in fm.items():
+        if (layer := layer_of(name)) is not None:
+            layers[layer][name] = g
+    return {
+        "restricted": compare(proxy, shared),
+        "zero_filled": compare(proxy, fm),
+        "lora": compare(proxy, {n: g for n, g in shared.items() if not is_head(n)}),
+        "head": compare(proxy, {n: g for n, g in shared.items() if is_head(n)}),
+        "layers": [{"layer": layer, **compare(proxy, layers[layer])} for layer in sorted(layers)],
+    }

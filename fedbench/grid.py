@@ -1,0 +1,316 @@
+"""Grids: methods x scenarios x seeds from one TOML file, run cell by cell, stoppable at any time.
+
+A grid file:
+
+    title = "AG News, label skew"
+    methods = ["head-only", "fedpft"]
+    scenarios = ["agnews-noniid"]
+    seeds = 3                           # 0, 1, 2; or a list
+    fm = "minilm-l6"                    # optional, default: each scenario's own
+
+    [[overrides]]                       # optional, in order; as --set would take them
+    methods = ["fedpft"]                # optional, default: all; the same for scenarios
+    set = { "federation.rounds" = 20, lr = 1e-3 }
+
+A finished cell is one whose key has a complete record, so nothing but the records has to be kept for a grid to go on
+after Ctrl-C or SIGKILL.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedbench.errors import FedbenchError
+from fedbench.records import SCHEMA, Record, load, record_key, record_path, save
+from fedbench.registry import nearest
+
+Status = Literal["skipped", "complete", "failed"]
+
+
+class Overrides(BaseModel):
+    """Settings for some cells of a grid; without methods or scenarios, for all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    methods: list[str] | None = None
+    scenarios: list[str] | None = None
+    set: dict[str, Any]
+
+    def apply_to(self, method: str, scenario: str) -> bool:
+        return (self.methods is None or method in self.methods) and (
+            self.scenarios is None or scenario in self.scenarios
+        )
+
+
+class Grid(BaseModel):
+    """What a grid file says. Orders of methods and scenarios are those of its tables."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str = ""
+    methods: list[str] = Field(min_length=1)
+    scenarios: list[str] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    fm: str | None = None
+    overrides: list[Overrides] = Field(default_factory=list)
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _counted(cls, seeds: Any) -> Any:
+        """A number N stands for the seeds 0 to N-1."""
+        return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+
+    @field_validator("methods", "scenarios", "seeds")
+    @classmethod
+    def _once(cls, values: list[Any]) -> list[Any]:
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                raise ValueError(f"{value!r} is there twice")
+        if any(isinstance(value, int) and value < 0 for value in values):
+            raise ValueError("seeds are 0 or larger")
+        return values
+
+    def only(
+        self, methods: Sequence[str] = (), scenarios: Sequence[str] = (), seeds: int | Sequence[int] | None = None
+    ) -> Grid:
+        """The part of the grid with these methods and scenarios (all where none are named), or with other seeds.
+
+        Raises FedbenchError for a name the grid does not have.
+        """
+        chosen: dict[str, Any] = {}
+        for what, names, known in (("methods", methods, self.methods), ("scenarios", scenarios, self.scenarios)):
+            for name in names:
+                if name not in known:
+                    raise FedbenchError(f"--{what} {name}: the grid has no such {what[:-1]}; {nearest(name, known)}")
+            chosen[what] = [name for name in known if name in names] if names else known
+        numbers = self.seeds if seeds is None else seeds
+        return Grid(**chosen, title=self.title, fm=self.fm, overrides=self.overrides, seeds=numbers)
+
+    def cells(self) -> list[Cell]:
+        """All cells: scenario by scenario, seed by seed, so that early results already compare all methods."""
+        return [
+            Cell(method, scenario, seed, self.fm, self._settings(method, scenario))
+            for scenario in self.scenarios
+            for seed in self.seeds
+            for method in self.methods
+        ]
+
+    def _settings(self, method: str, scenario: str) -> dict[str, str]:
+        settings: dict[str, Any] = {}
+        for entry in self.overrides:
+            if entry.apply_to(method, scenario):
+                settings |= entry.set
+        return {key: _as_text(value) for key, value in settings.items()}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid; `settings` as `--set` takes them."""
+
+    method: str
+    scenario: str
+    seed: int
+    fm: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.method} on {self.scenario}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Stands in for the run's key where a cell fails before that is known."""
+        return record_key({"cell": [self.method, self.scenario, self.seed, self.fm, dict(self.settings)]})
+
+
+class Prepared(Protocol):
+    """A cell made ready: its key, and what the key is the hash of."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+
+
+class Runner(Protocol):
+    """Executes cells. `run` saves the complete record under the root given to `run_grid`, and returns it."""
+
+    def prepare(self, cell: Cell) -> Any: ...
+    def run(self, prepared: Any) -> Record: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell; `record` is the complete or the failed one."""
+
+    cell: Cell
+    status: Status
+    record: Record
+
+
+def run_grid(
+    cells: Sequence[Cell],
+    runner: Runner,
+    root: Path,
+    before: Callable[[int, Cell], None] = lambda index, cell: None,
+    after: Callable[[int, Outcome], None] = lambda index, outcome: None,
+) -> list[Outcome]:
+    """Run the cells that have no complete record under `root` yet.
+
+    An exception in a cell becomes a record with status "failed" and its traceback, and the grid goes on; the next
+    time the cell is tried again. KeyboardInterrupt goes up at once: calling again goes on where it stopped.
+    """
+    outcomes = []
+    for index, cell in enumerate(cells):
+        before(index, cell)
+        outcome = _run_cell(cell, runner, root)
+        after(index, outcome)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _run_cell(cell: Cell, runner: Runner, root: Path) -> Outcome:
+    prepared: Prepared | None = None
+    try:
+        prepared = runner.prepare(cell)
+        path = record_path(root, cell.scenario, cell.method, cell.seed, prepared.key)
+        finished = _complete(path)
+        record = finished or runner.run(prepared)
+    except Exception as error:
+        record = failure(cell, prepared, error)
+        save(record, root)
+        return Outcome(cell, "failed", record)
+    # Only a cell that has failed before its key was known leaves a record of another name behind.
+    record_path(root, cell.scenario, cell.method, cell.seed, cell.key).unlink(missing_ok=True)
+    return Outcome(cell, "skipped" if finished else "complete", record)
+
+
+def _complete(path: Path) -> Record | None:
+    """The record at `path` if it is one and complete; anything else there is made anew."""
+    if not path.exists():
+        return None
+    try:
+        record = load(path)
+    except FedbenchError:
+        return None
+    return record if record.status == "complete" else None
+
+
+def failure(cell: Cell, prepared: Prepared | None, error: BaseException) -> Record:
+    """The record of a cell that ended in `error`; `prepared` is None where it did so before its key was known."""
+    identity = prepared.identity if prepared else {}
+    method = dict(identity.get("method", {"name": cell.method, "version": None, "settings": dict(cell.settings)}))
+    return Record(
+        schema=SCHEMA,
+        status="failed",
+        error={"type": type(error).__name__, "message": str(error), "traceback": _traceback(error)},
+        identity={
+            "key": prepared.key if prepared else cell.key,
+            "method": cell.method,
+            "method_version": method.get("version"),
+            "scenario": cell.scenario,
+            "seed": cell.seed,
+            "fm": cell.fm or identity.get("scenario", {}).get("fm"),
+            "data_hash": identity.get("data_hash"),
+            "fm_hash": identity.get("fm_hash"),
+            "precision": identity.get("precision"),
+        },
+        scenario=dict(identity.get("scenario", {})),
+        method=method,
+    )
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback, with files named from their import folder on: records are shared, home folders are not."""
+    text = "".join(traceback.format_exception(error))
+    folders = {str(Path(entry or ".").resolve()) for entry in sys.path}
+    folders.add(str(Path(__file__).resolve().parents[1]))
+    for folder in sorted(folders, key=len, reverse=True):
+        if folder != "/":
+            text = text.replace(f'File "{folder}/', 'File "')
+    return text
+
+
+class EngineRunner:
+    """Runs cells with `fedbench.engine`; `options` are further fields of its RunRequest (device, data_dir, ...)."""
+
+    def __init__(self, results: Path, progress: Any = None, **options: Any) -> None:
+        self.results, self.progress, self.options = results, progress, options
+
+    def prepare(self, cell: Cell) -> Any:
+        from fedbench import engine
+
+        return engine.prepare(
+            engine.RunRequest(
+                method=cell.method,
+                scenario=cell.scenario,
+                seed=cell.seed,
+                fm=cell.fm,
+                settings=cell.settings,
+                results=self.results,
+                **self.options,
+            )
+        )
+
+    def run(self, prepared: Any) -> Record:
+        from fedbench import engine
+
+        return engine.run(prepared, self.progress)
+
+
+def load_grid(name: str) -> Grid:
+    """The built-in grid called `name`, or the grid in the file `name`.
+
+    Raises FedbenchError, with file, field and fix, for what is neither or not a grid.
+    """
+    path = Path(name).expanduser()
+    if path.suffix != ".toml":
+        known = {entry.stem: entry for folder in _folders() for entry in sorted(folder.glob("*.toml"))}
+        if name not in known:
+            raise FedbenchError(f"there is no grid {name!r}; {nearest(name, known)}; or give a .toml file")
+        path = known[name]
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FedbenchError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise FedbenchError(f"{path}: not TOML: {error}") from None
+    try:
+        grid = Grid.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        extra = f"; {nearest(place, Grid.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise FedbenchError(f"{path}: {place}: {message[0].lower()}{message[1:]}{extra}") from None
+    for entry in grid.overrides:
+        for names, known_names in ((entry.methods, grid.methods), (entry.scenarios, grid.scenarios)):
+            for chosen in names or ():
+                if chosen not in known_names:
+                    raise FedbenchError(f"{path}: overrides: {chosen!r} is not in the grid; known: {known_names}")
+    return grid
+
+
+def grid_names() -> list[str]:
+    """The built-in grids."""
+    return sorted(path.stem for folder in _folders() for path in folder.glob("*.toml"))
+
+
+def _folders() -> Iterator[Path]:
+    spec = importlib.util.find_spec("fedbench.scenarios")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        yield Path(folder) / "grids"
+
+
+def _as_text(value: Any) -> str:
+    """A TOML value as `--set` takes it: text as it is, everything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,126 @@
+"""What a run ends with on screen: one panel that says what came out, what it cost and what it gave away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fedbench.records import Record
+from fedbench.tables import MEGA, binomial_standard_error, megabytes, signed
+
+
+def summary(record: Record) -> RenderableType:
+    """The panel of one record, complete or failed."""
+    who = record.identity
+    title = f"{who['method']} on {who['scenario']}, {who.get('fm') or 'FM unknown'}, seed {who['seed']}"
+    if record.status == "failed":
+        error = record.error or {}
+        text = Text(f"failed: {error.get('type')}: {error.get('message')}")
+        return Panel(text, title=title, title_align="left", border_style="red", expand=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _lines(record):
+        table.add_row(name, Text(text))
+    return Panel(table, title=title, title_align="left", expand=False)
+
+
+def _lines(record: Record) -> list[tuple[str, str]]:
+    lines = [*_accuracy(record.accuracy), ("traffic", _traffic(record))]
+    if setup := record.communication.get("setup_bytes"):
+        clients = len({c for r in record.rounds for c in r.get("cohort", ())})
+        lines.append(("", f"set-up {_mb(setup)}, {clients} clients; refused uploads: {_refused(record)}"))
+    if error := record.gradient_error:
+        text = f"{error['start']:.2f} at the start, {error['mean']:.2f} on average, {error['final']:.2f} at the end"
+        lines.append(("gradient error", text))
+    if exposure := record.exposure:
+        verbatim, near = exposure["verbatim"], exposure["within_1_percent"]
+        text = (
+            f"{_percent(verbatim['all'])} of the FM's weights at a client verbatim, {_percent(near['all'])} within 1% "
+            f"(without embeddings {_percent(verbatim['without_embeddings'])}, {_percent(near['without_embeddings'])})"
+        )
+        lines.append(("exposure", text))
+    lines += _cost(record.compute)
+    if skew := record.partition.get("skew"):
+        sizes = record.partition["sizes"]
+        text = (
+            f"{len(sizes)} clients of {min(sizes)} to {max(sizes)} rows; mean total variation "
+            f"{skew['mean_total_variation']:.2f}, Gini of sizes {skew['gini']:.2f}"
+        )
+        lines.append(("split", text))
+    return lines
+
+
+def _accuracy(accuracy: Mapping[str, Any]) -> list[tuple[str, str]]:
+    plug_in, proxy = accuracy.get("plug_in"), accuracy.get("proxy")
+    if not plug_in:
+        return [("accuracy", f"not available: {accuracy.get('unavailable')}")]
+    error = binomial_standard_error(plug_in["accuracy"], plug_in["rows"])
+    chosen = accuracy["selection"]
+    when = f"best round on validation ({chosen['round'] + 1})" if chosen["rule"] == "best" else "last round"
+    lines = [
+        (
+            "accuracy",
+            f"{_percent(plug_in['accuracy'])} plug-in, macro-F1 {_percent(plug_in['macro_f1'])}  ({plug_in['rows']:,} "
+            f"test rows, standard error {100 * error:.2f} points; {when})",
+        )
+    ]
+    if proxy:
+        text = f"{_percent(proxy['accuracy'])} proxy; plug-in minus proxy {signed(100 * accuracy['gap'])} points"
+        lines.append(("", text))
+    if untouched := accuracy.get("untouched"):
+        lines.append(("", f"{_percent(untouched['accuracy'])} FM untouched"))
+    if clients := accuracy.get("per_client"):
+        text = (
+            f"mean {_percent(clients['mean'])} ± {100 * clients['std']:.1f}, "
+            f"worst tenth {_percent(clients['worst_tenth'])}"
+        )
+        lines.append(("per client", text))
+    return lines
+
+
+def _traffic(record: Record) -> str:
+    """Both directions, by kind where there is more than one."""
+    parts = []
+    for way in ("up", "down"):
+        block = record.communication[way]
+        kinds = block["by_kind"]
+        split = ", ".join(f"{kind} {_mb(kinds[kind]['bytes'])}" for kind in sorted(kinds)) if len(kinds) > 1 else ""
+        parts.append(f"{way} {_mb(block['bytes'])}" + (f" ({split})" if split else ""))
+    return "; ".join(parts)
+
+
+def _refused(record: Record) -> str:
+    refused = record.communication.get("refused") or []
+    return str(len(refused)) if refused else "none"
+
+
+def _cost(compute: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    trained, held = compute.get("trainable_parameters"), compute.get("resident_parameters")
+    if held:
+        steps = compute.get("local_steps")
+        lines.append(
+            ("client", f"{held / MEGA:.2f} M parameters, {(trained or 0) / MEGA:.3f} M trained; {steps:,} steps")
+        )
+    seconds = compute.get("seconds") or {}
+    longest = sorted(seconds.items(), key=lambda item: -item[1])[:4]
+    split = ", ".join(f"{name} {value:.0f}" for name, value in longest if value >= 0.5)
+    text = f"{sum(seconds.values()):.0f} s" + (f" ({split})" if split else "")
+    if peak := compute.get("peak_memory_bytes"):
+        text += f"; peak memory {_mb(peak)}"
+    lines.append(("time", text))
+    return lines
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _mb(size: float) -> str:
+    return f"{megabytes(size)} MB"

@@ -1,0 +1,154 @@
+"""Executes LocalTasks: the local training of a round's clients.
+
+One client after another, with a stock optimiser, through whatever form `fedbench.packing` gives a batch: padded, which is
+the reference and says what local training *is*, or packed, which is held against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedbench.api import LocalResult, LocalTask, Statistic
+from fedbench.errors import FedbenchError
+from fedbench.packing import feeding
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether any dropout of `module` would drop something in training mode."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()) or any(
+        value > 0
+        for m in module.modules()
+        if (config := getattr(m, "config", None)) is not None
+        for name in ("attention_probs_dropout_prob", "attention_dropout")
+        if isinstance(value := getattr(config, name, 0.0), (int, float))
+    )
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context of a forward pass: bf16 autocast for precision "bf16", nothing for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def tunable(module: nn.Module, values: dict[str, Tensor] | Any) -> Iterator[dict[str, nn.Parameter]]:
+    """Put `values` into the named parameters of `module` and let only those require a gradient, inside the block.
+
+    Raises FedbenchError for a name that is no parameter or a shape that does not fit.
+    """
+    parameters = dict(module.named_parameters())
+    chosen: dict[str, nn.Parameter] = {}
+    for name, value in values.items():
+        if name not in parameters:
+            raise FedbenchError(
+                f"tunable {name!r} is no parameter of the model; known are e.g. {next(iter(parameters))!r}"
+            )
+        if parameters[name].shape != value.shape:
+            raise FedbenchError(
+                f"tunable {name!r} is {list(value.shape)}, the model's is {list(parameters[name].shape)}"
+            )
+        chosen[name] = parameters[name]
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in chosen.items():
+                p.copy_(values[name])
+        for name, p in parameters.items():
+            p.requires_grad_(name in chosen)
+        yield chosen
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(before[name])
+            p.grad = None
+
+
+@contextmanager
+def observing(
+    module: nn.Module, observers: dict[str, Statistic] | Any, mask: list[Tensor | None]
+) -> Iterator[dict[str, Tensor]]:
+    """Sum each observer's statistic over the real tokens that pass its module, inside the block.
+
+    `mask[0]` holds the attention mask [B, T] of the batch under way, None where every position is real.
+    """
+    sums: dict[str, Tensor] = {}
+    hooks = []
+
+    def hook(path: str, statistic: Statistic) -> Any:
+        def observe(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            with torch.no_grad():
+                real = output.flatten(0, -2) if mask[0] is None else output[mask[0].bool()]
+                value = statistic(real)
+                sums[path] = sums[path] + value if path in sums else value
+
+        return observe
+
+    try:
+        for path, statistic in observers.items():
+            hooks.append(module.get_submodule(path).register_forward_hook(hook(path, statistic)))
+        yield sums
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> LocalResult:
+    """Train one client: AdamW over the task's batches, in order. Returns CPU tensors.
+
+    Raises FedbenchError when a loss is not finite, naming the step: such an update must never be averaged.
+    """
+    module = task.frozen.module
+    if not task.batches:
+        raise FedbenchError("a client has no rows to train on; raise the split's min_size")
+    dropping = has_dropout(module)
+    devices = [device] if device.type == "cuda" else []
+    fork = torch.random.fork_rng(devices, enabled=dropping)
+    mask: list[Tensor | None] = [None]
+    with fork, tunable(module, task.tunables) as parameters, observing(module, task.observers, mask) as sums:
+        if dropping:
+            torch.manual_seed(task.seed)
+        module.train(dropping)
+        received = {n: v.to(device) for n, v in task.tunables.items()} if task.penalty else {}
+        offset = {n: v.to(device) for n, v in (task.gradient_offset or {}).items()}
+        rank = {n: v.to(device) for n, v in (task.rank_mask or {}).items()}
+        o = task.optimiser
+        values = list(parameters.values())
+        optimiser = torch.optim.AdamW(values, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        losses, tokens = [], 0
+        for indices in task.batches:
+            batch = task.data.batch(indices, device)
+            with autocast(device, precision), feeding(module, batch) as (inputs, mask[0]):
+                if task.observers:
+                    tokens += len(indices) if batch.mask is None else int(batch.mask.sum())
+                logits = module(**inputs).logits
+            loss = task.loss(logits.float(), batch.labels).mean()
+            losses.append(loss.detach())
+            if task.penalty:
+                loss = loss + task.penalty(parameters, received)
+            optimiser.zero_grad()
+            loss.backward()
+            for name, value in offset.items():
+                grad = parameters[name].grad
+                parameters[name].grad = value.clone() if grad is None else grad + value
+            for name, value in rank.items():
+                if (grad := parameters[name].grad) is not None:
+                    grad.mul_(value)
+            if task.clip_norm is not None:
+                nn.utils.clip_grad_norm_(values, task.clip_norm)
+            optimiser.step()
+            if rank:
+                with torch.no_grad():
+                    for name, value in rank.items():
+                        parameters[name].mul_(value)
+        module.eval()
+        curve = torch.stack(losses).cpu()
+        if not bool(torch.isfinite(curve).all()):
+            step = int((~torch.isfinite(curve)).nonzero()[0])
+            raise FedbenchError(f"local training diverged: the loss of step {step} is {curve[step].item()}; lower lr")
+        # Each result owns its memory, on the CPU: the next client trains in the same module.
+        tuned = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
+        observed = {path: value.to("cpu", copy=True) for path, value in sums.items()}
+    return LocalResult(tuned, len(task.batches), float(curve.mean()), observed, tokens)

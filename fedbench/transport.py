@@ -1,0 +1,233 @@
+"""The boundary: every message is serialised, measured, checked and decoded on its way.
+
+The wire format is safetensors (no pickle anywhere). The ledger holds the true length of each payload, so the
+communication cost of a method is what would cross a network, not an estimate from parameter counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import Tensor
+
+from fedbench.api import KINDS, ClientId, Message, TensorSpec
+from fedbench.errors import MessageError
+
+Direction = Literal["down", "up"]
+SETUP_KINDS = ("fm", "sub_fm")
+SHARED_FROM_BYTES = 1 << 20
+"""Payloads from this size on are decoded once and shared read-only by the recipients of one broadcast."""
+
+
+def serialise(message: Message) -> bytes:
+    """The payload of `message`: safetensors, with kind and meta as one JSON text in the header.
+
+    Raises MessageError for an unknown kind, meta that is not plain, or tensors that are not dense.
+    """
+    if message.kind not in KINDS:
+        raise MessageError(f"message kind {message.kind!r} is unknown; use one of {', '.join(KINDS)}")
+    for name, value in message.meta.items():
+        if not isinstance(value, (int, float, str, bool)):
+            raise MessageError(
+                f"{message.kind}: meta {name!r} is a {type(value).__name__}; use int, float, str or bool"
+            )
+    tensors = {}
+    for name, tensor in message.tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise MessageError(f"{message.kind}: {name!r} is not a dense tensor")
+        # safetensors refuses storages shared between names, so each tensor gets one of its own where needed.
+        dense = tensor.detach().to("cpu").contiguous()
+        whole = dense.untyped_storage().nbytes() == dense.numel() * dense.element_size()
+        tensors[name] = dense if whole else dense.clone()
+    # One header entry: safetensors writes the entries of a larger mapping in an order that varies between runs.
+    header = json.dumps({"kind": message.kind, "meta": dict(message.meta)}, sort_keys=True, separators=(",", ":"))
+    try:
+        return safetensors_save(tensors, metadata={"fedbench": header})
+    except RuntimeError:  # two names for one tensor: send each
+        return safetensors_save({n: t.clone() for n, t in tensors.items()}, metadata={"fedbench": header})
+
+
+def header_length(payload: bytes) -> int:
+    """Bytes before the tensors' own: the 8-byte length field and the JSON header it announces."""
+    return 8 + int(struct.unpack("<Q", payload[:8])[0])
+
+
+def deserialise(payload: bytes) -> Message:
+    """The message in `payload`, in fresh memory. Raises MessageError for anything that is not one."""
+    try:
+        header = json.loads(payload[8 : header_length(payload)])
+        about = json.loads(header["__metadata__"]["fedbench"])
+        kind, meta = about["kind"], about["meta"]
+        tensors = safetensors_load(payload)
+    except (SafetensorError, ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+        raise MessageError(f"not a message: {type(error).__name__}: {error}") from error
+    if kind not in KINDS:
+        raise MessageError(f"message kind {kind!r} is unknown")
+    if not isinstance(meta, dict) or not all(isinstance(v, (int, float, str, bool)) for v in meta.values()):
+        raise MessageError(f"{kind}: meta is not a mapping of plain values")
+    return Message(kind=kind, tensors=MappingProxyType(tensors), meta=MappingProxyType(meta))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the ledger: a message that crossed. `bytes` is the payload's length."""
+
+    round: int
+    direction: Direction
+    client: ClientId
+    kind: str
+    bytes: int
+    elements: int
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What crossed, message by message."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    def total(self, direction: Direction, kinds: Iterable[str] | None = None, round: int | None = None) -> int:
+        """Bytes in one direction, over all rounds and kinds unless told."""
+        wanted = None if kinds is None else set(kinds)
+        return sum(
+            e.bytes
+            for e in self.entries
+            if e.direction == direction and (wanted is None or e.kind in wanted) and (round is None or e.round == round)
+        )
+
+    def by_kind(self, direction: Direction) -> dict[str, dict[str, int]]:
+        """kind -> bytes, elements and number of messages."""
+        out: dict[str, dict[str, int]] = defaultdict(lambda: {"bytes": 0, "elements": 0, "messages": 0})
+        for e in self.entries:
+            if e.direction == direction:
+                cell = out[e.kind]
+                cell["bytes"] += e.bytes
+                cell["elements"] += e.elements
+                cell["messages"] += 1
+        return {kind: dict(out[kind]) for kind in sorted(out)}
+
+    def to_json(self) -> list[list[Any]]:
+        return [[e.round, e.direction, e.client, e.kind, e.bytes, e.elements] for e in self.entries]
+
+    @classmethod
+    def from_json(cls, rows: Sequence[Sequence[Any]]) -> Ledger:
+        return cls([Entry(*row) for row in rows])
+
+
+def check(
+    message: Message, expected: Mapping[str, Mapping[str, TensorSpec]] | None, payload_bytes: int, limit_bytes: int
+) -> None:
+    """Raise MessageError unless `message` may be let in: size, kind, names, shapes, dtypes, finite values."""
+    if payload_bytes > limit_bytes:
+        raise MessageError(f"{message.kind}: {payload_bytes} bytes, over the limit of {limit_bytes}")
+    if expected is not None:
+        if message.kind not in expected:
+            raise MessageError(
+                f"{message.kind}: not expected in this round; expected {', '.join(expected) or 'nothing'}"
+            )
+        specs = expected[message.kind]
+        if missing := sorted(set(specs) - set(message.tensors)):
+            raise MessageError(f"{message.kind}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+        if extra := sorted(set(message.tensors) - set(specs)):
+            raise MessageError(f"{message.kind}: tensor {extra[0]!r} was not asked for ({len(extra)} in all)")
+        for name, spec in specs.items():
+            got = TensorSpec.of(message.tensors[name])
+            if got != spec:
+                raise MessageError(
+                    f"{message.kind}: tensor {name!r} is {list(got.shape)} {got.dtype}, "
+                    f"expected {list(spec.shape)} {spec.dtype}"
+                )
+    for name, tensor in message.tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise MessageError(f"{message.kind}: tensor {name!r} holds values that are not finite")
+    examples = message.meta.get("num_examples", 1)
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise MessageError(f"{message.kind}: num_examples is {examples!r}, expected a whole number of at least 1")
+
+
+@dataclass(slots=True)
+class Transport:
+    """Carries messages across the boundary and keeps the ledger.
+
+    `limit_bytes` bounds one upload. `refused` holds (round, client, reason) of every upload turned away.
+    """
+
+    limit_bytes: int = 1 << 31
+    ledger: Ledger = field(default_factory=Ledger)
+    refused: list[tuple[int, ClientId, str]] = field(default_factory=list)
+    _lent: list[tuple[str, Tensor, int]] = field(default_factory=list, repr=False)
+
+    def _charge(self, round: int, direction: Direction, client: ClientId, message: Message, size: int) -> None:
+        elements = sum(t.numel() for t in message.tensors.values())
+        self.ledger.entries.append(Entry(round, direction, client, message.kind, size, elements))
+
+    def _lend(self, message: Message) -> Message:
+        self._lent += [(f"{message.kind}: {n}", t, t._version) for n, t in message.tensors.items()]
+        return message
+
+    def download(
+        self, round: int, outbox: Mapping[ClientId, Sequence[Message]]
+    ) -> Iterator[tuple[ClientId, list[Message]]]:
+        """Deliver a broadcast, client by client. Every recipient is charged; a large message is decoded once.
+
+        Raises MessageError if the server sends what it may not: that is a fault in the method.
+        """
+        once: dict[int, tuple[bytes, Message | None]] = {}
+        for client, messages in outbox.items():
+            inbox = []
+            for message in messages:
+                # `outbox` keeps every message alive meanwhile, so an id stands for one message.
+                payload, decoded = once.get(id(message)) or (serialise(message), None)
+                if decoded is None:
+                    decoded = self._lend(deserialise(payload))
+                    check(decoded, None, 0, 0)
+                once[id(message)] = (payload, decoded if len(payload) >= SHARED_FROM_BYTES else None)
+                self._charge(round, "down", client, decoded, len(payload))
+                inbox.append(decoded)
+            yield client, inbox
+
+    def upload(
+        self,
+        round: int,
+        client: ClientId,
+        messages: Sequence[Message],
+        expected: Mapping[str, Mapping[str, TensorSpec]],
+    ) -> list[Message] | None:
+        """Carry one client's upload to the server, or refuse the whole of it and say why in `refused`.
+
+        What crossed is charged either way: the bytes were sent.
+        """
+        try:
+            arrived = []
+            for message in messages:
+                payload = serialise(message)
+                decoded = deserialise(payload)
+                self._charge(round, "up", client, decoded, len(payload))
+                check(decoded, expected, len(payload), self.limit_bytes)
+                arrived.append(self._lend(decoded))
+            if missing := sorted(set(expected) - {m.kind for m in arrived}):
+                raise MessageError(f"{missing[0]}: missing from the upload")
+            if len({m.kind for m in arrived}) < len(arrived):
+                raise MessageError("two messages of one kind in one upload")
+        except MessageError as error:
+            self.refused.append((round, client, re.sub(r"\s+", " ", str(error))))
+            return None
+        return arrived
+
+    def close_round(self) -> None:
+        """Raise MessageError if a receiver changed a tensor it was sent in place; then forget this round's."""
+        for name, tensor, version in self._lent:
+            if tensor._version != version:
+                raise MessageError(f"received tensor {name!r} was changed in place; clone it before writing to it")
+        self._lent.clear()

@@ -1,0 +1,189 @@
+"""Compression and distillation shared by the proxy methods.
+
+Neuron saliency and layer-wise compression of FFNs, the layer-level distillation loss and its training loop
+(FedPFT, Peng et al. 2024, sections 3.2 and 3.3), and the cache of distilled proxies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedbench.data import Examples
+from fedbench.models import Parts
+from fedbench.packing import layer_outputs
+from fedbench.records import canonical_json
+
+
+def saliency(w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Saliency of each FFN neuron, [d_ff]: the L2 norm of its input and output weights, biases excluded.
+
+    w_in: [d_ff, d], w_out: [d, d_ff] (FedPFT, section 3.2).
+    """
+    return (w_in.double().square().sum(1) + w_out.double().square().sum(0)).sqrt()
+
+
+def most_salient(w_in: Tensor, w_out: Tensor, keep: int) -> Tensor:
+    """Indices of the `keep` most salient neurons in their original order; of equals, the earlier one stays."""
+    order = torch.sort(saliency(w_in, w_out), descending=True, stable=True).indices
+    return order[:keep].sort().values
+
+
+def hidden_loss(teacher: Tensor, student: Tensor, mask: Tensor | None) -> Tensor:
+    """MSE of two hidden states [B, T, d] over real tokens, relative to the teacher's mean square."""
+    if mask is not None:
+        teacher, student = teacher[mask.bool()], student[mask.bool()]
+    return (student - teacher).square().mean() / teacher.square().mean()
+
+
+def ffn_product(parts: Parts, layer: int) -> Tensor:
+    """W2 · W1 of a layer's FFN, [d, d]: the linear part of what the FFN does."""
+    return parts.ffn_out(layer).weight @ parts.ffn_in(layer).weight
+
+
+def weight_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """MSE of two FFN products [d, d], relative to the teacher's mean square; the gradient reaches the student."""
+    return (student - teacher).square().mean() / teacher.square().mean()
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A distillation run: AdamW, linear warm-up over `warmup` of the steps, then linear decay to 0."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: float = 0.048
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def factor(self, step: int) -> float:
+        """Share of `lr` at `step` (from 0)."""
+        rise = max(1, math.ceil(self.warmup * self.steps))
+        return (step + 1) / rise if step < rise else (self.steps - step) / max(1, self.steps - rise)
+
+
+LayerLoss = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None], Tensor]
+
+
+def distil(
+    teacher: nn.Module,
+    student: nn.Module,
+    trainable: Sequence[str],
+    loss: LayerLoss,
+    public: Examples,
+    schedule: Schedule,
+    rng: np.random.Generator,
+    device: torch.device,
+    rows: Mapping[str, tuple[int, Tensor]] | None = None,
+) -> None:
+    """Train the named parameters of `student` in place against `teacher` on unlabelled public rows.
+
+    `loss` maps (teacher's layer outputs, student's, mask) to a scalar. `rows` limits a parameter to an index along a
+    dimension: (dim, index); everything else of it keeps its exact value, free of weight decay too.
+    """
+    parameters = dict(student.named_parameters())
+    chosen = {name: parameters[name] for name in trainable}
+    limits = {}
+    for name, (dim, index) in (rows or {}).items():
+        free = torch.zeros(chosen[name].shape[dim], dtype=torch.bool, device=device)
+        free[index.to(device)] = True
+        limits[name] = (
+            free.unsqueeze(1) if dim == 0 and chosen[name].dim() == 2 else free,
+            chosen[name].detach().clone(),
+        )
+    optimiser = torch.optim.AdamW(chosen.values(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    teacher.eval()
+    student.eval()
+    try:
+        for p in chosen.values():
+            p.requires_grad_(True)
+        for step, indices in enumerate(public_batches(len(public), schedule, rng)):
+            batch = public.batch(indices, device)
+            with torch.no_grad():
+                target, _ = layer_outputs(teacher, batch)
+            value = loss(target, *layer_outputs(student, batch))
+            optimiser.zero_grad()
+            value.backward()
+            for name, (free, _) in limits.items():
+                if (grad := chosen[name].grad) is not None:
+                    grad.mul_(free)
+            nn.utils.clip_grad_norm_(chosen.values(), schedule.clip_norm)
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.lr * schedule.factor(step)
+            optimiser.step()
+            with torch.no_grad():
+                for name, (free, start) in limits.items():
+                    chosen[name].copy_(torch.where(free, chosen[name], start))
+    finally:
+        for p in chosen.values():
+            p.requires_grad_(False)
+            p.grad = None
+
+
+def public_batches(rows: int, schedule: Schedule, rng: np.random.Generator) -> list[np.ndarray]:
+    """Row indices of each step: passes over fresh permutations of the public rows."""
+    size = min(schedule.batch_size, rows)
+    per_pass = rows // size
+    out: list[np.ndarray] = []
+    while len(out) < schedule.steps:
+        order = rng.permutation(rows)
+        out += [order[i * size : (i + 1) * size] for i in range(per_pass)]
+    return out[: schedule.steps]
+
+
+@torch.no_grad()
+def residuals(
+    teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]], public: Examples, device: torch.device
+) -> list[dict[str, Any]]:
+    """Both terms of the loss for each pair (teacher layer, student layer), on the first 128 public rows."""
+    rows = np.arange(min(128, len(public)))
+    hidden = np.zeros(len(pairs))
+    for chunk in np.array_split(rows, max(1, len(rows) // 32)):
+        batch = public.batch(chunk, device)
+        (ours, mask), (theirs, _) = layer_outputs(student, batch), layer_outputs(teacher, batch)
+        for i, (t, s) in enumerate(pairs):
+            hidden[i] += hidden_loss(theirs[t], ours[s], mask).item() * len(chunk) / len(rows)
+    a, b = Parts(teacher), Parts(student)
+    return [
+        {
+            "layer": t,
+            "hidden": float(hidden[i]),
+            "weight": weight_loss(ffn_product(a, t), ffn_product(b, s)).item(),
+        }
+        for i, (t, s) in enumerate(pairs)
+    ]
+
+
+def cached(
+    cache: Path, ingredients: Mapping[str, Any], make: Callable[[], tuple[dict[str, Tensor], Any]]
+) -> tuple[dict[str, Tensor], Any]:
+    """The tensors and JSON values of `make`, from the cache if something with these ingredients was made before.
+
+    `ingredients` has to name everything the result depends on; its hash is the file's name. What is returned has been
+    through the file either way, so a first run and a later one go on from the same bytes.
+    """
+    name = hashlib.sha256(canonical_json(ingredients).encode()).hexdigest()
+    path = cache / "proxies" / f"{name}.safetensors"
+    if not path.exists():
+        tensors, values = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{name}.{os.getpid()}.partial")
+        save_file(
+            {n: t.contiguous().cpu() for n, t in tensors.items()}, partial, metadata={"values": json.dumps(values)}
+        )
+        os.replace(partial, path)
+    with safe_open(path, framework="pt") as file:
+        return {n: file.get_tensor(n) for n in file.keys()}, json.loads(file.metadata()["values"])  # noqa: SIM118

@@ -1,0 +1,220 @@
+"""FedAvg on LoRA adapters of the full FM (FedPETuning, Zhang et al. 2023; FedIT, Zhang et al. 2024).
+
+The reference the proxy methods try to reach: every client is sent the FM itself. Its server and client are also
+what the other adapter methods build on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbench.api import (
+    AdamW,
+    Client,
+    ClientId,
+    Kind,
+    LocalResult,
+    LocalTask,
+    Message,
+    Method,
+    Server,
+    State,
+    TensorSpec,
+)
+from fedbench.context import ClientContext, ServerContext
+from fedbench.data import Examples
+from fedbench.foundation import FoundationModel
+from fedbench.models import (
+    LoraSpec,
+    ModelSpec,
+    frozen_state,
+    initial_tunables,
+    set_tensors,
+)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row, [B], in nats."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Mean of equally named tensors with the given weights, summed in float64 (FedAvg, McMahan et al. 2017)."""
+    total = float(sum(weights))
+    return {
+        name: sum(
+            (v[name].double() * (w / total) for v, w in zip(values, weights, strict=True)), start=torch.zeros(())
+        ).to(tensor.dtype)
+        for name, tensor in values[0].items()
+    }
+
+
+class TuningMethod(Method):
+    """Hyper-parameters of local training shared by the adapter methods.
+
+    lr: learning rate of local AdamW. lr_decay: over the rounds, linearly towards 0 after the last, or not at all.
+    clip_norm: largest L2 norm of a local gradient.
+    """
+
+    lr: float = Field(5e-4, gt=0)
+    lr_decay: Literal["linear", "none"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+    def learning_rate(self, round: int, rounds: int) -> float:
+        """The learning rate of `round` (from 0) of `rounds`."""
+        return self.lr * (1 - round / rounds) if self.lr_decay == "linear" else self.lr
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        """Adapters on the attention projections of every layer; None tunes the head alone."""
+        return None
+
+    def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
+        return AdapterServer(self, fm, ctx)
+
+    def client(self, ctx: ClientContext) -> Client:
+        return AdapterClient(self, ctx)
+
+
+class LoraMethod(TuningMethod):
+    """Hyper-parameters of LoRA (Hu et al. 2022) on query, key, value and attention output."""
+
+    lora_r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        return LoraSpec(r=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout)
+
+
+class FedAvgLora(LoraMethod):
+    """FedAvg of LoRA adapters and head, trained on the full FM at every client."""
+
+    name: ClassVar[str] = "fedavg-lora"
+    version: ClassVar[int] = 1
+
+
+class AdapterServer(Server):
+    """Ships a model once per client and tunables every round; aggregates by sample count.
+
+    Subclasses replace `model`, what clients train, and say where its tunables belong in the FM.
+    """
+
+    setup: Kind = "fm"
+
+    def __init__(self, method: TuningMethod, fm: FoundationModel, ctx: ServerContext) -> None:
+        self.method, self.ctx = method, ctx
+        self.full = fm.build(method.lora, ctx.device)
+        # Untuned places of the FM hold the initial adapter (B = 0), which changes nothing.
+        self.initial = initial_tunables(self.full, ctx.streams)
+        set_tensors(self.full, self.initial)
+        self.spec: ModelSpec = fm.spec.with_lora(method.lora)
+        self.model: nn.Module = self.full
+        self.values: dict[str, Tensor] = dict(self.initial)
+        self.held: dict[ClientId, int] = {}
+        self.version = 0
+
+    def adapter_meta(self, round: int) -> dict[str, int | float | str | bool]:
+        """Plain values sent along with the adapter."""
+        return {"lr": self.method.learning_rate(round, self.ctx.federation.rounds)}
+
+    def update_since(self, version: int) -> Message:
+        """What a client that holds `version` of the model lacks; only methods that change the model answer."""
+        raise NotImplementedError(f"{self.method.name} changed its model but cannot say how")
+
+    def broadcast(self, round: int, cohort: Sequence[ClientId]) -> Mapping[ClientId, Sequence[Message]]:
+        adapter = Message("adapter", self.values, self.adapter_meta(round))
+        whole: Message | None = None
+        updates: dict[int, Message] = {}
+        outbox: dict[ClientId, list[Message]] = {}
+        for client in cohort:
+            outbox[client] = [adapter]
+            held = self.held.get(client)
+            if held is None:
+                whole = whole or Message(self.setup, frozen_state(self.model), {"spec": self.spec.to_json()})
+                outbox[client].insert(0, whole)
+            elif held < self.version:
+                if held not in updates:
+                    updates[held] = self.update_since(held)
+                outbox[client].insert(0, updates[held])
+            self.held[client] = self.version
+        return outbox
+
+    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
+        return {"adapter": {name: TensorSpec.of(tensor) for name, tensor in self.values.items()}}
+
+    def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
+        adapters = [m for messages in uploads.values() for m in messages if m.kind == "adapter"]
+        weights = [float(m.meta["num_examples"]) for m in adapters]
+        self.values = weighted_mean([m.tensors for m in adapters], weights)
+
+    def plug_in(self) -> nn.Module:
+        names = self.fm_names()
+        set_tensors(self.full, {names.get(name, name): value for name, value in self.values.items()})
+        return self.full
+
+    def state(self) -> State:
+        held = {str(client): version for client, version in self.held.items()}
+        return State(dict(self.values), {"held": held, "version": self.version})
+
+    def restore(self, state: State) -> None:
+        self.values = {name: state.tensors[name] for name in self.values}
+        self.held = {int(client): version for client, version in state.values["held"].items()}
+        self.version = state.values["version"]
+
+
+class AdapterClient(Client):
+    """Keeps the model it was sent, trains the tunables it is sent each round, and sends them back."""
+
+    def __init__(self, method: TuningMethod, ctx: ClientContext) -> None:
+        self.method, self.ctx = method, ctx
+        self.spec: ModelSpec | None = None
+        self.frozen: dict[str, Tensor] = {}
+        self.rows = 0
+
+    def receive(self, message: Message) -> None:
+        """Take in a message that is not the adapter: the model itself, or a change to it."""
+        if message.kind not in ("fm", "sub_fm"):
+            raise ValueError(f"a client of {self.method.name} cannot read a message of kind {message.kind!r}")
+        self.spec = ModelSpec.from_json(str(message.meta["spec"]))
+        self.frozen = self.ctx.modules.intern(message.tensors)
+
+    def task(self, round: int, inbox: Sequence[Message], data: Examples) -> LocalTask:
+        adapter: Message | None = None
+        for message in inbox:
+            if message.kind == "adapter":
+                adapter = message
+            else:
+                self.receive(message)
+        if adapter is None or self.spec is None:
+            raise ValueError(f"client {self.ctx.client} was asked to train before it was sent a model and an adapter")
+        self.rows = len(data)
+        return LocalTask(
+            frozen=self.ctx.model(self.spec, self.frozen),
+            tunables=adapter.tensors,
+            data=data,
+            batches=self.ctx.batches(round, len(data)),
+            optimiser=AdamW(lr=float(adapter.meta["lr"]), weight_decay=self.method.weight_decay),
+            loss=cross_entropy,
+            clip_norm=self.method.clip_norm,
+            seed=self.ctx.seed(round),
+        )
+
+    def upload(self, round: int, result: LocalResult) -> Sequence[Message]:
+        return [Message("adapter", result.tunables, {"num_examples": self.rows})]
+
+    def state(self) -> State:
+        return State(self.frozen, {"spec": self.spec.to_json() if self.spec else None})
+
+    def restore(self, state: State) -> None:
+        if state.values["spec"]:
+            self.spec = ModelSpec.from_json(state.values["spec"])
+            self.frozen = self.ctx.modules.intern(state.tensors)

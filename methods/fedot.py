@@ -1,0 +1,149 @@
+"""FedOT: offsite-tuning (Xiao et al. 2023) in a federation, as FedPFT compares against it.
+
+The first and last layers are the adapter, tuned with LoRA; the middle is an emulator of fewer layers, distilled at the
+server on public data and frozen at the clients. Plug-in puts the tuned layers back around the FM's full middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedbench.api import Server, Source
+from fedbench.context import ServerContext
+from fedbench.data import Examples
+from fedbench.errors import FedbenchError
+from fedbench.foundation import FoundationModel
+from fedbench.methods._distillation import Schedule, cached, distil, hidden_loss, residuals
+from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
+from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors
+
+
+class FedOT(LoraMethod):
+    """FedOT's shape and distillation: `front`-`emulator`-`back` layers; None for the emulator keeps half the middle."""
+
+    name: ClassVar[str] = "fedot"
+    version: ClassVar[int] = 1
+
+    front: int = Field(1, ge=1)
+    emulator: int | None = Field(None, ge=1)
+    back: int = Field(1, ge=1)
+    distil_steps: int = Field(200, ge=0)
+    distil_batch: int = Field(32, ge=1)
+    distil_lr: float = Field(6e-4, gt=0)
+
+    def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
+        if public is None:
+            raise FedbenchError("fedot distils its emulator on public data; give the scenario a [public] table")
+        return FedOTServer(self, fm, public, ctx)
+
+
+def uniform(middle: Sequence[int], keep: int) -> list[int]:
+    """`keep` of the middle layers at an even stride, first and last among them (Xiao et al. 2023, section 4.1)."""
+    if keep == 1:
+        return [middle[(len(middle) - 1) // 2]]
+    return [middle[round(i * (len(middle) - 1) / (keep - 1))] for i in range(keep)]
+
+
+class FedOTServer(AdapterServer):
+    """Keeps the FM and a shallower proxy of it: adapter layers around an emulator."""
+
+    setup = "sub_fm"
+    method: FedOT
+
+    def __init__(self, method: FedOT, fm: FoundationModel, public: Examples, ctx: ServerContext) -> None:
+        super().__init__(method, fm, ctx)
+        self.public = public
+        layers = Parts(self.full).count
+        middle = range(method.front, layers - method.back)
+        keep = method.emulator if method.emulator is not None else max(1, len(middle) // 2)
+        if not 1 <= keep <= len(middle):
+            raise FedbenchError(
+                f"fedot: {method.front}-{keep}-{method.back} does not fit an FM of {layers} layers; "
+                f"set emulator between 1 and {max(1, len(middle))}, or front and back lower"
+            )
+        # origin[i]: the FM's layer that layer i of the proxy was taken from.
+        self.origin = [*range(method.front), *uniform(middle, keep), *range(layers - method.back, layers)]
+        self.emulated = range(method.front, method.front + keep)
+        self.spec = self.spec.with_layers(self.origin)
+        self.model = build(self.spec).to(ctx.device)
+        self.parts = Parts(self.model)
+        whole, sources = frozen_state(self.full), self.fm_sources()
+        load_frozen(self.model, {name: whole[sources[name].name] for name in frozen_state(self.model)})
+        names = self._tunable_names()
+        self._fm_names = names
+        set_tensors(self.model, {mine: self.initial[theirs] for mine, theirs in names.items()})
+        # The emulator's own adapters stay at B = 0: only the layers that go back into the FM are tuned.
+        self.values = {mine: self.initial[theirs] for mine, theirs in names.items() if not self._is_emulated(mine)}
+        self._distilled = self._distil(fm)
+
+    def _in_fm(self, name: str) -> str:
+        """The FM's name of what the proxy calls `name`."""
+        layer = self.parts.layer_of(name)
+        if layer is None:
+            return name
+        path, original = self.parts.layer_path(layer), Parts(self.full).layer_path(self.origin[layer])
+        return original + name.removeprefix(path)
+
+    def _is_emulated(self, name: str) -> bool:
+        return self.parts.layer_of(name) in self.emulated
+
+    def _tunable_names(self) -> dict[str, str]:
+        present = dict(self.model.named_parameters())
+        to_fm = {name: self._in_fm(name) for name in present}
+        return {name: theirs for name, theirs in to_fm.items() if theirs in self.initial}
+
+    def _distil(self, fm: FoundationModel) -> list[dict[str, Any]]:
+        m = self.method
+        student_end = self.emulated[-1]
+        teacher_end = self.origin[student_end + 1] - 1
+
+        def loss(teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+            return hidden_loss(teacher[teacher_end], student[student_end], mask)
+
+        trainable = [name for name in frozen_state(self.model) if self._is_emulated(name)]
+        # Parameters under a LoRA layer carry its prefix; frozen_state speaks the checkpoint's names.
+        parameters = [n for n, _ in self.model.named_parameters() if self._is_emulated(n) and ".lora_" not in n]
+
+        def make() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+            pair = [(teacher_end, student_end)]
+            [before] = residuals(self.full, self.model, pair, self.public, self.ctx.device)
+            if m.distil_steps:
+                schedule = Schedule(m.distil_steps, m.distil_batch, m.distil_lr)
+                rng = self.ctx.streams.numpy("distillation")
+                distil(self.full, self.model, parameters, loss, self.public, schedule, rng, self.ctx.device)
+            [after] = residuals(self.full, self.model, pair, self.public, self.ctx.device)
+            state = frozen_state(self.model)
+            values = [{**after, "hidden_before": before["hidden"], "weight_before": before["weight"]}]
+            return {name: state[name] for name in trainable}, values
+
+        ingredients = {
+            "method": [m.name, m.version],
+            "settings": [m.distil_steps, m.distil_batch, m.distil_lr],
+            "layers": [self.origin, self.emulated[0], self.emulated[-1]],
+            "fm": fm.content_hash,
+            "public": self.public.content_hash(),
+            "stream": self.ctx.streams.integer("distillation") if m.distil_steps else None,
+            "device": self.ctx.device.type,
+            "torch": torch.__version__,
+        }
+        tensors, values = cached(self.ctx.cache, ingredients, make)
+        load_frozen(self.model, frozen_state(self.model) | tensors)
+        return list(values)
+
+    def proxy(self) -> nn.Module:
+        set_tensors(self.model, self.values)
+        return self.model
+
+    def fm_names(self) -> Mapping[str, str]:
+        return {name: self._fm_names[name] for name in self.values}
+
+    def fm_sources(self) -> Mapping[str, Source]:
+        return {name: Source(self._in_fm(name)) for name in frozen_state(self.model)}
+
+    def residuals(self) -> Sequence[Mapping[str, Any]]:
+        return self._distilled

@@ -1,0 +1,335 @@
+"""FedPFT: Federated Proxy Fine-Tuning (Peng et al., IJCAI 2024, arXiv 2404.11536).
+
+The server narrows the FM's FFNs to their most salient neurons (sub-FM), distils the sub-FM layer by layer on public
+data, and sends it to the clients, who tune LoRA and head on it. Every few rounds the least active neurons are
+distilled again towards the tuned FM, and what changed is sent. Finally LoRA and head are plugged into the FM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Server, Source, State, Statistic, TensorSpec
+from fedbench.context import ClientContext, ServerContext
+from fedbench.data import Examples
+from fedbench.errors import FedbenchError
+from fedbench.foundation import FoundationModel
+from fedbench.methods._distillation import (
+    Schedule,
+    cached,
+    distil,
+    ffn_product,
+    hidden_loss,
+    most_salient,
+    residuals,
+    weight_loss,
+)
+from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod
+from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors
+
+ZeroRule = Literal["non-positive", "exact-zero", "abs-below-eps"]
+
+
+class FedPFT(LoraMethod):
+    """FedPFT's hyper-parameters; symbols are the paper's.
+
+    r: neurons kept in a compressed FFN; None keeps a quarter. layers_retained: layers that keep their whole FFN.
+    mu: weight of the regulariser on W2·W1. t: rounds between alignments, 0 for none. p: share of a layer's neurons
+    each alignment may change, those of highest APoZ. zero_rule: which activations count as zero; for GELU, whose exact
+    zeros are rare, "non-positive" is "pre-activation at most 0".
+    """
+
+    name: ClassVar[str] = "fedpft"
+    version: ClassVar[int] = 1
+
+    r: int | None = Field(None, ge=1)
+    layers_retained: tuple[int, ...] | None = None
+    mu: float = Field(0.01, ge=0)
+    distil_steps: int = Field(200, ge=0)
+    distil_batch: int = Field(32, ge=1)
+    distil_lr: float = Field(6e-4, gt=0)
+    t: int = Field(10, ge=0)
+    p: float = Field(0.5, gt=0, le=1)
+    align_steps: int = Field(20, ge=1)
+    align_lr: float = Field(6e-4, gt=0)
+    zero_rule: ZeroRule = "non-positive"
+    zero_eps: float = Field(1e-3, gt=0)
+
+    def retained(self, layers: int) -> tuple[int, ...]:
+        """Layers that keep their whole FFN: as set (negative counts from the end), else the first and the last."""
+        chosen = (0, layers - 1) if self.layers_retained is None else self.layers_retained
+        if bad := [i for i in chosen if not -layers <= i < layers]:
+            raise FedbenchError(
+                f"fedpft: layers_retained names layer {bad[0]}, but the FM has layers 0 to {layers - 1}"
+            )
+        return tuple(sorted({i % layers for i in chosen}))
+
+    def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
+        if public is None:
+            raise FedbenchError("fedpft distils on public data; give the scenario a [public] table")
+        return FedPFTServer(self, fm, public, ctx)
+
+    def client(self, ctx: ClientContext) -> Client:
+        return FedPFTClient(self, ctx)
+
+
+def neuron_names(parts: Parts, layer: int) -> dict[str, tuple[str, int]]:
+    """role -> (name, dimension of the neurons) of the tensors of a layer's FFN that have one slice a neuron."""
+    up, down = parts.ffn_in_path(layer), parts.ffn_out_path(layer)
+    return {"w_in": (f"{up}.weight", 0), "b_in": (f"{up}.bias", 0), "w_out": (f"{down}.weight", 1)}
+
+
+def zeros(rule: ZeroRule, eps: float) -> Statistic:
+    """The statistic that counts zeros of each neuron: activations [N, d_ff] -> counts [d_ff], int64."""
+    tests = {
+        "non-positive": lambda a: a <= 0,
+        "exact-zero": lambda a: a == 0,
+        "abs-below-eps": lambda a: a.abs() < eps,
+    }
+    return lambda activation: tests[rule](activation).sum(0, dtype=torch.int64)
+
+
+def highest(apoz: Tensor, share: float) -> Tensor:
+    """Indices, in order, of the `share` of neurons with the highest APoZ; of equals, the earlier ones."""
+    order = torch.sort(apoz, descending=True, stable=True).indices
+    return order[: max(1, round(share * len(apoz)))].sort().values
+
+
+class FedPFTServer(AdapterServer):
+    """Keeps FM and sub-FM, distils before and aligns during federated learning."""
+
+    setup = "sub_fm"
+    method: FedPFT
+
+    def __init__(self, method: FedPFT, fm: FoundationModel, public: Examples, ctx: ServerContext) -> None:
+        super().__init__(method, fm, ctx)
+        self.public = public
+        self.fm_parts = Parts(self.full)
+        layers = self.fm_parts.count
+        retained = method.retained(layers)
+        self.compressed = [i for i in range(layers) if i not in retained]
+        widths = list(fm.spec.ffn_widths)
+        for i in self.compressed:
+            keep = method.r if method.r is not None else widths[i] // 4
+            if keep > widths[i]:
+                raise FedbenchError(f"fedpft: r is {keep}, but an FFN of the FM has {widths[i]} neurons; set r lower")
+            widths[i] = keep
+        self.kept = {
+            i: most_salient(self.fm_parts.ffn_in(i).weight, self.fm_parts.ffn_out(i).weight, widths[i])
+            for i in self.compressed
+        }
+        self.spec = self.spec.with_ffn_widths(tuple(widths))
+        self.model = build(self.spec).to(ctx.device)
+        self.parts = Parts(self.model)
+        whole = frozen_state(self.full)
+        sources = self.fm_sources()
+        load_frozen(
+            self.model,
+            {
+                name: whole[name] if name not in sources else _take(whole[name], sources[name])
+                for name in frozen_state(self.model)
+            },
+        )
+        set_tensors(self.model, self.values)
+        self._distilled = self._distil(fm)
+        # Version at which each neuron of a compressed layer last changed; 0 is the sub-FM as first sent.
+        self.changed = {i: torch.zeros(widths[i], dtype=torch.int64) for i in self.compressed}
+        self.apoz: dict[int, Tensor] = {}
+
+    def _shared_names(self, layer: int) -> list[str]:
+        """The output bias and, in text models, the LayerNorm behind the FFN: updated as a whole."""
+        norm = self.parts.ffn_norm_path(layer)
+        return [f"{self.parts.ffn_out_path(layer)}.bias"] + ([f"{norm}.weight", f"{norm}.bias"] if norm else [])
+
+    def _trainable(self) -> list[str]:
+        return [
+            name
+            for i in self.compressed
+            for name in [n for n, _ in neuron_names(self.parts, i).values()] + self._shared_names(i)
+        ]
+
+    def _loss(self, mu: float) -> Any:
+        products = {i: ffn_product(self.fm_parts, i).detach() for i in self.compressed} if mu else {}
+
+        def loss(teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+            terms = [hidden_loss(teacher[i], student[i], mask) for i in self.compressed]
+            if mu:
+                terms += [mu * weight_loss(products[i], ffn_product(self.parts, i)) for i in self.compressed]
+            return torch.stack(terms).sum() / len(self.compressed)
+
+        return loss
+
+    def _distil(self, fm: FoundationModel) -> list[dict[str, Any]]:
+        """Layer-level distillation before federated learning; returns the residuals before and after."""
+        if not self.compressed:
+            return []
+        m, pairs = self.method, [(i, i) for i in self.compressed]
+
+        def make() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+            before = residuals(self.full, self.model, pairs, self.public, self.ctx.device)
+            if m.distil_steps:
+                schedule = Schedule(m.distil_steps, m.distil_batch, m.distil_lr)
+                rng = self.ctx.streams.numpy("distillation")
+                names = self._trainable()
+                distil(self.full, self.model, names, self._loss(m.mu), self.public, schedule, rng, self.ctx.device)
+            after = residuals(self.full, self.model, pairs, self.public, self.ctx.device)
+            values = [
+                {**a, "hidden_before": b["hidden"], "weight_before": b["weight"]}
+                for a, b in zip(after, before, strict=True)
+            ]
+            state = frozen_state(self.model)
+            return {name: state[name] for name in self._trainable()}, values
+
+        ingredients = {
+            "method": [m.name, m.version],
+            "settings": [m.mu, m.distil_steps, m.distil_batch, m.distil_lr],
+            "widths": self.spec.ffn_widths,
+            "fm": fm.content_hash,
+            "public": self.public.content_hash(),
+            # The batches come from the stream; where nothing is distilled, none are drawn.
+            "stream": self.ctx.streams.integer("distillation") if m.distil_steps else None,
+            "device": self.ctx.device.type,
+            "torch": torch.__version__,
+        }
+        tensors, values = cached(self.ctx.cache, ingredients, make)
+        load_frozen(self.model, frozen_state(self.model) | tensors)
+        return list(values)
+
+    def aligns(self, round: int) -> bool:
+        t = self.method.t
+        # After the last round it could help no client any more.
+        return bool(self.compressed) and t > 0 and (round + 1) % t == 0 and round + 1 < self.ctx.federation.rounds
+
+    def adapter_meta(self, round: int) -> dict[str, int | float | str | bool]:
+        layers = ",".join(map(str, self.compressed)) if self.aligns(round) else ""
+        return super().adapter_meta(round) | {"count_zeros": layers}
+
+    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
+        expected = dict(super().expected(round))
+        if self.aligns(round):
+            expected["statistics"] = {
+                f"zeros.{i}": TensorSpec((self.spec.ffn_widths[i],), torch.int64) for i in self.compressed
+            }
+        return expected
+
+    def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
+        super().aggregate(round, uploads)
+        if self.aligns(round):
+            counts = [m for messages in uploads.values() for m in messages if m.kind == "statistics"]
+            tokens = sum(int(m.meta["tokens"]) for m in counts)
+            self.apoz = {
+                i: torch.stack([m.tensors[f"zeros.{i}"] for m in counts]).sum(0).double() / tokens
+                for i in self.compressed
+            }
+
+    def align(self, round: int) -> None:
+        """Neuron-level distillation (section 3.4): the share p of highest APoZ moves, the rest keeps its value."""
+        if not self.aligns(round) or not self.apoz:
+            return
+        self.version += 1
+        m = self.method
+        rows: dict[str, tuple[int, Tensor]] = {}
+        for i in self.compressed:
+            chosen = highest(self.apoz[i], m.p)
+            self.changed[i][chosen] = self.version
+            rows |= {name: (dim, chosen) for name, dim in neuron_names(self.parts, i).values()}
+        schedule = Schedule(m.align_steps, m.distil_batch, m.align_lr)
+        rng = self.ctx.streams.numpy("alignment", round)
+        teacher, student = self.plug_in(), self.proxy()
+        distil(teacher, student, self._trainable(), self._loss(0.0), self.public, schedule, rng, self.ctx.device, rows)
+        self.apoz = {}
+
+    def update_since(self, version: int) -> Message:
+        """W_fro: every neuron that changed after `version`, with its index, and the tensors updated as a whole."""
+        state = frozen_state(self.model)
+        tensors: dict[str, Tensor] = {}
+        for i in self.compressed:
+            index = (self.changed[i] > version).nonzero().squeeze(1)
+            tensors[f"{i}.index"] = index.to(torch.int32)
+            for role, (name, dim) in neuron_names(self.parts, i).items():
+                tensors[f"{i}.{role}"] = state[name].cpu().index_select(dim, index)
+            tensors |= {f"{i}.whole.{name}": state[name] for name in self._shared_names(i)}
+        names = {
+            f"{i}.{role}": name for i in self.compressed for role, (name, _) in neuron_names(self.parts, i).items()
+        }
+        return Message("alignment", tensors, names)
+
+    def proxy(self) -> nn.Module:
+        set_tensors(self.model, self.values)
+        return self.model
+
+    def fm_names(self) -> Mapping[str, str]:
+        return {name: name for name in self.values}
+
+    def fm_sources(self) -> Mapping[str, Source]:
+        return {
+            name: Source(name, dim, self.kept[i])
+            for i in self.compressed
+            for name, dim in neuron_names(self.fm_parts, i).values()
+        }
+
+    def residuals(self) -> Sequence[Mapping[str, Any]]:
+        return self._distilled
+
+    def state(self) -> State:
+        state = super().state()
+        frozen = frozen_state(self.model)
+        tensors = dict(state.tensors) | {f"model.{name}": frozen[name] for name in self._trainable()}
+        tensors |= {f"changed.{i}": versions for i, versions in self.changed.items()}
+        return State(tensors, state.values)
+
+    def restore(self, state: State) -> None:
+        super().restore(state)
+        tensors = {name: state.tensors[f"model.{name}"] for name in self._trainable()}
+        load_frozen(self.model, frozen_state(self.model) | tensors)
+        self.changed = {i: state.tensors[f"changed.{i}"].clone() for i in self.changed}
+
+
+def _take(tensor: Tensor, source: Source) -> Tensor:
+    return tensor if source.index is None else tensor.index_select(source.dim, source.index.to(tensor.device))
+
+
+class FedPFTClient(AdapterClient):
+    """Also counts zeros of FFN activations when asked to, and patches its sub-FM with what an alignment changed."""
+
+    method: FedPFT
+
+    def __init__(self, method: FedPFT, ctx: ClientContext) -> None:
+        super().__init__(method, ctx)
+        self.paths: dict[str, str] = {}
+
+    def receive(self, message: Message) -> None:
+        if message.kind != "alignment":
+            super().receive(message)
+            return
+        patched = dict(self.frozen)
+        for name, value in message.tensors.items():
+            layer, _, role = name.partition(".")
+            if role.startswith("whole."):
+                patched[role.removeprefix("whole.")] = value
+            elif role != "index":
+                target = str(message.meta[name])
+                index = message.tensors[f"{layer}.index"].long()
+                patched[target] = patched[target].index_copy(1 if role == "w_out" else 0, index, value)
+        self.frozen = self.ctx.modules.intern(patched)
+
+    def task(self, round: int, inbox: Sequence[Message], data: Examples) -> LocalTask:
+        task = super().task(round, inbox, data)
+        layers = next(str(m.meta["count_zeros"]) for m in inbox if m.kind == "adapter")
+        parts = Parts(task.frozen.module)
+        self.paths = {parts.ffn_activation_path(int(i)): i for i in layers.split(",") if i}
+        count = zeros(self.method.zero_rule, self.method.zero_eps)
+        task.observers = dict.fromkeys(self.paths, count)
+        return task
+
+    def upload(self, round: int, result: LocalResult) -> Sequence[Message]:
+        messages = list(super().upload(round, result))
+        if self.paths:
+            counts = {f"zeros.{layer}": result.observed[path] for path, layer in self.paths.items()}
+            messages.append(Message("statistics", counts, {"tokens": result.observed_tokens}))
+        return messages

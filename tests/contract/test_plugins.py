@@ -1,0 +1,102 @@
+"""The doors for methods of others, used as the documentation says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def documented_method() -> str:
+    """The Python block of docs/adding-a-method.md."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/adding-a-method.md").read_text(), re.S | re.M)
+    return str(code)
+
+
+def fedbench(python: Path | str, *arguments: object, cwd: Path) -> str:
+    run = subprocess.run(
+        [str(python), "-m", "fedbench.cli", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_the_documented_method_is_short_and_runs_as_a_plugin(tmp_path: Path) -> None:
+    code = documented_method()
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "fedprox_lora.py").write_text(code)
+    plugin = ("--plugin", "fedprox_lora.py")
+    listed = fedbench(sys.executable, "list", "methods", *plugin, "--check", cwd=tmp_path)
+    assert "FedProx on LoRA adapters" in listed
+    smoke = ("--scenario", "tweets-noniid", "--profile", "smoke", "--device", "cpu")
+    for mu in (0, 10):
+        fedbench(sys.executable, "run", "--method", "fedprox-lora", *plugin, *smoke, "--set", f"mu={mu}", cwd=tmp_path)
+    assert len(list(tmp_path.glob("runs/records/tweets-noniid/fedprox-lora/s0-*.json"))) == 2
+    assert "fedprox-lora" in fedbench(sys.executable, "table", cwd=tmp_path)
+
+
+def test_the_documented_method_keeps_the_contract(tmp_path: Path) -> None:
+    (tmp_path / "fedprox_lora.py").write_text(documented_method())
+    out = fedbench(sys.executable, "check", "fedprox-lora", "--plugin", "fedprox_lora.py", cwd=tmp_path)
+    assert "fails" not in out
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """The interpreter of a fresh environment that sees the packages of this one, fedbench among them."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")}))
+    # addsitedir rather than a bare path: an editable install lives in a .pth file of its own.
+    (site / "parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    return python
+
+
+@pytest.mark.skipif(os.name == "nt", reason="lays out the environment as on POSIX")
+def test_a_distribution_with_entry_points(tmp_path: Path, scratch: Path) -> None:
+    project = tmp_path / "project"
+    package = project / "tiny_federated"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "fedprox.py").write_text(documented_method().replace("fedprox-lora", "tiny-prox"))
+    import fedbench.scenarios
+
+    tweets = (Path(fedbench.scenarios.__path__[0]) / "tweets.toml").read_text()
+    (package / "short_texts.toml").write_text(tweets)
+    (project / "pyproject.toml").write_text(
+        textwrap.dedent(
+            """
+            [build-system]
+            requires = ["setuptools"]
+            build-backend = "setuptools.build_meta"
+            [project]
+            name = "tiny-federated"
+            version = "1.0"
+            description = "A method and a scenario of somebody else"
+            [project.entry-points."fedbench.methods"]
+            tiny-prox = "tiny_federated.fedprox:FedProxLora"
+            [project.entry-points."fedbench.scenarios"]
+            short-texts = "tiny_federated:short_texts.toml"
+            [tool.setuptools]
+            packages = ["tiny_federated"]
+            package-data = { tiny_federated = ["*.toml"] }
+            """
+        )
+    )
+    pip = [sys.executable, "-m", "pip", "--python", scratch, "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", project], check=True)
+    listed = fedbench(scratch, "list", cwd=tmp_path)
+    assert re.search(r"tiny-prox\s+A method and a scenario of somebody else\s+the package tiny-federated", listed)
+    fedbench(
+        scratch, "run", "--method", "tiny-prox", "--scenario", "short-texts-noniid", "--profile", "smoke",
+        "--device", "cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert list(tmp_path.glob("runs/records/short-texts-noniid/tiny-prox/s0-*.json"))

@@ -1,0 +1,120 @@
+"""Small real things for tests: a random BERT with its tokenizer, saved as a checkpoint, and rows to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedbench.context import ServerContext
+from fedbench.data import Examples
+from fedbench.foundation import FoundationModel, load_fm
+from fedbench.rng import Streams
+from fedbench.scenario import Federation
+
+WORDS = [
+    *[
+        "the",
+        "a",
+        "of",
+        "and",
+        "to",
+        "in",
+        "it",
+        "is",
+        "was",
+        "for",
+        "on",
+        "with",
+        "as",
+        "film",
+        "movie",
+        "good",
+        "bad",
+        "great",
+        "awful",
+        "fine",
+        "plot",
+        "actor",
+    ],
+    *[
+        "game",
+        "team",
+        "wins",
+        "loses",
+        "market",
+        "stock",
+        "rises",
+        "falls",
+        "chip",
+        "phone",
+        "space",
+        "launch",
+        "war",
+        "peace",
+        "talks",
+        "minister",
+    ],
+]
+
+
+def save_tiny_bert(folder: Path, layers: int = 3, hidden: int = 16, ffn: int = 24, seed: int = 0) -> Path:
+    """A random BERT of a few thousand parameters with a WordPiece tokenizer, in the format of a real checkpoint."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
+    vocabulary = list(dict.fromkeys(vocabulary))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=ffn,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    BertTokenizerFast(vocab={w: i for i, w in enumerate(vocabulary)}, do_lower_case=True).save_pretrained(folder)
+    return folder
+
+
+_FMS: dict[int, FoundationModel] = {}
+
+
+def tiny_fm(layers: int = 3) -> FoundationModel:
+    """A random 3-class BERT with `layers` layers, width 16, FFN 24; loaded once, built anew by each user."""
+    import tempfile
+
+    if layers not in _FMS:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save_tiny_bert(Path(folder) / "bert", layers)
+            _FMS[layers] = load_fm(str(path), 3, Path(folder))
+    return _FMS[layers]
+
+
+def _rows(n: int, seed: int) -> Examples:
+    rng = np.random.default_rng(seed)
+    tokens = [np.array([2, *rng.integers(5, 80, rng.integers(2, 12)), 3], dtype=np.int32) for _ in range(n)]
+    return Examples(tokens=tokens, labels=torch.tensor(rng.integers(0, 3, n)))
+
+
+def train_rows(n: int) -> Examples:
+    """`n` labelled rows of random tokens, ragged, three classes."""
+    return _rows(n, 1)
+
+
+def public_rows(n: int = 32) -> Examples:
+    """`n` rows of random tokens whose labels nobody reads."""
+    return _rows(n, 2)
+
+
+def context(cache: Path, rounds: int = 4) -> ServerContext:
+    """A server's context: 4 clients of which half are sampled, batches of 4."""
+    federation = Federation(fraction=0.5, rounds=rounds, batch_size=4)
+    return ServerContext(Streams(0, "unit"), federation, torch.device("cpu"), cache)

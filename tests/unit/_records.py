@@ -1,0 +1,93 @@
+"""Hand-made records for the tests of records, tables and grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedbench.records import Record, pack_correct, record_key
+
+
+def make_record(
+    method: str = "fedpft",
+    seed: int = 0,
+    accuracy: float | None = 0.8,
+    *,
+    scenario: str = "agnews-noniid",
+    status: str = "complete",
+    rows: int = 10,
+    correct: np.ndarray | None = None,
+    proxy: float | None = None,
+    settings: dict[str, Any] | None = None,
+    federation: dict[str, Any] | None = None,
+    data_hash: str = "d" * 64,
+    fm: str = "minilm-l6",
+    planned: list[str] | None = None,
+    unavailable: str | None = None,
+) -> Record:
+    """A record; without `correct` the first rows are the ones answered rightly. `accuracy` None: nothing to score."""
+    if correct is None and accuracy is not None:
+        correct = np.arange(rows) < round(accuracy * rows)
+    settings = settings or {"lr": 0.001}
+    federation = federation or {"rounds": 15}
+    block = None
+    if correct is not None:
+        share = float(correct.mean())
+        block = {
+            "accuracy": share, "macro_f1": share, "loss": 0.5, "rows": len(correct), "correct": pack_correct(correct)
+        }  # fmt: skip
+    second = {"accuracy": proxy, "macro_f1": proxy, "loss": 0.6, "rows": rows} if proxy is not None else None
+    method_block: dict[str, Any] = {"name": method, "version": 1, "settings": settings}
+    if planned:
+        method_block["planned"] = planned
+    return Record(
+        schema=1,
+        status=status,  # type: ignore[arg-type]
+        error={"type": "ValueError", "message": "no", "traceback": "..."} if status == "failed" else None,
+        identity={
+            "key": record_key([method, seed, scenario, settings, federation, data_hash, fm]),
+            "method": method, "method_version": 1, "scenario": scenario, "seed": seed, "fm": fm,
+            "data_hash": data_hash, "fm_hash": "f" * 64, "precision": "fp32",
+        },
+        scenario={"name": scenario, "title": "A title", "federation": federation, "split": {"clients": 50}},
+        method=method_block,
+        accuracy={} if status == "failed" else {
+            "plug_in": block,
+            "proxy": second,
+            "untouched": None,
+            "gap": block["accuracy"] - proxy if block and proxy is not None else None,
+            "selection": {"rule": "last", "round": 14},
+            "validation": {"plug_in": 0.79, "proxy": proxy},
+            "per_client": {"mean": 0.8, "std": 0.05, "worst_tenth": 0.7, "values": [0.8] * 50},
+            "unavailable": unavailable,
+        },
+        communication={
+            "up": {"bytes": 2_000_000, "by_kind": {"adapter": {"bytes": 2_000_000, "elements": 9, "messages": 4}}},
+            "down": {
+                "bytes": 62_500_000,
+                "by_kind": {
+                    "sub_fm": {"bytes": 60_000_000, "elements": 9, "messages": 2},
+                    "adapter": {"bytes": 2_500_000, "elements": 9, "messages": 4},
+                },
+            },
+            "setup_bytes": 60_000_000,
+            "refused": [],
+            "per_round": [],
+        },
+        gradient_error={"points": [], "start": 0.5, "mean": 0.75, "final": 0.9} if proxy is not None else None,
+        exposure={
+            "verbatim": {"all": 0.7, "without_embeddings": 0.5},
+            "within_1_percent": {"all": 0.72, "without_embeddings": 0.52},
+        },
+        compute={
+            "trainable_parameters": 150_000, "resident_parameters": 16_400_000, "local_steps": 750,
+            "peak_memory_bytes": 900_000_000, "seconds": {"local": 61.5, "evaluate": 12.25, "setup": 30.0},
+        },
+        rounds=[{"round": 0, "cohort": [1, 2, 3, 4], "arrived": [1, 2, 3], "refused": [{"client": 4, "reason": "x"}]}],
+        partition={
+            "hash": "p" * 64, "sizes": [10, 20], "label_counts": [[5, 5], [10, 10]],
+            "skew": {"mean_total_variation": 0.45, "gini": 0.3}, "attempts": 1,
+        },
+        provenance={"fedbench": "0.1.0", "device": "cpu", "finished": "2026-01-01T00:00:00+00:00"},
+    )  # fmt: skip
