@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -47,6 +48,13 @@ CacheDir = Annotated[
     Path | None,
     typer.Option("--cache", metavar="DIR", help="Folder for what is reused; also [bold]$FEDBENCH_CACHE[/bold]."),
 ]
+FM = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|ID|PATH",
+        help="Foundation model: a name, a hub id or a folder with a checkpoint; default: the scenario's.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one.")]
 Settings = Annotated[
     list[str] | None,
@@ -82,6 +90,8 @@ class Format(StrEnum):
 
 def main() -> None:
     """Entry point: bad input ends in one line and exit code 2."""
+    # Read when torch is loaded. Threads that spin while they wait make a busy machine many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FedbenchError as error:
@@ -110,10 +120,7 @@ def _root(
 def run_command(
     method: Annotated[str, typer.Option(help="Name of a method; see [bold]fedbench list methods[/bold].")],
     scenario: Annotated[str, typer.Option(help="Name of a scenario; see [bold]fedbench list scenarios[/bold].")],
-    fm: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|ID|PATH", help="Foundation model: a name, a hub id or a folder with a checkpoint."),
-    ] = None,
+    fm: FM = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random stream.")] = 0,
     rounds: Rounds = None,
     settings: Settings = None,
@@ -316,6 +323,8 @@ def table_command(
 def check_command(
     method: Annotated[str, typer.Argument(help="Name of a method, built in or not.")],
     scenario: Annotated[str, typer.Option(help="Scenario to check it on, in its smoke profile.")] = "tweets-noniid",
+    fm: FM = None,
+    data_dir: DataDir = None,
     plugin: Plugins = None,
 ) -> None:
     """Run the contract suite on a method: same seed same record, resume, and both sides in processes of their own."""
@@ -327,7 +336,7 @@ def check_command(
     from fedbench.testing import check_method
 
     console = _console()
-    results = check_method(method, tuple(plugin or ()), scenario=scenario)
+    results = check_method(method, tuple(plugin or ()), scenario=scenario, fm=fm, data_dir=data_dir)
     for result in results:
         mark = "[green]ok[/green]  " if result.ok else "[red]fails[/red]"
         console.print(mark, result.name, highlight=False, soft_wrap=True)

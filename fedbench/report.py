@@ -17,11 +17,11 @@ from fedbench.tables import MEGA, binomial_standard_error, megabytes, signed
 def summary(record: Record) -> RenderableType:
     """The panel of one record, complete or failed."""
     who = record.identity
-    title = f"{who['method']} on {who['scenario']}, {who.get('fm') or 'FM unknown'}, seed {who['seed']}"
+    title = Text(f"{who['method']} on {who['scenario']}, {who.get('fm') or 'FM unknown'}, seed {who['seed']}")
     if record.status == "failed":
         error = record.error or {}
-        text = Text(f"failed: {error.get('type')}: {error.get('message')}")
-        return Panel(text, title=title, title_align="left", border_style="red", expand=False)
+        reason = Text(f"failed: {error.get('type')}: {error.get('message')}")
+        return Panel(reason, title=title, title_align="left", border_style="red", expand=False)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -34,7 +34,9 @@ def _lines(record: Record) -> list[tuple[str, str]]:
     lines = [*_accuracy(record.accuracy), ("traffic", _traffic(record))]
     if setup := record.communication.get("setup_bytes"):
         clients = len({c for r in record.rounds for c in r.get("cohort", ())})
-        lines.append(("", f"set-up {_mb(setup)}, {clients} clients; refused uploads: {_refused(record)}"))
+        lines.append(("", f"of it set-up {_mb(setup)}, once for each of {clients} clients"))
+    if refused := record.communication.get("refused"):
+        lines.append(("", f"{len(refused)} uploads refused; the reasons are in the record"))
     if error := record.gradient_error:
         text = f"{error['start']:.2f} at the start, {error['mean']:.2f} on average, {error['final']:.2f} at the end"
         lines.append(("gradient error", text))
@@ -93,11 +95,6 @@ def _traffic(record: Record) -> str:
         split = ", ".join(f"{kind} {_mb(kinds[kind]['bytes'])}" for kind in sorted(kinds)) if len(kinds) > 1 else ""
         parts.append(f"{way} {_mb(block['bytes'])}" + (f" ({split})" if split else ""))
     return "; ".join(parts)
-
-
-def _refused(record: Record) -> str:
-    refused = record.communication.get("refused") or []
-    return str(len(refused)) if refused else "none"
 
 
 def _cost(compute: Mapping[str, Any]) -> list[tuple[str, str]]:

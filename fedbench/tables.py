@@ -107,7 +107,7 @@ class Difference:
     p: float | None = None
 
     def __str__(self) -> str:
-        test = "" if self.p is None else f", p {_p_value(self.p)} (paired permutation test, Holm)"
+        test = "" if self.p is None else f", p {_p_value(self.p)}"
         return (
             f"{self.a} minus {self.b}: {signed(self.mean)} points, {LEVEL:.0%} interval {signed(self.low)} to "
             f"{signed(self.high)} ({_seeds(self.seeds)}){test}"
@@ -411,11 +411,29 @@ def _describe(section: Section) -> None:
         untouched = [run.accuracy["untouched"]["accuracy"] for run in scored if run.accuracy.get("untouched")]
         text = f"{100 * untouched[0]:.1f}%" if untouched else "not available (no head trained for this task)"
         section.notes.append(f"FM untouched: {text}")
+        if any((run.scenario.get("public") or {}).get("in_domain") for run in scored):
+            section.notes.append("the public corpus is in-domain, which flatters proxies")
+        section.notes += _budget(section)
     for row in section.rows:
         reasons = sorted({str(run.accuracy["unavailable"]) for run in row.runs.values() if not _plug_in(run)})
         section.notes += [f"{row.label}: not available: {reason}" for reason in reasons]
         if row.failed:
             section.notes.append(f"{row.label}: {_seeds(row.failed)} failed; the tracebacks are in the records")
+
+
+def _budget(section: Section) -> list[str]:
+    """What is not equal between the proxy methods: parameters held within 2%, and local optimiser steps."""
+    rows = [row for row in section.rows if row.summary("accuracy", "proxy", "accuracy") and not row.flag]
+    out = []
+    for name, what, tolerance in (
+        ("resident_parameters", "parameters held at a client", 0.02),
+        ("local_steps", "local steps", 0.0),
+    ):
+        found = {row.label: value.mean for row in rows if (value := row.summary("compute", name))}
+        if len(found) > 1 and max(found.values()) > (1 + tolerance) * min(found.values()):
+            each = ", ".join(f"{label} {value:,.0f}" for label, value in found.items())
+            out.append(f"budgets of the proxy methods differ: {what}: {each}")
+    return out
 
 
 def _plug_in(run: Record) -> Any:
@@ -629,6 +647,8 @@ def comments(section: Section) -> list[str]:
     out += map(str, section.differences)
     if section.differences and all(d.p is None for d in section.differences):
         out.append(f"no test of these differences: it takes {SEEDS_FOR_TEST} shared seeds")
+    elif section.differences:
+        out.append("p: paired permutation test over shared seeds, with Holm's correction")
     return out + section.notes
 
 
@@ -711,7 +731,7 @@ def terminal(comparison: Comparison) -> RenderableType:
     styles = {"missing": "dim", "failed": "red", "not available": "dim"}
     for title, frame, notes in _tables(comparison):
         table = Table(
-            title=title,
+            title=Text(title),
             title_justify="left",
             title_style="bold",
             box=None,
@@ -721,7 +741,7 @@ def terminal(comparison: Comparison) -> RenderableType:
         )
         for index, header in enumerate(frame.columns):
             left = index == 0
-            table.add_column(header, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+            table.add_column(Text(header), justify="left" if left else "right", no_wrap=not left, overflow="fold")
         for line in frame.itertuples(index=False):
             table.add_row(*(Text(str(text), style=styles.get(str(text), "")) for text in line))
         parts += [Text(""), table]

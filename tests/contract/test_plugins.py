@@ -11,6 +11,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from helpers import save_tiny_bert
+
+import fedbench.scenarios
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +24,7 @@ def documented_method() -> str:
     return str(code)
 
 
-def fedbench(python: Path | str, *arguments: object, cwd: Path) -> str:
+def call(python: Path | str, *arguments: object, cwd: Path) -> str:
     run = subprocess.run(
         [str(python), "-m", "fedbench.cli", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
     )
@@ -29,23 +32,28 @@ def fedbench(python: Path | str, *arguments: object, cwd: Path) -> str:
     return run.stdout
 
 
-def test_the_documented_method_is_short_and_runs_as_a_plugin(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def fm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_bert(tmp_path_factory.mktemp("fm") / "bert")
+
+
+def test_the_documented_method_is_short_and_runs_as_a_plugin(tmp_path: Path, fm: Path) -> None:
     code = documented_method()
     assert len(code.splitlines()) <= 40
     (tmp_path / "fedprox_lora.py").write_text(code)
     plugin = ("--plugin", "fedprox_lora.py")
-    listed = fedbench(sys.executable, "list", "methods", *plugin, "--check", cwd=tmp_path)
+    listed = call(sys.executable, "list", "methods", *plugin, "--check", cwd=tmp_path)
     assert "FedProx on LoRA adapters" in listed
-    smoke = ("--scenario", "tweets-noniid", "--profile", "smoke", "--device", "cpu")
+    smoke = ("--scenario", "tweets-noniid", "--profile", "smoke", "--fm", fm, "--device", "cpu")
     for mu in (0, 10):
-        fedbench(sys.executable, "run", "--method", "fedprox-lora", *plugin, *smoke, "--set", f"mu={mu}", cwd=tmp_path)
+        call(sys.executable, "run", "--method", "fedprox-lora", *plugin, *smoke, "--set", f"mu={mu}", cwd=tmp_path)
     assert len(list(tmp_path.glob("runs/records/tweets-noniid/fedprox-lora/s0-*.json"))) == 2
-    assert "fedprox-lora" in fedbench(sys.executable, "table", cwd=tmp_path)
+    assert "fedprox-lora" in call(sys.executable, "table", cwd=tmp_path)
 
 
-def test_the_documented_method_keeps_the_contract(tmp_path: Path) -> None:
+def test_the_documented_method_keeps_the_contract(tmp_path: Path, fm: Path) -> None:
     (tmp_path / "fedprox_lora.py").write_text(documented_method())
-    out = fedbench(sys.executable, "check", "fedprox-lora", "--plugin", "fedprox_lora.py", cwd=tmp_path)
+    out = call(sys.executable, "check", "fedprox-lora", "--plugin", "fedprox_lora.py", "--fm", fm, cwd=tmp_path)
     assert "fails" not in out
 
 
@@ -61,14 +69,12 @@ def scratch(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="lays out the environment as on POSIX")
-def test_a_distribution_with_entry_points(tmp_path: Path, scratch: Path) -> None:
+def test_a_distribution_with_entry_points(tmp_path: Path, scratch: Path, fm: Path) -> None:
     project = tmp_path / "project"
     package = project / "tiny_federated"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "fedprox.py").write_text(documented_method().replace("fedprox-lora", "tiny-prox"))
-    import fedbench.scenarios
-
     tweets = (Path(fedbench.scenarios.__path__[0]) / "tweets.toml").read_text()
     (package / "short_texts.toml").write_text(tweets)
     (project / "pyproject.toml").write_text(
@@ -93,10 +99,10 @@ def test_a_distribution_with_entry_points(tmp_path: Path, scratch: Path) -> None
     )
     pip = [sys.executable, "-m", "pip", "--python", scratch, "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--no-build-isolation", project], check=True)
-    listed = fedbench(scratch, "list", cwd=tmp_path)
+    listed = call(scratch, "list", cwd=tmp_path)
     assert re.search(r"tiny-prox\s+A method and a scenario of somebody else\s+the package tiny-federated", listed)
-    fedbench(
+    call(
         scratch, "run", "--method", "tiny-prox", "--scenario", "short-texts-noniid", "--profile", "smoke",
-        "--device", "cpu", cwd=tmp_path,
+        "--fm", fm, "--device", "cpu", cwd=tmp_path,
     )  # fmt: skip
     assert list(tmp_path.glob("runs/records/short-texts-noniid/tiny-prox/s0-*.json"))

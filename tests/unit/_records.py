@@ -31,7 +31,7 @@ def make_record(
         correct = np.arange(rows) < round(accuracy * rows)
     settings = settings or {"lr": 0.001}
     federation = federation or {"rounds": 15}
-    block = None
+    block: dict[str, Any] | None = None
     if correct is not None:
         share = float(correct.mean())
         block = {
@@ -43,7 +43,7 @@ def make_record(
         method_block["planned"] = planned
     return Record(
         schema=1,
-        status=status,  # type: ignore[arg-type]
+        status=status,
         error={"type": "ValueError", "message": "no", "traceback": "..."} if status == "failed" else None,
         identity={
             "key": record_key([method, seed, scenario, settings, federation, data_hash, fm]),

@@ -1,0 +1,97 @@
+"""Scenario files: every one of ours loads, and a mistake is named with its place and its fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import fedbench.scenarios
+from fedbench.errors import FedbenchError
+from fedbench.scenario import load_scenario, split_names
+
+FILES = sorted(Path(fedbench.scenarios.__path__[0]).glob("*.toml"))
+MINIMAL = """
+title = "T"
+fm = "minilm-l6"
+[dataset]
+name = "tweets"
+[splits.iid]
+kind = "iid"
+clients = 4
+[federation]
+rounds = 3
+[evaluation]
+every = 1
+[profiles.smoke.federation]
+rounds = 1
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("profile", [None, "smoke"])
+def test_every_scenario_of_ours_loads(path: Path, profile: str | None) -> None:
+    assert {"iid", "noniid"} <= set(split_names(path))
+    for split in split_names(path):
+        scenario = load_scenario(path, split, profile)
+        assert scenario.name == f"{path.stem}-{split}"
+        assert scenario.federation.rounds >= 1
+
+
+def test_layers_win_in_order_and_say_where_a_value_came_from(file: Path) -> None:
+    scenario = load_scenario(file, "iid", "smoke", {"federation.batch_size": "2"})
+    assert (scenario.federation.rounds, scenario.federation.batch_size) == (1, 2)
+    origin = scenario.provenance()
+    assert origin["federation.rounds"] == (1, "mine.toml [profiles.smoke]")
+    assert origin["federation.batch_size"] == (2, "--set")
+    assert origin["split.clients"] == (4, "mine.toml [splits.iid]")
+    assert origin["federation.dropout"] == (0.0, "default")
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (("rounds = 3", "rouns = 3"), r"federation\.rouns: unknown field; did you mean federation\.rounds"),
+        (("rounds = 3", "rounds = -1"), r"mine\.toml: federation\.rounds: .*greater than or equal to 0"),
+        (("title", "titel"), "unknown field 'titel'; did you mean title"),
+        (("[splits.iid]", "[dataset.iid]"), r"no split 'iid'"),
+        (("title =", "title"), "cannot be read as TOML"),
+    ],
+)
+def test_a_mistake_is_named(file: Path, edit: tuple[str, str], says: str) -> None:
+    file.write_text(MINIMAL.replace(*edit))
+    with pytest.raises(FedbenchError, match=says):
+        load_scenario(file, "iid")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("federation.round", "3", "did you mean federation.rounds"),
+        ("federation.rounds", "many", "--set federation.rounds"),
+        ("nonsense", "1", "no such setting"),
+    ],
+)
+def test_a_bad_override_is_named(file: Path, key: str, value: str, says: str) -> None:
+    with pytest.raises(FedbenchError, match=says):
+        load_scenario(file, "iid", None, {key: value})
+
+
+def test_the_identity_leaves_out_title_and_methods(file: Path) -> None:
+    before = load_scenario(file, "iid").identity("m")
+    file.write_text(MINIMAL.replace('"T"', '"Another"') + "[methods.m]\nlr = 1.0\n")
+    assert load_scenario(file, "iid").identity("m") == before
+    file.write_text(MINIMAL.replace("rounds = 3", "rounds = 4"))
+    assert load_scenario(file, "iid").identity("m") != before
+
+
+def test_an_unknown_profile_is_an_error(file: Path) -> None:
+    with pytest.raises(FedbenchError, match="no profile 'big'; it has smoke"):
+        load_scenario(file, "iid", "big")

@@ -1,0 +1,346 @@
+"""Tables: hand-computed statistics, what is missing or not comparable, and the four renderings."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from _records import make_record
+from rich.console import Console, RenderableType
+
+from fedbench import report, tables
+from fedbench.errors import FedbenchError
+from fedbench.grid import Grid
+from fedbench.records import Record, save
+from fedbench.tables import Summary, accuracy_text, bootstrap, compare, holm, paired_test, render
+
+
+def shown(renderable: RenderableType, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    out = console.file
+    assert isinstance(out, io.StringIO)
+    return out.getvalue()
+
+
+def accuracies(method: str, values: Sequence[float], rows: int = 100) -> list[Record]:
+    return [make_record(method, seed, value, rows=rows) for seed, value in enumerate(values)]
+
+
+def test_mean_and_sample_deviation_by_hand() -> None:
+    found = Summary.of([0.80, 0.84, None, 0.88])
+    assert found is not None
+    assert found.mean == pytest.approx(0.84)
+    assert found.n == 3
+    assert found.std == pytest.approx(0.04)  # sqrt((0.04² + 0 + 0.04²) / 2)
+    assert Summary.of([0.7]) == Summary(0.7, None, 1)
+    assert Summary.of([0.8, 0.8, 0.8]) == Summary(0.8, 0.0, 3)
+    assert Summary.of([None]) is None
+
+
+def test_accuracy_with_deviation_only_from_two_seeds() -> None:
+    (section,) = compare([*accuracies("fedpft", [0.80, 0.84, 0.88]), *accuracies("fedot", [0.75])]).sections
+    assert {row.label: accuracy_text(row) for row in section.rows} == {
+        "fedpft": "84.0 ± 4.0 (3)",
+        "fedot": "75.0 (1)",
+    }
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_paired_test_is_exact() -> None:
+    # All six differences are positive: of the 64 signings two are as extreme.
+    assert paired_test([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]) == pytest.approx(2 / 64)
+    # 1, 1, -1: means at least as large as 1/3 in 4 of 8 signings, so two-sided 8 / 8.
+    assert paired_test([1.0, 1.0, -1.0]) == pytest.approx(1.0)
+    assert paired_test([0.0, 0.0]) == 1.0
+
+
+def test_binomial_standard_error() -> None:
+    assert tables.binomial_standard_error(0.9, 900) == pytest.approx(0.01)  # sqrt(0.09 / 900)
+
+
+def test_bootstrap_over_seeds_by_hand() -> None:
+    # Seed 0 differs in every row, seed 1 in none: resampled seeds give 0, 50 or 100 with odds 1 : 2 : 1.
+    right, wrong = np.ones(20, dtype=bool), np.zeros(20, dtype=bool)
+    (found,) = bootstrap({"a": {0: right, 1: right}, "b": {0: wrong, 1: right}}, [("a", "b")])
+    assert (found.mean, found.low, found.high, found.seeds) == (50.0, 0.0, 100.0, 2)
+
+
+def test_bootstrap_over_rows_matches_the_normal_interval() -> None:
+    # One seed; a is right in 60 of 400 rows where b is wrong: mean 0.15, standard error sqrt(.15 * .85 / 400) = .01785.
+    a = np.ones(400, dtype=bool)
+    b = np.arange(400) >= 60
+    (found,) = bootstrap({"a": {3: a}, "b": {3: b}}, [("a", "b")])
+    assert found.mean == pytest.approx(15.0)
+    assert found.low == pytest.approx(15 - 1.96 * 1.785, abs=0.4)
+    assert found.high == pytest.approx(15 + 1.96 * 1.785, abs=0.4)
+    # The rows are shared: equal answers leave no uncertainty about their difference.
+    (same,) = bootstrap({"a": {3: b}, "b": {3: b}}, [("a", "b")])
+    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_headroom_uses_shared_seeds_only() -> None:
+    records = [*accuracies("fedavg-lora", [0.90, 0.92, 0.10]), *accuracies("head-only", [0.80, 0.80])]
+    (section,) = compare(records).sections
+    assert section.headroom is not None
+    assert section.headroom.mean == pytest.approx(11.0)
+    assert section.headroom.seeds == 2
+    line = tables.comments(section)[0]
+    assert line.startswith("headroom, fedavg-lora minus head-only: +11.0 points, 95% interval +")
+    assert "cannot rank" not in line
+
+
+def test_headroom_that_holds_zero_says_so_and_missing_headroom_is_said() -> None:
+    (section,) = compare([*accuracies("fedavg-lora", [0.8]), *accuracies("head-only", [0.8])]).sections
+    assert "cannot rank methods" in tables.comments(section)[0]
+    (section,) = compare(accuracies("fedpft", [0.8])).sections
+    assert "headroom: unknown" in tables.comments(section)[0]
+
+
+def test_tests_only_from_six_seeds_with_holm() -> None:
+    five = [0.80, 0.81, 0.82, 0.83, 0.84]
+    better = [value + 0.05 for value in five]
+    (section,) = compare([*accuracies("fedpft", better), *accuracies("fedot", five)]).sections
+    assert [d.p for d in section.differences] == [None]
+    assert any("it takes 6 shared seeds" in line for line in tables.comments(section))
+    records = [
+        *accuracies("fedpft", [*better, 0.90]),
+        *accuracies("fedot", [*five, 0.85]),
+        *accuracies("fedavg-lora", [*better, 0.90]),
+        *accuracies("head-only", [*five, 0.85]),  # a reference: no pair of its own
+    ]
+    (section,) = compare(records).sections
+    by_pair = {(d.a, d.b): d.p for d in section.differences}
+    assert by_pair == {
+        ("fedot", "fedpft"): pytest.approx(3 * 2 / 64),
+        ("fedot", "fedavg-lora"): pytest.approx(3 * 2 / 64),
+        ("fedpft", "fedavg-lora"): 1.0,
+    }
+
+
+def test_missing_failed_and_unavailable_are_visible() -> None:
+    records = [
+        make_record("fedpft", 0, 0.8),
+        make_record("fedpft", 1, None, status="failed"),
+        make_record("fedot", 0, None, status="failed"),
+        make_record("zero-shot", 0, None, unavailable="minilm-l6 has no head trained for this task"),
+    ]
+    grid = Grid(methods=["zero-shot", "fedot", "fedpft", "head-only"], scenarios=["agnews-noniid", "sst2-iid"], seeds=3)
+    comparison = compare(records, grid.cells(), "A grid")
+    first, second = comparison.sections
+    texts = {row.label: accuracy_text(row) for row in first.rows}
+    assert texts == {"zero-shot": "not available", "fedot": "failed", "fedpft": "80.0 (1/3)", "head-only": "missing"}
+    assert list(texts) == grid.methods
+    assert {accuracy_text(row) for row in second.rows} == {"missing"}
+    notes = "\n".join(tables.comments(first))
+    assert "zero-shot: not available: minilm-l6 has no head trained for this task" in notes
+    assert "fedpft: 1 seed failed" in notes
+    text = shown(tables.terminal(comparison))
+    for word in ("A grid", "missing", "failed", "not available", "80.0 (1/3)"):
+        assert word in text
+    assert list(comparison.frame()["state"])[:4] == ["not available", "failed", "complete", "missing"]
+
+
+def test_without_a_grid_a_method_absent_from_a_scenario_is_missing() -> None:
+    comparison = compare([make_record("fedpft"), make_record("fedot"), make_record("fedot", scenario="sst2-iid")])
+    overview = tables.overview_frame(comparison).set_index("method")
+    assert overview.loc["fedpft"].tolist() == ["80.0 (1)", "missing"]
+
+
+def test_a_failure_that_was_made_good_does_not_show() -> None:
+    failed = make_record("fedpft", 0, None, status="failed")
+    (section,) = compare([failed, make_record("fedpft", 0, 0.8, settings={"lr": 0.002})]).sections
+    assert [(accuracy_text(row), row.failed) for row in section.rows] == [("80.0 (1)", 0)]
+
+
+def test_variants_of_a_method_are_rows_of_their_own() -> None:
+    records = [
+        make_record("fedpft", 0, 0.8, settings={"lr": 0.001, "r": 384}),
+        make_record("fedpft", 1, 0.9, settings={"lr": 0.001, "r": 384}),
+        make_record("fedpft", 0, 0.5, settings={"lr": 0.001, "r": 96}),
+    ]
+    (section,) = compare(records).sections
+    assert [(row.label, accuracy_text(row), row.flag) for row in section.rows] == [
+        ("fedpft [r 384]", "85.0 ± 7.1 (2)", ""),
+        ("fedpft [r 96]", "50.0 (1)", ""),
+    ]
+
+
+def test_rows_that_are_not_comparable_are_flagged_and_left_out_of_differences() -> None:
+    records = [
+        *accuracies("fedpft", [0.8, 0.8]),
+        *accuracies("fedavg-lora", [0.9, 0.9]),
+        make_record("fedot", 0, 0.7, federation={"rounds": 30}, data_hash="e" * 64),
+    ]
+    (section,) = compare(records).sections
+    flags = {row.label: row.flag for row in section.rows}
+    assert flags == {
+        "fedpft": "",
+        "fedavg-lora": "",
+        "fedot": "data_hash eeeeeeee instead of dddddddd, federation.rounds 30 instead of 15",
+    }
+    assert [(d.a, d.b) for d in section.differences] == [("fedpft", "fedavg-lora")]
+    for text in (shown(tables.terminal(compare(records))), render(compare(records), "markdown")):
+        assert "fedot †" in text
+        assert "not comparable" in text
+    assert compare(records).frame().set_index("method").loc["fedot", "not_comparable"] == flags["fedot"]
+
+
+def test_what_a_reference_changes_by_its_nature_is_not_flagged() -> None:
+    records = [
+        *accuracies("fedpft", [0.8, 0.8]),
+        make_record("centralised-lora", 0, 0.9, federation={"rounds": 1}, planned=["federation.rounds"]),
+    ]
+    (section,) = compare(records).sections
+    assert [row.flag for row in section.rows] == ["", ""]
+
+
+def test_two_foundation_models_do_not_share_a_table() -> None:
+    comparison = compare([make_record("fedpft"), make_record("fedpft", fm="bert-base")])
+    assert [section.title for section in comparison.sections] == [
+        "agnews-noniid, bert-base",
+        "agnews-noniid, minilm-l6",
+    ]
+
+
+def test_a_grid_takes_only_the_records_of_its_cells() -> None:
+    records = [make_record("fedpft", 0, 0.8), make_record("fedpft", 0, 0.7, settings={"lr": 0.01})]
+    content = {
+        "methods": ["fedpft"], "scenarios": ["agnews-noniid"], "seeds": 1, "overrides": [{"set": {"lr": 0.01}}]
+    }  # fmt: skip
+    (section,) = compare(records, Grid.model_validate(content).cells()).sections
+    assert [accuracy_text(row) for row in section.rows] == ["70.0 (1)"]
+
+
+def test_measures_by_hand() -> None:
+    frame = compare([make_record("fedpft", 0, 0.8, proxy=0.75), make_record("fedpft", 1, 0.9, proxy=0.75)]).frame()
+    (line,) = frame.to_dict("records")
+    assert line["accuracy"] == pytest.approx(0.85)
+    assert line["gap"] == pytest.approx(0.10)
+    assert line["mb_up"] == 2.0
+    assert line["mb_setup"] == 60.0
+    assert line["mb_down"] == 2.5  # 62.5 less the set-up
+    assert line["mb_up_per_client_round"] == pytest.approx(0.5)  # 2 MB over 3 arrived and 1 refused
+    assert line["gradient_error_start"] == 0.5
+    assert line["exposed_verbatim"] == 0.7
+    assert line["resident_parameters"] == 16_400_000
+
+
+def test_unequal_budgets_and_an_in_domain_corpus_are_said() -> None:
+    a, b = make_record("fedpft", proxy=0.7), make_record("fedot", proxy=0.7)
+    assert not [note for note in compare([a, b]).sections[0].notes if "differ" in note or "in-domain" in note]
+    b = b.model_copy(update={"compute": {**b.compute, "resident_parameters": 16_800_000, "local_steps": 800}})
+    public = {"name": "tweets", "in_domain": True}
+    a, b = (r.model_copy(update={"scenario": {**r.scenario, "public": public}}) for r in (a, b))
+    notes = compare([a, b]).sections[0].notes
+    assert "the public corpus is in-domain, which flatters proxies" in notes
+    assert "budgets of the proxy methods differ: local steps: fedot 800, fedpft 750" in notes
+    assert any("parameters held at a client: fedot 16,800,000, fedpft 16,400,000" in note for note in notes)
+
+
+def many_records() -> list[Record]:
+    return [
+        *(make_record("fedpft", s, 0.80 + s / 50, proxy=0.79, rows=100) for s in range(3)),
+        *(make_record("fedot", s, 0.78 + s / 50, proxy=0.85, rows=100) for s in range(3)),
+        *accuracies("fedavg-lora", [0.88, 0.89, 0.90]),
+        *accuracies("head-only", [0.70, 0.71, 0.72]),
+        make_record("fedpft", 0, 0.8, scenario="sst2-iid"),
+    ]
+
+
+def test_terminal_fits_in_120_columns_with_every_cell_whole() -> None:
+    text = shown(tables.terminal(compare(many_records())))
+    assert max(map(len, text.splitlines())) <= 120
+    line = next(line for line in text.splitlines() if line.startswith("fedpft") and "60.0" in line)
+    assert " ".join(line.split()) == (
+        "fedpft 82.0 ± 2.0 (3) 79.0 +3.0 2.00 2.50 60.0 0.50 / 0.75 70.0 / 72.0 0.150 16.4"
+    )
+    assert "…" not in text
+
+
+def test_markdown() -> None:
+    text = render(compare(many_records(), title="All"), "markdown")
+    assert text.startswith("# All\n\n## Accuracy in %, methods by scenarios\n\n| method")
+    assert "| 82.0 ± 2.0 (3) |      79.0 |" in text
+    assert "- headroom, fedavg-lora minus head-only: +18.0 points" in text
+    widths = {len(line) for line in text.split("## ")[2].splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
+def test_latex() -> None:
+    text = render(compare(many_records()), "latex")
+    assert text.count("\\begin{table}") == text.count("\\end{table}") == 3
+    assert "82.0 $\\pm$ 2.0 (3)" in text
+    assert "accuracy \\%" in text
+    body = text.replace("\\%", "").replace("\\_", "").replace("\\&", "")
+    assert "%" not in body
+    assert not set("±†−–…") & set(text)
+
+
+def test_csv_can_be_read_back() -> None:
+    frame = pd.read_csv(io.StringIO(render(compare(many_records()), "csv")))
+    line = frame[(frame.method == "fedavg-lora") & (frame.scenario == "agnews-noniid")].iloc[0]
+    assert line.accuracy == pytest.approx(0.89)
+    assert line.accuracy_std == pytest.approx(0.01)
+    assert line.seeds == 3
+
+
+def test_unknown_format_and_no_records() -> None:
+    with pytest.raises(FedbenchError, match="markdown, latex or csv"):
+        render(compare([]), "html")
+    assert shown(tables.terminal(compare([]))).strip() == "no records"
+    assert render(compare([]), "markdown")
+
+
+def test_tables_are_a_pure_function_of_records() -> None:
+    records = many_records()
+    once = render(compare(records), "markdown")
+    assert once == render(compare(list(reversed(records))), "markdown")
+
+
+def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    tested = [*accuracies("fedpft", [0.7] * 6), *accuracies("fedot", [0.8] * 6)]
+    for record in [*many_records(), *tested]:
+        save(record, tmp_path)
+    script = (
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from fedbench import grid, records, report, tables\n"
+        "found = records.load_all(Path(sys.argv[1]))\n"
+        "comparison = tables.compare(found, grid.load_grid('agnews').cells())\n"
+        "[tables.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
+        "Console().print(tables.terminal(comparison), report.summary(found[0]))\n"
+        "sys.exit(','.join(sorted({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))) or None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_summary_of_a_run() -> None:
+    text = shown(report.summary(make_record(accuracy=0.8, proxy=0.75)), 160)
+    for words in (
+        "fedpft on agnews-noniid, minilm-l6, seed 0",
+        "80.0% plug-in",
+        "75.0% proxy; plug-in minus proxy +5.0 points",
+        "up 2.00 MB; down 62.5 MB (adapter 2.50 MB, sub_fm 60.0 MB)",
+        "set-up 60.0 MB, once for each of 4 clients",
+        "0.50 at the start, 0.75 on average, 0.90 at the end",
+        "16.40 M parameters, 0.150 M trained; 750 steps",
+    ):
+        assert words in text
+
+
+def test_summary_of_a_failed_and_of_an_unavailable_run() -> None:
+    assert "failed: ValueError: no" in shown(report.summary(make_record(accuracy=None, status="failed")))
+    record = make_record("zero-shot", accuracy=None, unavailable="no head [of its own]")
+    assert "not available: no head [of its own]" in shown(report.summary(record))
