@@ -91,6 +91,7 @@ class Prepared:
     identity: Mapping[str, Any]
     key: str
     unavailable: str | None
+    planned: tuple[str, ...]
 
     @property
     def executor(self) -> str:
@@ -195,6 +196,12 @@ def prepare(request: RunRequest) -> Prepared:
     loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request), data_dir)
     data, fm = loaded.data, loaded.fm
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
+    planned = [
+        f"{table}.{name}"
+        for table, before, after in (("split", scenario.split, split_used), ("federation", scenario.federation, federation))
+        for name in type(before).model_fields
+        if getattr(before, name) != getattr(after, name)
+    ]
     scenario = scenario.model_copy(update={"split": split_used, "federation": federation, "fm": fm_name})
     identity = {
         "schema": SCHEMA,
@@ -208,7 +215,7 @@ def prepare(request: RunRequest) -> Prepared:
     if any(getattr(method, name, 0) for name in ("lora_dropout",)):
         identity["executor"] = "reference"
     return Prepared(
-        request, method, scenario, loaded, device, precision, identity, record_key(identity), method.unavailable(fm)
+        request, method, scenario, loaded, device, precision, identity, record_key(identity), method.unavailable(fm), tuple(planned)
     )  # fmt: skip
 
 
@@ -510,7 +517,8 @@ class Run:
         """The record of this run, with the scores given."""
         p = self.p
         ledger = self.transport.ledger
-        errors = [point["restricted"]["error"] for point in self.points if point["restricted"]["error"] is not None]
+        # The headline is over all of the FM's tunables: the one set that is the same for every method.
+        errors = [e for point in self.points if (e := point["zero_filled"]["error"]) is not None]
         adapter = self.server.expected(0).get("adapter", {}) if self.federation.rounds else {}
         trainable = sum(int(np.prod(spec.shape)) for spec in adapter.values()) or None
         labels, classes = p.loaded.train.labels.numpy(), len(p.loaded.data.class_names)
@@ -530,7 +538,7 @@ class Run:
                 "precision": p.precision,
             },
             scenario=dict(p.identity["scenario"]) | {"title": p.scenario.title},
-            method=dict(p.identity["method"]),
+            method=dict(p.identity["method"]) | {"planned": list(p.planned)},
             accuracy=dict(accuracy),
             communication={
                 **{

@@ -87,7 +87,7 @@ class LoraMethod(TuningMethod):
     """Hyper-parameters of LoRA (Hu et al. 2022) on query, key, value and attention output."""
 
     lora_r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0)
+    lora_alpha: float = Field(48, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
 
     @property

@@ -1,0 +1,202 @@
+"""Families, LoRA, weights and sharing: small random checkpoints, saved in the real format and loaded as real ones are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_tiny_bert, tiny_fm, train_rows
+
+from fedbench.data import Batch
+from fedbench.errors import FedbenchError
+from fedbench.foundation import FoundationModel, load_fm
+from fedbench.models import (
+    LoraSpec,
+    ModelSpec,
+    ModuleCache,
+    Parts,
+    TensorStore,
+    build,
+    frozen_state,
+    get_tensors,
+    initial_tunables,
+    load_frozen,
+    set_tensors,
+    tunable_names,
+)
+from fedbench.packing import layer_outputs, logits
+from fedbench.rng import Streams
+
+CPU = torch.device("cpu")
+SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def save_tiny(family: str, folder: Path) -> Path:
+    """A random checkpoint of the family, with tokenizer or image settings."""
+    import transformers
+
+    if family == "bert":
+        return save_tiny_bert(folder)
+    torch.manual_seed(0)
+    if family == "vit":
+        config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1)
+        transformers.ViTForImageClassification(config).save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text('{"image_mean": [0.4], "image_std": [0.2]}')
+    else:
+        config = transformers.RobertaConfig(**SMALL, vocab_size=200, max_position_embeddings=40)
+        transformers.RobertaForSequenceClassification(config).save_pretrained(folder)
+        save_tiny_bert(folder / "t")  # any tokenizer will do
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / "t" / file).rename(folder / file)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta", "vit"])
+def fm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FoundationModel:
+    folder = save_tiny(request.param, tmp_path_factory.mktemp(request.param) / "checkpoint")
+    return load_fm(str(folder), 3, folder)
+
+
+def inputs(fm: FoundationModel) -> Batch:
+    if fm.family.modality == "image":
+        pixels = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        return Batch({"pixel_values": pixels}, torch.zeros(4, dtype=torch.long), None)
+    return train_rows(4).batch(np.arange(4))
+
+
+def tuned(fm: FoundationModel, **lora: object) -> torch.nn.Module:
+    model = fm.build(LoraSpec(2, 4, **lora), CPU)  # type: ignore[arg-type]
+    set_tensors(model, initial_tunables(model, Streams(0, "unit")))
+    return model
+
+
+def test_the_parts_bind_to_the_right_modules(fm: FoundationModel) -> None:
+    model = tuned(fm)
+    parts = Parts(model)
+    assert parts.count == 3
+    seen: dict[str, tuple[int, ...]] = {}
+    paths = [parts.ffn_activation_path(i) for i in range(3)]
+    hooks = [
+        model.get_submodule(p).register_forward_hook(lambda _m, _i, out, p=p: seen.update({p: tuple(out.shape)}))
+        for p in paths
+    ]
+    outputs, _ = layer_outputs(model, inputs(fm))
+    for hook in hooks:
+        hook.remove()
+    assert len(outputs) == 3
+    assert all(seen[p][-1] == 24 for p in paths), "the hook sees the activation of every FFN neuron"
+    assert parts.ffn_in(1).weight.shape == (24, 16)
+    assert parts.ffn_out(1).weight.shape == (16, 24)
+    assert (parts.ffn_norm_path(0) is None) == (fm.family.modality == "image")
+    # LoRA on four projections of three layers, A and B each; the head is trained, embeddings and pooler are not.
+    names = tunable_names(model)
+    assert sum(".lora_" in n for n in names) == 24
+    assert {parts.layer_of(n) for n in names if ".lora_" in n} == {0, 1, 2}
+    assert all(parts.is_head(n) for n in names if ".lora_" not in n)
+    assert not any("pooler" in n or fm.family.embeddings in n for n in names)
+
+
+def test_every_tunable_gets_a_gradient_and_nothing_else_does(fm: FoundationModel) -> None:
+    model, names = tuned(fm), None
+    names = set(tunable_names(model))
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in names)
+        if ".lora_B." in n:
+            torch.nn.init.ones_(p)
+    logits(model, inputs(fm)).square().sum().backward()
+    for n, p in model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == (n in names), n
+
+
+def test_compression_keeps_the_other_weights(fm: FoundationModel) -> None:
+    spec = fm.spec.with_ffn_widths([24, 5, 24]).with_lora(LoraSpec(2, 4))
+    model = build(ModelSpec.from_json(spec.to_json()))
+    assert Parts(model).ffn_in(1).weight.shape == (5, 16)
+    ours, theirs = frozen_state(model), fm.state
+    assert set(ours) == set(theirs)
+    different = [n for n in ours if ours[n].shape != theirs[n].shape]
+    assert len(different) == 3, "W1, b1 and W2 of the compressed layer"
+    with pytest.raises(FedbenchError, match="expected"):
+        load_frozen(model, theirs)
+
+
+def test_an_untrained_adapter_changes_nothing_and_the_weights_are_the_checkpoints(fm: FoundationModel) -> None:
+    model, plain = tuned(fm), fm.build(None, CPU)
+    head = {n: t for n, t in get_tensors(model, tunable_names(model)).items() if ".lora_" not in n}
+    set_tensors(plain, head)
+    with torch.no_grad():
+        assert torch.allclose(logits(model, inputs(fm)), logits(plain, inputs(fm)), atol=1e-6)
+    for name, tensor in frozen_state(plain).items():
+        assert torch.equal(tensor, fm.state[name])
+
+
+def test_fewer_layers(fm: FoundationModel) -> None:
+    model = build(fm.spec.with_layers([0, 2]))
+    assert Parts(model).count == 2
+
+
+def test_adapters_on_some_layers_only(fm: FoundationModel) -> None:
+    model = tuned(fm, layers=(0, 2))
+    parts = Parts(model)
+    assert {parts.layer_of(n) for n in tunable_names(model) if ".lora_" in n} == {0, 2}
+
+
+def test_initial_values_depend_on_the_name_alone() -> None:
+    short, full = tiny_fm(3).build(LoraSpec(2, 4), CPU), tiny_fm(4).build(LoraSpec(2, 4), CPU)
+    torch.rand(7)
+    a, b = (initial_tunables(m, Streams(0, "unit")) for m in (short, full))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    other = initial_tunables(short, Streams(1, "unit"))
+    assert not any(torch.equal(a[n], other[n]) for n in a if ".lora_A." in n)
+
+
+def test_building_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tuned(tiny_fm())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_equal_contents_share_one_module_and_equal_tensors_one_copy() -> None:
+    fm, cache = tiny_fm(), ModuleCache(CPU)
+    one = {n: t.clone() for n, t in fm.state.items()}
+    two = {n: t.clone() for n, t in fm.state.items()}
+    a, b = cache.intern(one), cache.intern(two)
+    assert all(a[n] is b[n] for n in a)
+    assert cache.get(fm.spec, a).module is cache.get(fm.spec, b).module
+    two["bert.pooler.dense.bias"] = two["bert.pooler.dense.bias"] + 1
+    assert cache.get(fm.spec, cache.intern(two)).key != cache.get(fm.spec, a).key
+
+
+def test_a_digest_follows_a_change_in_place() -> None:
+    store, tensor = TensorStore(), torch.zeros(3)
+    before = store.digest(tensor)
+    tensor.add_(1)
+    assert store.digest(tensor) != before == store.digest(torch.zeros(3))
+
+
+def test_the_embedded_minilm_is_the_pinned_one(tmp_path: Path) -> None:
+    fm = load_fm("minilm-l6", 3, tmp_path)
+    assert fm.spec.ffn_widths == (1536,) * 6
+    assert sum(t.numel() for t in fm.state.values()) == 22_713_216
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nonsense", "not one of minilm-l6"), ("owner/name", "three|--fm PATH"), ("./absent", "no such folder")],
+)
+def test_an_fm_that_cannot_be_had_is_one_line(tmp_path: Path, name: str, says: str) -> None:
+    with pytest.raises(FedbenchError, match=says) as caught:
+        load_fm(name, 2, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FedbenchError, match=r"cannot read .*config\.json"):
+        load_fm(str(tmp_path), 2, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(FedbenchError, match="model_type 'gpt2' is not supported; known: bert, roberta, vit"):
+        load_fm(str(tmp_path), 2, tmp_path)

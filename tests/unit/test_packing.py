@@ -1,0 +1,193 @@
+"""Packed execution against padded batches: outputs, gradients, observers, losses; and the local step's own rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_fm, train_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbench.api import AdamW, Frozen, LocalTask
+from fedbench.errors import FedbenchError
+from fedbench.evaluate import evaluate
+from fedbench.methods._distillation import hidden_loss
+from fedbench.methods.fedavg_lora import cross_entropy
+from fedbench.methods.fedpft import zeros
+from fedbench.models import LoraSpec, Parts, frozen_state, get_tensors, initial_tunables, set_tensors, tunable_names
+from fedbench.packing import Layout, layer_outputs, logits, packing
+from fedbench.rng import Streams
+from fedbench.testing import tensors_close
+from fedbench.training import execute
+
+CPU = torch.device("cpu")
+
+
+def model(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    built = tiny_fm().build(LoraSpec(2, 4), CPU)
+    set_tensors(built, initial_tunables(built, Streams(0, "unit")))
+    return built.to(dtype)
+
+
+def task(built: torch.nn.Module, **changes: object) -> LocalTask:
+    rows = train_rows(11)
+    defaults: dict[str, object] = {
+        "frozen": Frozen("k", built),
+        "tunables": get_tensors(built, tunable_names(built)),
+        "data": rows,
+        "batches": [np.arange(4), np.arange(4, 8), np.arange(8, 11)],
+        "optimiser": AdamW(lr=1e-2),
+        "loss": cross_entropy,
+        "clip_norm": 1.0,
+    }
+    return LocalTask(**(defaults | changes))  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12))
+@settings(deadline=None)
+def test_a_layout_holds_every_real_token_once(lengths: list[int]) -> None:
+    width = max(lengths)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    layout = Layout.of(mask)
+    real = layout.source[layout.real[0]].sort().values
+    assert torch.equal(real, mask.flatten().nonzero().squeeze(1))
+    assert torch.equal(layout.source[layout.first], torch.arange(len(lengths)) * width)
+    assert sum(b.rows for b in layout.buckets) == len(lengths)
+    padding = 1 - layout.real.float().mean().item()
+    assert padding <= 0.15 + 1e-6
+
+
+@given(rows=st.integers(1, 9), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_packed_equals_padded_in_outputs_gradients_and_hidden_losses(rows: int, seed: int) -> None:
+    built = model()
+    batch = train_rows(40).batch(np.random.default_rng(seed).choice(40, rows, replace=False))
+    names = tunable_names(built)
+    parameters = [dict(built.named_parameters())[n].requires_grad_(True) for n in names]
+    found = []
+    for packed in (False, True):
+        with packing(packed):
+            out = logits(built, batch)
+            grads = torch.autograd.grad(out.square().sum(), parameters)
+            hidden, mask = layer_outputs(built, batch)
+        found.append((out, grads, [hidden_loss(h, 0.9 * h + 0.01, mask) for h in hidden]))
+    (out, grads, losses), (out_p, grads_p, losses_p) = found
+    assert torch.allclose(out, out_p, rtol=1e-10, atol=1e-12)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(grads, grads_p, strict=True))
+    assert torch.allclose(torch.stack(losses), torch.stack(losses_p), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_local_training_packed_equals_reference(dtype: torch.dtype, tolerance: float) -> None:
+    built = model(dtype)
+    parts = Parts(built)
+    observers = {parts.ffn_activation_path(i): zeros("non-positive", 0.0) for i in range(3)}
+    start = get_tensors(built, tunable_names(built))
+    results = []
+    for packed in (False, True):
+        with packing(packed):
+            results.append(execute(task(built, tunables=start, observers=observers), CPU))
+    reference, packed_result = ({n: t - start[n] for n, t in r.tunables.items()} for r in results)
+    assert tensors_close(reference, packed_result, tolerance)
+    assert results[0].observed_tokens == results[1].observed_tokens
+    for path in observers:
+        assert torch.equal(results[0].observed[path], results[1].observed[path])
+
+
+def test_training_leaves_the_backbone_alone_and_is_repeatable() -> None:
+    built = model(torch.float32)
+    before = {n: t.clone() for n, t in frozen_state(built).items()}
+    start = get_tensors(built, tunable_names(built))
+    first = execute(task(built, tunables=start), CPU)
+    again = execute(task(built, tunables=start), CPU)
+    assert all(torch.equal(first.tunables[n], again.tunables[n]) for n in start)
+    assert all(torch.equal(before[n], t) for n, t in frozen_state(built).items())
+    assert not any(p.requires_grad for p in built.parameters())
+    assert first.steps == 3
+
+
+def test_one_step_is_adamw_by_hand() -> None:
+    built = model()
+    start = get_tensors(built, tunable_names(built))
+    got = execute(task(built, tunables=start, batches=[np.arange(4)], clip_norm=None), CPU)
+    set_tensors(built, start)
+    parameters = {n: dict(built.named_parameters())[n].requires_grad_(True) for n in start}
+    batch = train_rows(11).batch(np.arange(4))
+    loss = cross_entropy(logits(built, batch).float(), batch.labels).mean()
+    loss.backward()
+    for name, p in parameters.items():
+        # After one step both moment estimates are bias-corrected to g and g^2.
+        assert p.grad is not None
+        expected = start[name] - 1e-2 * p.grad / (p.grad.abs() + 1e-8)
+        assert torch.allclose(got.tunables[name], expected, rtol=1e-9, atol=1e-12), name
+        p.requires_grad_(False)
+        p.grad = None
+
+
+def test_penalty_offset_and_rank_mask_reach_the_step() -> None:
+    built = model()
+    start = get_tensors(built, tunable_names(built))
+    name = next(n for n in start if ".lora_A." in n)
+    plain = execute(task(built, tunables=start), CPU).tunables
+    mask = torch.ones_like(start[name])
+    mask[1] = 0
+    masked = execute(task(built, tunables=start, rank_mask={name: mask}), CPU).tunables[name]
+    assert not masked[1].any()
+    assert masked[0].any()
+    # A gradient far larger than any loss's fixes the direction of every AdamW step.
+    pushed = execute(task(built, tunables=start, gradient_offset={name: torch.full_like(mask, 1e6)}), CPU).tunables
+    assert (pushed[name] < start[name]).all()
+
+    def pull(now: dict[str, torch.Tensor], received: dict[str, torch.Tensor]) -> torch.Tensor:
+        return 1e6 * torch.stack([(v - received[n]).square().sum() for n, v in now.items()]).sum()
+
+    held = execute(task(built, tunables=start, penalty=pull), CPU).tunables
+    moved = [sum((t[n] - start[n]).square().sum() for n in start) for t in (held, plain)]
+    assert moved[0] < moved[1]
+
+
+def test_clipping_bounds_the_whole_gradient() -> None:
+    built = model()
+    start = get_tensors(built, tunable_names(built))
+    offset = {n: torch.full_like(t, 3.0) for n, t in start.items()}
+    seen: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def spy(self: torch.optim.AdamW, *args: object) -> None:
+        grads = [p.grad for g in self.param_groups for p in g["params"]]
+        seen.append(float(torch.stack([g.square().sum() for g in grads]).sum().sqrt()))
+        original(self)
+
+    torch.optim.AdamW.step = spy  # type: ignore[method-assign,assignment]
+    try:
+        execute(task(built, tunables=start, gradient_offset=offset, clip_norm=0.5), CPU)
+    finally:
+        torch.optim.AdamW.step = original  # type: ignore[method-assign]
+    assert seen == pytest.approx([0.5] * 3, rel=1e-4)
+
+
+def test_a_diverged_client_is_an_error_not_an_average() -> None:
+    built = model(torch.float32)
+    bad = {n: torch.full_like(t, float("nan")) for n, t in get_tensors(built, tunable_names(built)).items()}
+    with pytest.raises(FedbenchError, match="the loss of step 0 is nan; lower lr"):
+        execute(task(built, tunables=bad), CPU)
+
+
+def test_unknown_or_misshapen_tunables_are_named() -> None:
+    built = model(torch.float32)
+    with pytest.raises(FedbenchError, match="'nothing' is no parameter"):
+        execute(task(built, tunables={"nothing": torch.zeros(1)}), CPU)
+    with pytest.raises(FedbenchError, match="classifier.bias"):
+        execute(task(built, tunables={"classifier.bias": torch.zeros(9)}), CPU)
+
+
+def test_evaluation_by_hand() -> None:
+    built, rows = model(torch.float32), train_rows(10)
+    found = evaluate(built, rows, 4, CPU)
+    answers = []
+    for i in range(10):
+        with torch.no_grad():
+            answers.append(int(built(**rows.batch([i]).inputs).logits.argmax()))
+    assert found.predicted.tolist() == answers
+    assert found.accuracy == pytest.approx(np.mean(np.array(answers) == rows.labels.numpy()))
