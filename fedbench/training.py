@@ -41,7 +41,6 @@ def tunable(module: nn.Module, values: dict[str, Tensor] | Any) -> Iterator[dict
     Raises FedbenchError for a name that is no parameter or a shape that does not fit.
     """
     parameters = dict(module.named_parameters())
-    chosen: dict[str, nn.Parameter] = {}
     for name, value in values.items():
         if name not in parameters:
             raise FedbenchError(
@@ -51,7 +50,7 @@ def tunable(module: nn.Module, values: dict[str, Tensor] | Any) -> Iterator[dict
             raise FedbenchError(
                 f"tunable {name!r} is {list(value.shape)}, the model's is {list(parameters[name].shape)}"
             )
-        chosen[name] = parameters[name]
+    chosen = {name: p for name, p in parameters.items() if name in values}  # in the model's order, whoever sent them
     before = {name: p.requires_grad for name, p in parameters.items()}
     try:
         with torch.no_grad():

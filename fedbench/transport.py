@@ -76,7 +76,9 @@ def deserialise(payload: bytes) -> Message:
         raise MessageError(f"message kind {kind!r} is unknown")
     if not isinstance(meta, dict) or not all(isinstance(v, (int, float, str, bool)) for v in meta.values()):
         raise MessageError(f"{kind}: meta is not a mapping of plain values")
-    return Message(kind=kind, tensors=MappingProxyType(tensors), meta=MappingProxyType(meta))
+    # The library gives tensors in an order that varies; sums over them, a gradient's norm say, would vary with it.
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    return Message(kind=kind, tensors=MappingProxyType(ordered), meta=MappingProxyType(meta))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,192 @@
+"""The contract suite on every built-in method, with a small random BERT; and runs killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import save_tiny_bert
+
+from fedbench.api import LocalResult, Message
+from fedbench.engine import Prepared, Run, RunRequest, Silent, prepare, run
+from fedbench.methods.fedavg_lora import AdapterClient
+from fedbench.records import comparable, load, record_path
+from fedbench.registry import Registry
+from fedbench.testing import check_method
+
+METHODS = sorted(Registry(()).methods)
+SETTINGS = {"fedpft": {"t": "1", "r": "6"}, "fedot": {"emulator": "1"}}
+
+
+@pytest.fixture(scope="module")
+def fm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_bert(tmp_path_factory.mktemp("fm") / "bert"))
+
+
+def request(fm: str, results: Path, method: str = "fedpft", **changes: object) -> RunRequest:
+    asked = RunRequest(
+        method=method,
+        scenario="tweets-noniid",
+        fm=fm,
+        profile="smoke",
+        settings=SETTINGS.get(method, {}),
+        device="cpu",
+        results=results,
+    )
+    return replace(asked, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_the_contract(method: str, fm: str) -> None:
+    results = check_method(method, fm=fm, settings=SETTINGS.get(method))
+    assert all(r.ok for r in results), [f"{r.name}: {r.detail}" for r in results if not r.ok]
+    if method != "zero-shot":
+        assert results[-1].name == "server and clients in separate processes"
+
+
+def prepared(fm: str, tmp_path: Path, method: str = "fedpft", **settings: str) -> Prepared:
+    return prepare(request(fm, tmp_path, method, settings={**SETTINGS.get(method, {}), **settings}))
+
+
+def test_a_record_has_all_its_blocks(fm: str, tmp_path: Path) -> None:
+    record = run(prepared(fm, tmp_path))
+    assert record.status == "complete"
+    up, down = record.communication["up"]["by_kind"], record.communication["down"]["by_kind"]
+    assert set(up) == {"adapter", "statistics"}
+    assert set(down) == {"sub_fm", "adapter", "alignment"}
+    assert {p["phase"] for p in record.gradient_error["points"]} == {
+        "start",
+        "before_alignment",
+        "after_alignment",
+        "round",
+    }
+    assert record.communication["up"]["bytes"] == sum(r["bytes_up"] for r in record.rounds)
+    assert 0 < record.exposure["verbatim"]["all"] < 1
+    assert record.accuracy["gap"] == pytest.approx(
+        record.accuracy["plug_in"]["accuracy"] - record.accuracy["proxy"]["accuracy"]
+    )
+    [entry] = record.distillation
+    assert entry["hidden"] > 0
+
+
+def test_setup_is_charged_once_to_each_client_when_first_sampled(fm: str, tmp_path: Path) -> None:
+    this = Run(prepared(fm, tmp_path, "fedavg-lora"), Silent())
+    this.loop(None)
+    first = {}
+    for r in this.rounds:
+        for cid in r["cohort"]:
+            first.setdefault(cid, r["round"])
+    charged = {e.client: e.round for e in this.transport.ledger.entries if e.kind == "fm"}
+    assert charged == first
+    assert sum(e.kind == "fm" for e in this.transport.ledger.entries) == len(first)
+
+
+def test_every_method_faces_the_same_partition_and_cohorts(fm: str, tmp_path: Path) -> None:
+    runs = [Run(prepared(fm, tmp_path, m), Silent()) for m in ("fedpft", "fedot", "fedavg-lora", "head-only")]
+    assert len({r.partition.hash() for r in runs}) == 1
+    assert len({json.dumps([r.cohort(i) for i in range(3)]) for r in runs}) == 1
+
+
+def test_clients_that_drop_out_are_charged_for_what_they_were_sent(fm: str, tmp_path: Path) -> None:
+    this = Run(prepared(fm, tmp_path, **{"federation.dropout": "0.6", "federation.fraction": "1.0"}), Silent())
+    this.loop(None)
+    sampled = sum(len(r["cohort"]) for r in this.rounds)
+    arrived = sum(len(r["arrived"]) for r in this.rounds)
+    assert 0 < arrived < sampled
+    sent = [e for e in this.transport.ledger.entries if (e.direction, e.kind) == ("down", "adapter")]
+    got = [e for e in this.transport.ledger.entries if (e.direction, e.kind) == ("up", "adapter")]
+    assert (len(sent), len(got)) == (sampled, arrived)
+
+
+def test_a_bad_upload_is_refused_and_the_round_goes_on(
+    fm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = AdapterClient.upload
+
+    def upload(self: AdapterClient, round: int, result: LocalResult) -> list[Message]:
+        [message] = honest(self, round, result)
+        if self.ctx.client != 1:
+            return [message]
+        return [replace(message, tensors={n: t * float("nan") for n, t in message.tensors.items()})]
+
+    monkeypatch.setattr(AdapterClient, "upload", upload)
+    record = run(prepared(fm, tmp_path, "fedavg-lora", **{"federation.fraction": "1.0"}))
+    for entry in record.rounds:
+        assert entry["arrived"] == [0, 2, 3]
+        assert [r["client"] for r in entry["refused"]] == [1]
+    assert "not finite" in record.communication["refused"][0][2]
+
+
+def test_best_selects_on_the_proxys_validation_score_and_never_on_test(fm: str, tmp_path: Path) -> None:
+    settings = {"evaluation.selection": "best", "evaluation.every": "1", "lr": "0.05"}
+    record = run(prepared(fm, tmp_path, **settings))
+    scores = [r["proxy_validation"] for r in record.rounds]
+    assert record.accuracy["selection"] == {"rule": "best", "round": scores.index(max(scores))}
+
+
+def test_packed_and_reference_executor_agree_and_share_a_key(fm: str, tmp_path: Path) -> None:
+    packed, reference = (prepare(request(fm, tmp_path / e, executor=e)) for e in ("packed", "reference"))
+    assert packed.key == reference.key
+    a, b = run(packed), run(reference)
+    assert a.provenance["executor"] != b.provenance["executor"]
+    for x, y in zip(a.rounds, b.rounds, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+    assert a.partition == b.partition
+
+
+KILL = """
+import os, sys, signal
+from fedbench import engine
+from pathlib import Path
+after = int(sys.argv[1])
+original = engine.Run.round
+def dying(self, round):
+    if round == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, round)
+engine.Run.round = dying
+request = engine.RunRequest(method="fedpft", scenario="tweets-noniid", fm=sys.argv[2], profile="smoke",
+    settings={"t": "1", "r": "6", "rounds": "4"}, device="cpu", results=Path(sys.argv[3]))
+engine.run(engine.prepare(request))
+"""
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_run_killed_with_sigkill_resumes_to_the_identical_record(fm: str, tmp_path: Path, after: int) -> None:
+    settings = {"t": "1", "r": "6", "rounds": "4"}
+    whole = run(prepare(request(fm, tmp_path / "whole", settings=settings)))
+    died = subprocess.run([sys.executable, "-c", KILL, str(after), fm, str(tmp_path / "killed")], capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
+    again = prepare(request(fm, tmp_path / "killed", settings=settings))
+    assert not record_path(tmp_path / "killed" / "records", "tweets-noniid", "fedpft", 0, again.key).exists()
+    resumed = run(again)
+    assert comparable(resumed) == comparable(whole)
+    assert not list((tmp_path / "killed" / "checkpoints").iterdir())
+    path = record_path(tmp_path / "killed" / "records", "tweets-noniid", "fedpft", 0, again.key)
+    assert comparable(load(path)) == comparable(whole)
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_identical_record(fm: str, tmp_path: Path) -> None:
+    """Not between rounds but wherever it happens to be, through the command line."""
+    command = [sys.executable, "-m", "fedbench.cli", "run", "--method", "fedpft", "--scenario", "tweets-noniid"]
+    command += ["--fm", fm, "--profile", "smoke", "--set", "t=1", "--set", "r=6", "--rounds", "40", "--device", "cpu"]
+    command += ["--results", str(tmp_path / "killed")]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    limit = time.monotonic() + 60
+    while not list((tmp_path / "killed").glob("checkpoints/*/checkpoint.safetensors")):
+        assert time.monotonic() < limit, "no checkpoint was ever written"
+        assert running.poll() is None, "the run ended before it wrote a checkpoint"
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    settings = {"t": "1", "r": "6", "rounds": "40"}
+    resumed = run(prepare(request(fm, tmp_path / "killed", settings=settings)))
+    whole = run(prepare(request(fm, tmp_path / "whole", settings=settings)))
+    assert comparable(resumed) == comparable(whole)
