@@ -1,0 +1,78 @@
+"""Whole small runs against stored results: bytes, cohorts and partition exactly, losses and errors to a tolerance.
+
+After a change that is meant to alter results, raise the method's version and store them anew:
+`python tests/golden/test_golden.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import save_tiny_bert
+
+from fedbench.engine import RunRequest, prepare, run
+
+STORED = Path(__file__).with_name("golden.json")
+METHODS = {
+    "fedpft": {"t": "1", "r": "6", "distil_steps": "4"},
+    "fedot": {"emulator": "1", "distil_steps": "4"},
+    "fedavg-lora": {},
+    "head-only": {},
+    "centralised-lora": {},
+}
+
+
+def summary(method: str, folder: Path) -> dict[str, Any]:
+    """What is compared, of a run on a random BERT in the smoke profile."""
+    fm = save_tiny_bert(folder / "bert")
+    asked = RunRequest(
+        method=method,
+        scenario="tweets-noniid",
+        fm=str(fm),
+        profile="smoke",
+        settings=METHODS[method],
+        device="cpu",
+        results=folder / "runs",
+        cache=folder / "cache",
+    )
+    record = run(prepare(asked))
+    error = record.gradient_error
+    return {
+        "exact": {
+            "version": record.identity["method_version"],
+            "partition": record.partition["hash"],
+            "cohorts": [r["cohort"] for r in record.rounds],
+            "up": record.communication["up"],
+            "down": record.communication["down"],
+            "trainable": record.compute["trainable_parameters"],
+            "resident": record.compute["resident_parameters"],
+        },
+        "close": {
+            "losses": [r["loss"] for r in record.rounds],
+            "test_loss": record.accuracy["plug_in"]["loss"],
+            "gradient_error": [p["zero_filled"]["error"] for p in error["points"]] if error else [],
+            "residuals": [r["hidden"] for r in record.distillation],
+            "exposure": record.exposure["verbatim"]["all"],
+        },
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_gives_what_it_gave_before(method: str, tmp_path: Path) -> None:
+    stored, found = json.loads(STORED.read_text())[method], summary(method, tmp_path)
+    assert found["exact"] == stored["exact"]
+    for name, value in stored["close"].items():
+        assert found["close"][name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        stored = {method: summary(method, Path(scratch) / method) for method in METHODS}
+    STORED.write_text(json.dumps(stored, indent=1) + "\n")
