@@ -79,6 +79,12 @@ class Kind(StrEnum):
     fms = "fms"
 
 
+class Executor(StrEnum):
+    auto = "auto"
+    packed = "packed"
+    reference = "reference"
+
+
 class Format(StrEnum):
     """How a table is rendered."""
 
@@ -130,6 +136,9 @@ def run_command(
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where the record goes.")] = Path("runs"),
     cache: CacheDir = None,
     plugin: Plugins = None,
+    executor: Annotated[
+        Executor, typer.Option(help="How local training is executed: packed, without padding, or the padded reference.")
+    ] = Executor.auto,
 ) -> None:
     """Run one method on one scenario with one seed.
 
@@ -150,6 +159,7 @@ def run_command(
         request = _request(
             method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
             device=device, data_dir=data_dir, results=results, cache=cache, plugins=plugin,
+            executor=executor.value,
         )  # fmt: skip
         prepared = engine.prepare(request)
     for note in prepared.notes:
@@ -198,7 +208,7 @@ def list_command(
         from fedbench.fms import FMS
 
         console.print(_listing("foundation models", [(name, text, "", False) for name, text in FMS.items()]))
-        console.print("--fm also takes the hub id or the folder of any BERT, RoBERTa, DistilBERT or ViT checkpoint.")
+        console.print("--fm also takes the hub id or the folder of any BERT, RoBERTa or ViT checkpoint.")
 
 
 @app.command("show")

@@ -381,11 +381,29 @@ def _from_folder(name: str, kind: TextSet, root: Path) -> tuple[dict[str, Part],
     return None
 
 
+def hub_answers(timeout: float = 3.0) -> bool:
+    """Whether the model hub can be reached; never tried where HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # whatever the client raises, the answer is no
+        return False
+    return True
+
+
 def _from_hub(name: str, kind: TextSet, revision: str | None) -> tuple[dict[str, Part], list[str]]:
     repository, configuration, column, test = kind.hub
     try:
+        import datasets
         from datasets import load_dataset
+        from huggingface_hub import constants
 
+        if not hub_answers():
+            # Straight to the cache, without minutes of retries and a warning for each.
+            datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
         loaded = load_dataset(repository, configuration, revision=revision)
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
         folders = " or ".join(kind.folders[:2])

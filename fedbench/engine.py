@@ -80,7 +80,11 @@ class Silent:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run ready to start: everything loaded, and its key known."""
+    """A run ready to start: everything loaded, and its key known.
+
+    executor: how local training is executed, "packed" unless "reference" was asked for. unavailable: why the method
+    cannot run here, if so. planned: dotted settings the method itself changed (`Method.plan`).
+    """
 
     request: RunRequest
     method: Method
@@ -90,13 +94,9 @@ class Prepared:
     precision: str
     identity: Mapping[str, Any]
     key: str
+    executor: str
     unavailable: str | None
     planned: tuple[str, ...]
-
-    @property
-    def executor(self) -> str:
-        """How local training is executed: "packed" unless "reference" was asked for."""
-        return "reference" if self.request.executor == "reference" else "packed"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -198,7 +198,10 @@ def prepare(request: RunRequest) -> Prepared:
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
     planned = [
         f"{table}.{name}"
-        for table, before, after in (("split", scenario.split, split_used), ("federation", scenario.federation, federation))
+        for table, before, after in (
+            ("split", scenario.split, split_used),
+            ("federation", scenario.federation, federation),
+        )
         for name in type(before).model_fields
         if getattr(before, name) != getattr(after, name)
     ]
@@ -212,11 +215,23 @@ def prepare(request: RunRequest) -> Prepared:
         "method": {"name": method.name, "version": method.version, "settings": method.model_dump(mode="json")},
         "seed": request.seed,
     }
-    if any(getattr(method, name, 0) for name in ("lora_dropout",)):
-        identity["executor"] = "reference"
+    executor = "reference" if request.executor == "reference" else "packed"
+    if getattr(method, "lora_dropout", 0.0) > 0:
+        # Executors draw dropout in different orders, so with dropout their results differ.
+        identity["executor"] = executor
     return Prepared(
-        request, method, scenario, loaded, device, precision, identity, record_key(identity), method.unavailable(fm), tuple(planned)
-    )  # fmt: skip
+        request=request,
+        method=method,
+        scenario=scenario,
+        loaded=loaded,
+        device=device,
+        precision=precision,
+        identity=identity,
+        key=record_key(identity),
+        executor=executor,
+        unavailable=method.unavailable(fm),
+        planned=tuple(planned),
+    )
 
 
 def parse_values(settings: Mapping[str, str]) -> dict[str, Any]:
@@ -241,7 +256,8 @@ def make_method(kind: type[Method], settings: Mapping[str, Any], request: RunReq
         name = ".".join(map(str, first["loc"]))
         known = ", ".join(kind.model_fields)
         raise FedbenchError(
-            f"{request.scenario}: hyper-parameter {name!r} of {request.method}: {first['msg'].lower()}; it takes {known}"
+            f"{request.scenario}: hyper-parameter {name!r} of {request.method}: {first['msg'].lower()}; "
+            f"it takes {known}"
         ) from None
 
 
@@ -500,7 +516,7 @@ class Run:
                 model.load_state_dict(p.loaded.fm.trained_head, strict=False)
                 untouched = self._evaluate(model, p.loaded.test)
         counts = self.partition.label_counts(labels, classes)
-        final = next((r for r in reversed(self.rounds) if r["round"] == selected), {})
+        final: Mapping[str, Any] = next((r for r in reversed(self.rounds) if r["round"] == selected), {})
         accuracy = {
             "selection": {"rule": self.evaluation.selection, "round": selected},
             "plug_in": plug_in.block(rows=True),
@@ -541,10 +557,7 @@ class Run:
             method=dict(p.identity["method"]) | {"planned": list(p.planned)},
             accuracy=dict(accuracy),
             communication={
-                **{
-                    way: {"bytes": ledger.total(way), "by_kind": ledger.by_kind(way)}  # type: ignore[arg-type]
-                    for way in ("up", "down")
-                },
+                **{way: {"bytes": ledger.total(way), "by_kind": ledger.by_kind(way)} for way in ("up", "down")},
                 "setup_bytes": ledger.total("down", SETUP_KINDS),
                 "refused": [list(r) for r in self.transport.refused],
                 "per_round": [{"round": r["round"], "up": r["bytes_up"], "down": r["bytes_down"]} for r in self.rounds],

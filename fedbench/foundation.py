@@ -83,7 +83,8 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
     repository, revision = HUB.get(name, (name, "main"))
     if name not in HUB and ("/" not in name or name.startswith((".", "/", "~"))):
         raise FedbenchError(
-            f"FM {name!r}: no such folder, and not one of {', '.join(FMS)}; give a checkpoint folder or a hub id owner/name"
+            f"FM {name!r}: no such folder, and not one of {', '.join(FMS)}; "
+            "give a checkpoint folder or a hub id owner/name"
         )
     folder, resolved = _from_hub(name, repository, revision)
     return _checkpoint(name, folder, num_labels, {"source": repository, "revision": resolved})

@@ -102,10 +102,10 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each row: query, key, value [1, heads, N, d] -> [1, N, heads, d]."""
-    _, heads, total, width = query.shape
+    heads, width = query.shape[1], query.shape[3]
     out = []
     for b in _layout.get().buckets:
         end = b.start + b.rows * b.length
@@ -151,7 +151,7 @@ def feeding(model: nn.Module, batch: Batch, gather: bool = True) -> Iterator[tup
     """The inputs to call `model` with inside the block, and the mask [B, T] or [1, N] of their real tokens.
 
     Packed where that is enabled and the family allows it, else as they are. With `gather`, what follows the last layer
-    sees the first tokens [B, 1, d] in the batch's order, as a pooler or head expects; without, hidden states stay packed.
+    sees the first tokens [B, 1, d] in the batch's order, as a pooler or head expects; without, states stay packed.
     """
     family = family_of(model)
     if not _enabled.get() or batch.mask is None or family.position_offset is None:

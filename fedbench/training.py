@@ -1,7 +1,7 @@
 """Executes LocalTasks: the local training of a round's clients.
 
-One client after another, with a stock optimiser, through whatever form `fedbench.packing` gives a batch: padded, which is
-the reference and says what local training *is*, or packed, which is held against it.
+One client after another, with a stock optimiser, through whatever form `fedbench.packing` gives a batch: padded, which
+is the reference and says what local training *is*, or packed, which is held against it.
 """
 
 from __future__ import annotations

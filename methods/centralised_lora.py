@@ -1,4 +1,4 @@
-"""Centralised LoRA: `fedavg-lora` on a partition of one client, with as many optimiser steps as the federation takes."""
+"""Centralised LoRA: `fedavg-lora` with one client who holds all rows, and the optimiser steps of the federation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families, LoRA, weights and sharing: small random checkpoints, saved in the real format and loaded as real ones are."""
+"""Families, LoRA, weights and sharing, on small random checkpoints that are saved and loaded as real ones are."""
 
 from __future__ import annotations
 

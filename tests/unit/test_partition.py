@@ -31,9 +31,8 @@ def test_every_row_once_same_seed_same_split_minimum_or_error(
     split = SplitSettings(kind=kind, clients=clients, alpha=alpha, min_size=min_size)  # type: ignore[arg-type]
     try:
         first = partition(labels, split, np.random.default_rng(seed))
-    except FedbenchError as error:
-        assert "min_size" in str(error)
-        return
+    except FedbenchError:
+        return  # refused after bounded tries; what the message says is tested below
     assert len(first.clients) == clients
     assert np.array_equal(np.sort(np.concatenate(first.clients)), np.arange(rows))
     assert min(first.sizes()) >= min_size
