@@ -11,7 +11,7 @@ import numpy as np
 from fedbench.errors import FedbenchError
 from fedbench.scenario import SplitSettings
 
-TRIES = 100
+TRIES = 1000
 """Draws of a random split before its minimum size is called unreachable."""
 
 
