@@ -191,6 +191,9 @@ class Server(ABC):
         """Kind -> tensors an upload of that kind must hold in this round; kinds left out are refused."""
         return {}
 
+    def accept(self, round: int, messages: Sequence[Message]) -> None:  # noqa: B027 - most need no more than `expected`
+        """Raise MessageError to refuse an upload that `expected` lets through: plain values missing or impossible."""
+
     def residuals(self) -> Sequence[Mapping[str, Any]]:
         """Distillation residuals of the proxy, one entry a layer; empty where nothing is distilled."""
         return ()

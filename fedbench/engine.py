@@ -342,7 +342,7 @@ class Run:
             self.steps += result.steps
             results.append(result)
             with self.time("upload"):
-                accepted = self.transport.upload(round, cid, client.upload(round, result), expected)
+                accepted = self.transport.upload(round, cid, client.upload(round, result), expected, server.accept)
             if accepted is not None:
                 uploads[cid] = accepted
             self.progress.advance(1, round=round + 1, loss=result.loss)

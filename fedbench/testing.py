@@ -276,7 +276,7 @@ def _server_process(
         accepted: dict[ClientId, Sequence[Message]] = {}
         transport, expected = Transport(), server.expected(round)
         for client, payloads in uploads.items():
-            messages = transport.upload(round, client, [deserialise(p) for p in payloads], expected)
+            messages = transport.upload(round, client, [deserialise(p) for p in payloads], expected, server.accept)
             if messages is not None:
                 accepted[client] = messages
         server.aggregate(round, accepted)

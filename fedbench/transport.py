@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -153,9 +153,6 @@ def check(
     for name, tensor in message.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise MessageError(f"{message.kind}: tensor {name!r} holds values that are not finite")
-    examples = message.meta.get("num_examples", 1)
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise MessageError(f"{message.kind}: num_examples is {examples!r}, expected a whole number of at least 1")
 
 
 @dataclass(slots=True)
@@ -205,10 +202,12 @@ class Transport:
         client: ClientId,
         messages: Sequence[Message],
         expected: Mapping[str, Mapping[str, TensorSpec]],
+        accept: Callable[[int, Sequence[Message]], None] | None = None,
     ) -> list[Message] | None:
         """Carry one client's upload to the server, or refuse the whole of it and say why in `refused`.
 
-        What crossed is charged either way: the bytes were sent.
+        `accept` is the server's own check, which raises MessageError to refuse. What crossed is charged either way:
+        the bytes were sent.
         """
         try:
             arrived = []
@@ -222,6 +221,8 @@ class Transport:
                 raise MessageError(f"{missing[0]}: missing from the upload")
             if len({m.kind for m in arrived}) < len(arrived):
                 raise MessageError("two messages of one kind in one upload")
+            if accept is not None:
+                accept(round, arrived)
         except MessageError as error:
             self.refused.append((round, client, re.sub(r"\s+", " ", str(error))))
             return None

@@ -29,6 +29,7 @@ from fedbench.api import (
 )
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples
+from fedbench.errors import MessageError
 from fedbench.foundation import FoundationModel
 from fedbench.models import (
     LoraSpec,
@@ -53,6 +54,14 @@ def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
         ).to(tensor.dtype)
         for name, tensor in values[0].items()
     }
+
+
+def count(message: Message, name: str) -> int:
+    """A whole number of at least 1 in a message's meta. Raises MessageError for anything else."""
+    value = message.meta.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MessageError(f"{message.kind}: {name} is {value!r}, expected a whole number of at least 1")
+    return value
 
 
 class TuningMethod(Method):
@@ -151,9 +160,14 @@ class AdapterServer(Server):
     def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
         return {"adapter": {name: TensorSpec.of(tensor) for name, tensor in self.values.items()}}
 
+    def accept(self, round: int, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if message.kind == "adapter":
+                count(message, "num_examples")
+
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
         adapters = [m for messages in uploads.values() for m in messages if m.kind == "adapter"]
-        weights = [float(m.meta["num_examples"]) for m in adapters]
+        weights = [float(count(m, "num_examples")) for m in adapters]
         self.values = weighted_mean([m.tensors for m in adapters], weights)
 
     def plug_in(self) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Server, Source, State, Statistic, TensorSpec
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples
-from fedbench.errors import FedbenchError
+from fedbench.errors import FedbenchError, MessageError
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import (
     Schedule,
@@ -29,7 +29,7 @@ from fedbench.methods._distillation import (
     residuals,
     weight_loss,
 )
-from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod
+from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod, count
 from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors
 
 ZeroRule = Literal["non-positive", "exact-zero", "abs-below-eps"]
@@ -217,11 +217,19 @@ class FedPFTServer(AdapterServer):
             }
         return expected
 
+    def accept(self, round: int, messages: Sequence[Message]) -> None:
+        super().accept(round, messages)
+        for message in messages:
+            if message.kind == "statistics":
+                tokens = count(message, "tokens")
+                if any(bool((zeros < 0).any() or (zeros > tokens).any()) for zeros in message.tensors.values()):
+                    raise MessageError(f"statistics: a neuron was zero less than 0 or more than {tokens} times")
+
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
         super().aggregate(round, uploads)
         if self.aligns(round):
             counts = [m for messages in uploads.values() for m in messages if m.kind == "statistics"]
-            tokens = sum(int(m.meta["tokens"]) for m in counts)
+            tokens = sum(count(m, "tokens") for m in counts)
             self.apoz = {
                 i: torch.stack([m.tensors[f"zeros.{i}"] for m in counts]).sum(0).double() / tokens
                 for i in self.compressed
@@ -323,8 +331,8 @@ class FedPFTClient(AdapterClient):
         layers = next(str(m.meta["count_zeros"]) for m in inbox if m.kind == "adapter")
         parts = Parts(task.frozen.module)
         self.paths = {parts.ffn_activation_path(int(i)): i for i in layers.split(",") if i}
-        count = zeros(self.method.zero_rule, self.method.zero_eps)
-        task.observers = dict.fromkeys(self.paths, count)
+        statistic = zeros(self.method.zero_rule, self.method.zero_eps)
+        task.observers = dict.fromkeys(self.paths, statistic)
         return task
 
     def upload(self, round: int, result: LocalResult) -> Sequence[Message]:

@@ -11,7 +11,7 @@ from helpers import context, public_rows, tiny_fm, train_rows
 
 from fedbench.api import AdamW, LocalTask, Message
 from fedbench.context import ClientContext
-from fedbench.errors import FedbenchError
+from fedbench.errors import FedbenchError, MessageError
 from fedbench.gradient import gradient_error, gradients
 from fedbench.methods import _distillation as d
 from fedbench.methods.fedavg_lora import FedAvgLora, cross_entropy, weighted_mean
@@ -49,6 +49,21 @@ def test_fedavg_weights_go_with_their_own_clients_upload(tmp_path: Path) -> None
     server.aggregate(0, uploads)
     tuned = get_tensors(server.plug_in(), list(names))
     assert all(torch.equal(t, torch.full_like(t, (9 * 1 + 2 * 3) / 4)) for t in tuned.values())
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, True, 1.5, "9"])
+def test_an_impossible_sample_count_is_refused(tmp_path: Path, value: object) -> None:
+    server = FedAvgLora().server(tiny_fm(), None, context(tmp_path))
+    meta = {} if value is None else {"num_examples": value}
+    with pytest.raises(MessageError, match="num_examples"):
+        server.accept(0, [Message("adapter", {}, meta)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("counts", "tokens"), [([0, 5, 11], 10), ([-1, 0, 0], 10), ([0, 0, 0], 0)])
+def test_impossible_zero_counts_are_refused(tmp_path: Path, counts: list[int], tokens: int) -> None:
+    message = Message("statistics", {"zeros.1": torch.tensor(counts)}, {"tokens": tokens})
+    with pytest.raises(MessageError, match="statistics"):
+        fedpft(tmp_path).accept(0, [message])
 
 
 def test_saliency_and_kept_neurons_of_a_hand_computed_ffn() -> None:

@@ -91,8 +91,6 @@ EXPECTED = {"adapter": {"a": TensorSpec((2, 3), torch.float32)}}
         ([Message("adapter", {"a": torch.zeros(2, 3).double()})], "float64"),
         ([Message("adapter", {"a": torch.full((2, 3), float("nan"))})], "not finite"),
         ([Message("adapter", {"a": torch.full((2, 3), float("inf"))})], "not finite"),
-        ([Message("adapter", GOOD, {"num_examples": 0})], "num_examples"),
-        ([Message("adapter", GOOD, {"num_examples": True})], "num_examples"),
         ([Message("adapter", GOOD, {"x": [1]})], "meta 'x' is a list"),  # type: ignore[dict-item]
         ([Message("nonsense", GOOD)], "unknown"),  # type: ignore[arg-type]
         ([Message("adapter", GOOD), Message("adapter", GOOD)], "two messages"),
@@ -113,6 +111,15 @@ def test_an_upload_over_the_limit_is_refused_and_still_charged() -> None:
     assert transport.upload(0, 0, [Message("adapter", GOOD)], EXPECTED) is None
     assert "over the limit" in transport.refused[0][2]
     assert transport.ledger.total("up") > 100
+
+
+def test_the_server_may_refuse_what_looks_right() -> None:
+    def accept(round: int, messages: object) -> None:
+        raise MessageError("not today")
+
+    transport = Transport()
+    assert transport.upload(0, 5, [Message("adapter", GOOD)], EXPECTED, accept) is None
+    assert transport.refused == [(0, 5, "not today")]
 
 
 def test_changing_a_received_tensor_in_place_is_an_error() -> None:
