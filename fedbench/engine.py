@@ -33,14 +33,12 @@ from fedbench.gradient import gradient_error, gradients
 from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.packing import packing
 from fedbench.partition import Partition, partition
-from fedbench.records import Record, record_key, save
+from fedbench.records import SCHEMA, Record, record_key, save
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario import DatasetSettings, PublicSettings, Scenario, load_scenario
 from fedbench.training import execute
 from fedbench.transport import SETUP_KINDS, Ledger, Transport
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -329,7 +327,7 @@ class Run:
         with self.time("broadcast"):
             outbox = server.broadcast(round, cohort)
             delivered = list(self.transport.download(round, outbox))
-        self._observe_setup(outbox)
+        self._observe(outbox)
         expected = server.expected(round)
         for cid, inbox in delivered:
             client = self.client(cid)
@@ -352,11 +350,10 @@ class Run:
             with self.time("aggregate"):
                 server.aggregate(round, uploads)
             if aligned := server.aligns(round):
-                self._gradient_error(round, "before_alignment")
+                reference = self._gradient_error(round, "before_alignment")
                 with self.time("align"):
                     server.align(round)
-                self._gradient_error(round, "after_alignment")
-                self._observe_proxy()
+                self._gradient_error(round, "after_alignment", reference)
         self.transport.close_round()
         entry: dict[str, Any] = {
             "round": round,
@@ -389,32 +386,34 @@ class Run:
         self.progress.advance(0, accuracy=plug_in)
         return {"plug_in_validation": plug_in, "proxy_validation": None if proxy is None else seen}
 
-    def _observe_setup(self, outbox: Mapping[ClientId, Sequence[Message]]) -> None:
-        seen: set[int] = set()
-        for messages in outbox.values():
-            for message in messages:
-                if message.kind in SETUP_KINDS and id(message) not in seen:
-                    seen.add(id(message))
-                    self.exposure.observe(message.tensors, self.server.fm_sources())
-
-    def _observe_proxy(self) -> None:
-        proxy = self.server.proxy()
-        if proxy is not None:
+    def _observe(self, outbox: Mapping[ClientId, Sequence[Message]]) -> None:
+        """Count what a broadcast exposes of the FM: each set-up message, and the proxy as an alignment left it."""
+        messages = {id(m): m for inbox in outbox.values() for m in inbox}.values()
+        for message in messages:
+            if message.kind in SETUP_KINDS:
+                self.exposure.observe(message.tensors, self.server.fm_sources())
+        if any(m.kind == "alignment" for m in messages) and (proxy := self.server.proxy()) is not None:
             self.exposure.observe(frozen_state(proxy), self.server.fm_sources())
 
-    def _gradient_error(self, round: int, phase: str) -> None:
-        """Append one point of gradient error along the method's own trajectory; nothing where there is no proxy."""
+    def _gradient_error(
+        self, round: int, phase: str, reference: Mapping[str, Tensor] | None = None
+    ) -> Mapping[str, Tensor] | None:
+        """Append one point of gradient error along the method's own trajectory; nothing where there is no proxy.
+
+        Returns the FM's gradient, which is the `reference` of another point at the same tunable values.
+        """
         proxy = self.server.proxy()
         if proxy is None or len(self.probe) == 0:
-            return
+            return None
         with self.time("gradient"):
-            fm = self.server.plug_in()
-            names = self.server.fm_names()
+            fm, names = self.server.plug_in(), self.server.fm_names()
+            if reference is None:
+                reference = gradients(fm, tunable_names(fm), self.probe, self.p.device)
             mine = gradients(proxy, list(names), self.probe, self.p.device)
-            theirs = gradients(fm, tunable_names(fm), self.probe, self.p.device)
             parts = Parts(fm)
-            block = gradient_error({names[n]: g for n, g in mine.items()}, theirs, parts.layer_of, parts.is_head)
+            block = gradient_error({names[n]: g for n, g in mine.items()}, reference, parts.layer_of, parts.is_head)
         self.points.append({"round": round, "phase": phase, **block})
+        return reference
 
     def loop(self, checkpoints: Path | None) -> None:
         """All rounds that are left, with a checkpoint after each."""
