@@ -183,7 +183,8 @@ def build(spec: ModelSpec) -> nn.Module:
     return model.eval()
 
 
-def _canonical(name: str) -> str:
+def checkpoint_name(name: str) -> str:
+    """What the plain checkpoint calls a frozen parameter of a model with LoRA."""
     return name.replace(".base_layer.", ".")
 
 
@@ -194,7 +195,7 @@ def _is_frozen(parts: Parts, name: str) -> bool:
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
     """Frozen tensors by checkpoint name: no LoRA, no head. They share memory with the model; do not write to them."""
     parts = Parts(model)
-    return {_canonical(n): t.detach() for n, t in model.state_dict().items() if _is_frozen(parts, n)}
+    return {checkpoint_name(n): t.detach() for n, t in model.state_dict().items() if _is_frozen(parts, n)}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedbench.context import ServerContext
 from fedbench.data import Examples
-from fedbench.models import Parts
+from fedbench.models import Parts, checkpoint_name, frozen_state, load_frozen
 from fedbench.packing import layer_outputs
 from fedbench.records import canonical_json
 
@@ -165,6 +166,49 @@ def residuals(
         }
         for i, (t, s) in enumerate(pairs)
     ]
+
+
+def distil_once(
+    teacher: nn.Module,
+    student: nn.Module,
+    trainable: Sequence[str],
+    pairs: Sequence[tuple[int, int]],
+    loss: LayerLoss,
+    public: Examples,
+    schedule: Schedule,
+    ctx: ServerContext,
+    ingredients: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Distil `student` before federated learning, or take what the same distillation gave before from the cache.
+
+    Returns the residuals of each pair of layers, after and before. `ingredients`: what the result depends on besides
+    public rows, schedule, stream, device and torch, which are added here.
+    """
+
+    def make() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        before = residuals(teacher, student, pairs, public, ctx.device)
+        if schedule.steps:
+            distil(teacher, student, trainable, loss, public, schedule, ctx.streams.numpy("distillation"), ctx.device)
+        after = residuals(teacher, student, pairs, public, ctx.device)
+        values = [
+            {**a, "hidden_before": b["hidden"], "weight_before": b["weight"]}
+            for a, b in zip(after, before, strict=True)
+        ]
+        state = frozen_state(student)
+        return {name: state[name] for name in map(checkpoint_name, trainable)}, values
+
+    everything = {
+        **ingredients,
+        "schedule": asdict(schedule),
+        "public": public.content_hash(),
+        # The batches come from the stream; where nothing is distilled, none are drawn.
+        "stream": ctx.streams.integer("distillation") if schedule.steps else None,
+        "device": ctx.device.type,
+        "torch": torch.__version__,
+    }
+    tensors, values = cached(ctx.cache, everything, make)
+    load_frozen(student, frozen_state(student) | tensors)
+    return list(values)
 
 
 def cached(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from fedbench.context import ServerContext
 from fedbench.data import Examples
 from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel
-from fedbench.methods._distillation import Schedule, cached, distil, hidden_loss, residuals
+from fedbench.methods._distillation import Schedule, distil_once, hidden_loss
 from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
 from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors
 
@@ -105,35 +104,18 @@ class FedOTServer(AdapterServer):
         def loss(teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
             return hidden_loss(teacher[teacher_end], student[student_end], mask)
 
-        trainable = [name for name in frozen_state(self.model) if self._is_emulated(name)]
-        # Parameters under a LoRA layer carry its prefix; frozen_state speaks the checkpoint's names.
-        parameters = [n for n, _ in self.model.named_parameters() if self._is_emulated(n) and ".lora_" not in n]
-
-        def make() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-            pair = [(teacher_end, student_end)]
-            [before] = residuals(self.full, self.model, pair, self.public, self.ctx.device)
-            if m.distil_steps:
-                schedule = Schedule(m.distil_steps, m.distil_batch, m.distil_lr)
-                rng = self.ctx.streams.numpy("distillation")
-                distil(self.full, self.model, parameters, loss, self.public, schedule, rng, self.ctx.device)
-            [after] = residuals(self.full, self.model, pair, self.public, self.ctx.device)
-            state = frozen_state(self.model)
-            values = [{**after, "hidden_before": before["hidden"], "weight_before": before["weight"]}]
-            return {name: state[name] for name in trainable}, values
-
-        ingredients = {
-            "method": [m.name, m.version],
-            "settings": [m.distil_steps, m.distil_batch, m.distil_lr],
-            "layers": [self.origin, self.emulated[0], self.emulated[-1]],
-            "fm": fm.content_hash,
-            "public": self.public.content_hash(),
-            "stream": self.ctx.streams.integer("distillation") if m.distil_steps else None,
-            "device": self.ctx.device.type,
-            "torch": torch.__version__,
-        }
-        tensors, values = cached(self.ctx.cache, ingredients, make)
-        load_frozen(self.model, frozen_state(self.model) | tensors)
-        return list(values)
+        names = [n for n, _ in self.model.named_parameters() if self._is_emulated(n) and ".lora_" not in n]
+        return distil_once(
+            self.full,
+            self.model,
+            names,
+            [(teacher_end, student_end)],
+            loss,
+            self.public,
+            Schedule(m.distil_steps, m.distil_batch, m.distil_lr),
+            self.ctx,
+            {"method": [m.name, m.version], "layers": [self.origin, *self.emulated], "fm": fm.content_hash},
+        )
 
     def proxy(self) -> nn.Module:
         set_tensors(self.model, self.values)

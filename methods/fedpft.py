@@ -21,12 +21,11 @@ from fedbench.errors import FedbenchError, MessageError
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import (
     Schedule,
-    cached,
     distil,
+    distil_once,
     ffn_product,
     hidden_loss,
     most_salient,
-    residuals,
     weight_loss,
 )
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod, count
@@ -168,37 +167,18 @@ class FedPFTServer(AdapterServer):
         """Layer-level distillation before federated learning; returns the residuals before and after."""
         if not self.compressed:
             return []
-        m, pairs = self.method, [(i, i) for i in self.compressed]
-
-        def make() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-            before = residuals(self.full, self.model, pairs, self.public, self.ctx.device)
-            if m.distil_steps:
-                schedule = Schedule(m.distil_steps, m.distil_batch, m.distil_lr)
-                rng = self.ctx.streams.numpy("distillation")
-                names = self._trainable()
-                distil(self.full, self.model, names, self._loss(m.mu), self.public, schedule, rng, self.ctx.device)
-            after = residuals(self.full, self.model, pairs, self.public, self.ctx.device)
-            values = [
-                {**a, "hidden_before": b["hidden"], "weight_before": b["weight"]}
-                for a, b in zip(after, before, strict=True)
-            ]
-            state = frozen_state(self.model)
-            return {name: state[name] for name in self._trainable()}, values
-
-        ingredients = {
-            "method": [m.name, m.version],
-            "settings": [m.mu, m.distil_steps, m.distil_batch, m.distil_lr],
-            "widths": self.spec.ffn_widths,
-            "fm": fm.content_hash,
-            "public": self.public.content_hash(),
-            # The batches come from the stream; where nothing is distilled, none are drawn.
-            "stream": self.ctx.streams.integer("distillation") if m.distil_steps else None,
-            "device": self.ctx.device.type,
-            "torch": torch.__version__,
-        }
-        tensors, values = cached(self.ctx.cache, ingredients, make)
-        load_frozen(self.model, frozen_state(self.model) | tensors)
-        return list(values)
+        m = self.method
+        return distil_once(
+            self.full,
+            self.model,
+            self._trainable(),
+            [(i, i) for i in self.compressed],
+            self._loss(m.mu),
+            self.public,
+            Schedule(m.distil_steps, m.distil_batch, m.distil_lr),
+            self.ctx,
+            {"method": [m.name, m.version], "mu": m.mu, "widths": self.spec.ffn_widths, "fm": fm.content_hash},
+        )
 
     def aligns(self, round: int) -> bool:
         t = self.method.t

@@ -37,7 +37,7 @@ def summary(method: str, folder: Path) -> dict[str, Any]:
         scenario="tweets-noniid",
         fm=str(fm),
         profile="smoke",
-        settings=METHODS[method],
+        settings={"lr": "5e-3", **METHODS[method]},
         device="cpu",
         results=folder / "runs",
         cache=folder / "cache",
