@@ -24,7 +24,6 @@ class ServerContext:
     federation: Federation
     device: torch.device
     cache: Path
-    pad_token: int = 0
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class LoraMethod(TuningMethod):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
 
     @property
-    def lora(self) -> LoraSpec | None:
+    def lora(self) -> LoraSpec:
         return LoraSpec(r=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout)
 
 

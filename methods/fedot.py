@@ -7,6 +7,7 @@ server on public data and frozen at the clients. Plug-in puts the tuned layers b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -19,7 +20,7 @@ from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import Schedule, distil_once, hidden_loss
 from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
-from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors
+from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors, tunable_names
 
 
 class FedOT(LoraMethod):
@@ -68,16 +69,16 @@ class FedOTServer(AdapterServer):
         # origin[i]: the FM's layer that layer i of the proxy was taken from.
         self.origin = [*range(method.front), *uniform(middle, keep), *range(layers - method.back, layers)]
         self.emulated = range(method.front, method.front + keep)
-        self.spec = self.spec.with_layers(self.origin)
+        # Adapters in the layers that go back into the FM, and in those alone: the emulator is frozen.
+        tuned = tuple(i for i in range(len(self.origin)) if i not in self.emulated)
+        lora = replace(method.lora, layers=tuned)
+        self.spec = fm.spec.with_layers(self.origin).with_lora(lora)
         self.model = build(self.spec).to(ctx.device)
         self.parts = Parts(self.model)
         whole, sources = frozen_state(self.full), self.fm_sources()
         load_frozen(self.model, {name: whole[sources[name].name] for name in frozen_state(self.model)})
-        names = self._tunable_names()
-        self._fm_names = names
-        set_tensors(self.model, {mine: self.initial[theirs] for mine, theirs in names.items()})
-        # The emulator's own adapters stay at B = 0: only the layers that go back into the FM are tuned.
-        self.values = {mine: self.initial[theirs] for mine, theirs in names.items() if not self._is_emulated(mine)}
+        self._fm_names = {name: self._in_fm(name) for name in tunable_names(self.model)}
+        self.values = {mine: self.initial[theirs] for mine, theirs in self._fm_names.items()}
         self._distilled = self._distil(fm)
 
     def _in_fm(self, name: str) -> str:
@@ -88,14 +89,6 @@ class FedOTServer(AdapterServer):
         path, original = self.parts.layer_path(layer), Parts(self.full).layer_path(self.origin[layer])
         return original + name.removeprefix(path)
 
-    def _is_emulated(self, name: str) -> bool:
-        return self.parts.layer_of(name) in self.emulated
-
-    def _tunable_names(self) -> dict[str, str]:
-        present = dict(self.model.named_parameters())
-        to_fm = {name: self._in_fm(name) for name in present}
-        return {name: theirs for name, theirs in to_fm.items() if theirs in self.initial}
-
     def _distil(self, fm: FoundationModel) -> list[dict[str, Any]]:
         m = self.method
         student_end = self.emulated[-1]
@@ -104,7 +97,7 @@ class FedOTServer(AdapterServer):
         def loss(teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
             return hidden_loss(teacher[teacher_end], student[student_end], mask)
 
-        names = [n for n, _ in self.model.named_parameters() if self._is_emulated(n) and ".lora_" not in n]
+        names = [n for n, _ in self.model.named_parameters() if self.parts.layer_of(n) in self.emulated]
         return distil_once(
             self.full,
             self.model,
@@ -122,7 +115,7 @@ class FedOTServer(AdapterServer):
         return self.model
 
     def fm_names(self) -> Mapping[str, str]:
-        return {name: self._fm_names[name] for name in self.values}
+        return self._fm_names
 
     def fm_sources(self) -> Mapping[str, Source]:
         return {name: Source(self._in_fm(name)) for name in frozen_state(self.model)}
