@@ -181,6 +181,7 @@ def split_settings(
 
 def prepare(request: RunRequest) -> Prepared:
     """Load data and FM, validate all settings, and compute the run's key. Raises FedbenchError for bad input."""
+    provenance.source_state()  # now, before anybody can commit while the run is under way
     registry = Registry(request.plugins)
     kind = registry.load_method(request.method)
     path, split = registry.find_scenario(request.scenario)

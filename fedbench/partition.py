@@ -74,9 +74,14 @@ def partition(labels: np.ndarray, split: SplitSettings, rng: np.random.Generator
             order = np.argsort(owner, kind="stable")
             bounds = np.searchsorted(owner[order], np.arange(1, clients))
             return Partition(tuple(np.split(order, bounds)), attempt)
+    about, fix = (
+        (f"{split.shards_per_client} shards a client", "change split.shards_per_client")
+        if split.kind == "shards"
+        else (f"alpha {split.alpha}", "raise split.alpha")
+    )
     raise FedbenchError(
-        f"split: {TRIES} draws of {split.kind} (alpha {split.alpha}) over {clients} clients never gave every client "
-        f"{split.min_size} rows; raise split.alpha, or lower split.clients or split.min_size"
+        f"split: {TRIES} draws of {split.kind} ({about}) over {clients} clients never gave every client "
+        f"{split.min_size} rows; {fix}, or lower split.clients or split.min_size"
     )
 
 

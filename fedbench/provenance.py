@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def collect(device: torch.device) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": str(device),
         "hardware": hardware(device),
-        "git": git_state(Path(fedbench.__file__).parent),
+        "git": source_state(),
         "threads": torch.get_num_threads(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -89,6 +90,15 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+@cache
+def source_state() -> dict[str, Any] | None:
+    """`git_state` of fedbench as it was when first asked, which has to be when a run starts.
+
+    A process runs the code it loaded then, whatever is committed while it runs.
+    """
+    return git_state(Path(fedbench.__file__).parent)
 
 
 def git_state(package: Path) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ class SplitSettings(Settings):
 
     kind: Literal["iid", "dirichlet", "dirichlet-clients", "shards", "quantity"]
     clients: int = Field(ge=1)
-    alpha: float = Field(0.5, gt=0)
+    alpha: float = Field(0.5, gt=0, allow_inf_nan=False)
     shards_per_client: int = Field(2, ge=1)
     min_size: int = Field(1, ge=1)
 
@@ -130,10 +130,11 @@ def load_scenario(
     raw = _read(path)
     if extra := sorted(set(raw) - set(_TABLES)):
         raise FedbenchError(f"{path}: unknown field {extra[0]!r}; {_nearest(extra[0], _TABLES)}")
-    if split not in raw.get("splits", {}):
-        raise FedbenchError(f"{path}: no split {split!r}; it has {', '.join(raw.get('splits', {}))}")
+    splits = _tables(path, raw, "splits")
+    if split not in splits:
+        raise FedbenchError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
     # A split may carry tables of its own (federation, evaluation, methods), which win over the file's.
-    own = dict(raw["splits"][split])
+    own = dict(splits[split])
     tables = ("federation", "evaluation", "methods", "public")
     nested = {table: own.pop(table) for table in tables if isinstance(own.get(table), dict)}
     layers: list[tuple[str, dict[str, Any]]] = [
@@ -141,19 +142,23 @@ def load_scenario(
         (f"{path.name} [splits.{split}]", {"split": own, **nested}),
     ]
     if profile is not None:
-        profiles = raw.get("profiles", {})
+        profiles = _tables(path, raw, "profiles")
         if profile not in profiles:
             raise FedbenchError(f"{path}: no profile {profile!r}; it has {', '.join(profiles) or 'none'}")
         layers.append((f"{path.name} [profiles.{profile}]", profiles[profile]))
-    for key, text in (overrides or {}).items():
-        layers.append(("--set", _nest(key.split("."), _value(text))))
     merged: dict[str, Any] = {"name": f"{path.stem.replace('_', '-')}-{split}"}
     sources: dict[str, str] = {}
     for label, layer in layers:
         _merge(merged, layer)
         sources |= dict.fromkeys(_flatten(layer), label)
-    if unknown := sorted(set(overrides or {}) - set(_known(merged))):
-        raise FedbenchError(f"--set {unknown[0]}: no such setting; {_nearest(unknown[0], _known(merged))}")
+    known = _known(merged)
+    for key, text in (overrides or {}).items():
+        # Hyper-parameters are checked by their method; here only that the scenario has such a method's table.
+        if key not in known and not key.startswith(tuple(f"methods.{m}." for m in merged.get("methods", {}))):
+            raise FedbenchError(f"--set {key}: no such setting; {_nearest(key, known)}")
+        layer = _nest(key.split("."), _value(text))
+        _merge(merged, layer)
+        sources |= dict.fromkeys(_flatten(layer), "--set")
     try:
         scenario = Scenario.model_validate(merged)
     except ValidationError as error:
@@ -173,6 +178,14 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FedbenchError(f"{path}: cannot be read as TOML: {error}") from None
+
+
+def _tables(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """The [name.*] tables of a file; FedbenchError where something else stands in their place."""
+    tables = raw.get(name, {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise FedbenchError(f"{path}: {name} has to hold tables, written as [{name}.NAME]")
+    return tables
 
 
 def _value(text: str) -> Any:

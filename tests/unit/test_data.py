@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from fedbench.data import Batch, Examples, Part, encode, load_data, read_text_file, to_pixels
+from fedbench.data import TEXT_SETS, Batch, Examples, Part, encode, load_data, read_text_file, to_pixels
 from fedbench.errors import FedbenchError
 from fedbench.foundation import ImageProcessor
 from fedbench.scenario import DatasetSettings, PublicSettings
@@ -68,6 +70,8 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.csv", '"9","t","d"\n', "row 1 has label '9', expected 1 to 4"),
         ("a.tsv", "label\tsentence\nx\ta\n", "row 1 has label 'x'"),
         ("a.csv", "", "is empty"),
+        ("a.tsv", "\n", "is empty"),
+        ("a.csv", "text,label\nhide it\n", "row 1 has 1 columns, the header has 2"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, text: str, says: str) -> None:
@@ -75,6 +79,25 @@ def test_bad_files_are_named(tmp_path: Path, name: str, text: str, says: str) ->
     with pytest.raises(FedbenchError, match=says) as caught:
         read_text_file(path, 4)
     assert str(path) in str(caught.value)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes('"café",1\n'.encode("latin-1"))
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    with pytest.raises(FedbenchError, match=r"a\.csv: is not UTF-8 at byte 4"):
+        read_text_file(tmp_path / "a.csv", 4)
+    with pytest.raises(FedbenchError, match=r"a\.parquet: cannot be read as parquet"):
+        read_text_file(tmp_path / "a.parquet", 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "says"), [("x", 0.5, "label 0.5"), ("x", None, "label (nan|None)"), (None, 1, "no text")]
+)
+def test_holes_in_parquet_are_named(tmp_path: Path, text: str | None, label: float | None, says: str) -> None:
+    path = tmp_path / "train.parquet"
+    pd.DataFrame({"text": ["a", text], "label": [0, label]}, dtype=object).to_parquet(path)
+    with pytest.raises(FedbenchError, match=f"row 2 has {says}"):
+        read_text_file(path, 2)
 
 
 def agnews(root: Path, train: str = "train_5k.csv") -> DatasetSettings:
@@ -102,6 +125,32 @@ def test_train_csv_wins_over_train_5k(tmp_path: Path) -> None:
     settings = agnews(tmp_path)
     write(tmp_path / "ag_news" / "train.csv", OFFICIAL * 10)
     assert len(load_data(settings, None, tmp_path).train) == 12
+
+
+def test_the_folder_itself_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = agnews(tmp_path)
+    monkeypatch.chdir(tmp_path / "ag_news")
+    assert len(load_data(settings, None, Path(".")).train) == 32
+
+
+def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[str] = []
+
+    def load_dataset(name: str, configuration: str | None, revision: str) -> dict[str, dict[str, list[object]]]:
+        asked.append(revision)
+        rows: dict[str, list[object]] = {"text": [*"abcd"], "label": [0, 1, 2, 3]}
+        return {"train": rows, "test": rows}
+
+    monkeypatch.delenv("FEDBENCH_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("fedbench.data.hub_answers", lambda: True)
+    data = load_data(DatasetSettings(name="agnews", validation=1), None, None)
+    load_data(DatasetSettings(name="agnews", validation=1, revision="mine"), None, None)
+    assert asked == [TEXT_SETS["agnews"].revision, "mine"]
+    assert len(asked[0]) == 40, "a full commit, no branch"
+    assert any(asked[0][:12] in note for note in data.notes)
 
 
 def test_the_environment_variable_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +212,19 @@ def test_batches_are_padded_to_their_longest_row() -> None:
     assert [b.tolist() for b in rows.length_sorted_batches(2)] == [[1, 0], [2]]
     assert rows.select([2, 0]).lengths.tolist() == [5, 3]
     assert rows.content_hash() != rows.select([1, 0, 2]).content_hash()
+
+
+def test_texts_are_tokenised_and_cut() -> None:
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "film": 5}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    processor = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    fm = SimpleNamespace(name="m", family=SimpleNamespace(modality="text"), processor=processor)
+    rows = encode(Part(np.array([1, 0]), ["a film", "a a a a a a"]), fm, 5)  # type: ignore[arg-type]
+    assert rows.tokens is not None
+    assert [t.tolist() for t in rows.tokens] == [[2, 4, 5, 3], [2, 4, 4, 4, 3]]
+    assert rows.tokens[0].dtype == np.int32
+    assert (rows.labels.tolist(), rows.pad_token) == ([1, 0], 0)
 
 
 def test_images_are_resized_and_normalised() -> None:

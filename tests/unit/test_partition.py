@@ -71,3 +71,9 @@ def test_what_cannot_be_is_refused_at_once() -> None:
     hopeless = SplitSettings(kind="dirichlet", clients=10, alpha=0.01, min_size=9)
     with pytest.raises(FedbenchError, match=r"1000 draws of dirichlet .* raise split\.alpha"):
         partition(np.zeros(100, dtype=int), hopeless, np.random.default_rng(0))
+    uneven = SplitSettings(kind="shards", clients=2, shards_per_client=1, min_size=2)
+    with pytest.raises(FedbenchError, match="need 4 rows, there are 3"):
+        partition(np.zeros(3, dtype=int), uneven, np.random.default_rng(0))
+    scarce = SplitSettings(kind="shards", clients=20, shards_per_client=20, min_size=2)
+    with pytest.raises(FedbenchError, match=r"1000 draws of shards \(20 shards a client\).* split\.shards_per_client"):
+        partition(np.zeros(40, dtype=int), scarce, np.random.default_rng(0))

@@ -16,7 +16,7 @@ from _records import make_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedbench import records
+from fedbench import provenance, records
 from fedbench.errors import FedbenchError
 from fedbench.records import (
     Record,
@@ -211,3 +211,12 @@ def test_unknown_blocks_are_refused() -> None:
     content = {**make_record().to_json(), "extra": 1}
     with pytest.raises(ValueError, match="extra"):
         Record.model_validate(content)
+
+
+def test_the_commit_in_a_record_is_the_one_the_process_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    provenance.source_state.cache_clear()
+    commits = iter([{"commit": "a", "dirty": False}, {"commit": "b", "dirty": False}])
+    monkeypatch.setattr(provenance, "git_state", lambda package: next(commits))
+    assert provenance.source_state() == provenance.source_state() == {"commit": "a", "dirty": False}
+    monkeypatch.undo()
+    provenance.source_state.cache_clear()

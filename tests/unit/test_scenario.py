@@ -63,6 +63,8 @@ def test_layers_win_in_order_and_say_where_a_value_came_from(file: Path) -> None
         (("title", "titel"), "unknown field 'titel'; did you mean title"),
         (("[splits.iid]", "[dataset.iid]"), r"no split 'iid'"),
         (("title =", "title"), "cannot be read as TOML"),
+        (('kind = "iid"\nclients = 4', 'kind = "quantity"\nclients = 4\nalpha = inf'), r"split\.alpha: .*finite"),
+        (("[splits.iid]", "[[splits]]"), r"splits has to hold tables, written as \[splits\.NAME\]"),
     ],
 )
 def test_a_mistake_is_named(file: Path, edit: tuple[str, str], says: str) -> None:
@@ -77,6 +79,7 @@ def test_a_mistake_is_named(file: Path, edit: tuple[str, str], says: str) -> Non
         ("federation.round", "3", "did you mean federation.rounds"),
         ("federation.rounds", "many", "--set federation.rounds"),
         ("nonsense", "1", "no such setting"),
+        ("methods.fedptf.t", "3", "no such setting"),
     ],
 )
 def test_a_bad_override_is_named(file: Path, key: str, value: str, says: str) -> None:
@@ -90,6 +93,12 @@ def test_the_identity_leaves_out_title_and_methods(file: Path) -> None:
     assert load_scenario(file, "iid").identity("m") == before
     file.write_text(MINIMAL.replace("rounds = 3", "rounds = 4"))
     assert load_scenario(file, "iid").identity("m") != before
+
+
+def test_a_profile_that_is_no_table_is_an_error(file: Path) -> None:
+    file.write_text(MINIMAL.replace("[profiles.smoke.federation]\nrounds = 1", "[profiles]\nsmoke = 1"))
+    with pytest.raises(FedbenchError, match="profiles has to hold tables"):
+        load_scenario(file, "iid", "smoke")
 
 
 def test_an_unknown_profile_is_an_error(file: Path) -> None:
