@@ -28,7 +28,7 @@ class Family:
     head: tuple[str, ...]
     layer_count: str = "num_hidden_layers"
     token_types: bool = False
-    position_offset: int | None = None
+    position_offset: int | Literal["after padding token"] | None = None
 
 
 _BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
@@ -59,7 +59,7 @@ FAMILIES: dict[str, Family] = {
         ffn_out="output.dense",
         ffn_norm="output.LayerNorm",
         head=("classifier",),
-        position_offset=2,
+        position_offset="after padding token",
     ),
     "vit": Family(
         architecture="ViTForImageClassification",

@@ -70,7 +70,8 @@ class FoundationModel:
 def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...] = ()) -> FoundationModel:
     """The FM called `name`: one of FMS, a folder with a checkpoint, or a hub id.
 
-    `cache` keeps what is pre-trained here. Raises FedbenchError when it cannot be had, saying how to supply it.
+    `cache` keeps what is pre-trained here. A checkpoint's own head counts as trained for the task if its labels are
+    `class_names`, in that order. Raises FedbenchError when it cannot be had, saying how to supply it.
     """
     if name == "minilm-l6":
         return _checkpoint(name, minilm_folder(), num_labels, {"source": MINILM_DISTRIBUTION, "sha256": MINILM_SHA256})
@@ -79,7 +80,7 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
 
         return vit_digits(cache, num_labels)
     if (path := Path(name).expanduser()).is_dir():
-        return _checkpoint(name, path, num_labels, {"source": "local folder"})
+        return _checkpoint(name, path, num_labels, {"source": "local folder"}, class_names)
     repository, revision = HUB.get(name, (name, "main"))
     if name not in HUB and ("/" not in name or name.startswith((".", "/", "~"))):
         raise FedbenchError(
@@ -87,7 +88,7 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
             "give a checkpoint folder or a hub id owner/name"
         )
     folder, resolved = _from_hub(name, repository, revision)
-    return _checkpoint(name, folder, num_labels, {"source": repository, "revision": resolved})
+    return _checkpoint(name, folder, num_labels, {"source": repository, "revision": resolved}, class_names)
 
 
 def minilm_folder() -> Path:
@@ -122,7 +123,9 @@ def _from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _checkpoint(name: str, folder: Path, num_labels: int, provenance: dict[str, Any]) -> FoundationModel:
+def _checkpoint(
+    name: str, folder: Path, num_labels: int, provenance: dict[str, Any], class_names: tuple[str, ...] = ()
+) -> FoundationModel:
     """A FoundationModel from a checkpoint folder in transformers' format."""
     path = folder / "config.json"
     try:
@@ -135,9 +138,18 @@ def _checkpoint(name: str, folder: Path, num_labels: int, provenance: dict[str, 
     if model_type not in FAMILIES:
         raise FedbenchError(f"FM {name!r}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
     spec = _spec(model_type, config, num_labels)
-    state = _weights(name, folder, spec)
-    digest = hashlib.sha256((spec.to_json() + state_digest(state)).encode()).hexdigest()
-    return FoundationModel(name, spec, state, _processor(name, folder, spec), digest, None, provenance)
+    state, head = _weights(name, folder, spec)
+    if not _same_labels(config, class_names):
+        head = None
+    digest = hashlib.sha256((spec.to_json() + state_digest(state | (head or {}))).encode()).hexdigest()
+    return FoundationModel(name, spec, state, _processor(name, folder, spec), digest, head, provenance)
+
+
+def _same_labels(config: Mapping[str, Any], class_names: tuple[str, ...]) -> bool:
+    """Whether a checkpoint's labels are the task's classes, in order; LABEL_0 and the like never are."""
+    labels = config.get("id2label") or {}
+    found = [str(labels.get(str(i), "")).casefold() for i in range(len(labels))]
+    return bool(class_names) and found == [c.casefold() for c in class_names]
 
 
 def _spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
@@ -164,8 +176,11 @@ def _spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelS
     return ModelSpec(model_type, merged, (int(full.intermediate_size),) * layers)
 
 
-def _weights(name: str, folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
-    """The frozen weights, read by transformers (which knows old names) and checked to be complete."""
+def _weights(name: str, folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Frozen weights, checked to be complete, and the head if there is a whole one of this shape.
+
+    Read by transformers, which knows the names of older checkpoints.
+    """
     import transformers
 
     config = transformers.AutoConfig.for_model(spec.model_type, **spec.config)
@@ -194,7 +209,9 @@ def _weights(name: str, folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
     absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     if wrong := sorted(key for key in absent if not parts.is_head(key)):
         raise FedbenchError(f"FM {name!r}: {folder} lacks {wrong[0]!r} ({len(wrong)} tensors in all); it is incomplete")
-    return {n: t.clone() for n, t in frozen_state(model).items()}
+    head = {n: p.detach().clone() for n, p in model.named_parameters() if parts.is_head(n)}
+    state = {n: t.clone() for n, t in frozen_state(model).items()}
+    return state, None if absent & set(head) else head
 
 
 def _processor(name: str, folder: Path, spec: ModelSpec) -> Any:

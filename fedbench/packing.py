@@ -159,6 +159,7 @@ def feeding(model: nn.Module, batch: Batch, gather: bool = True) -> Iterator[tup
         return
     layout = Layout.of(batch.mask)
     config: Any = model.config
+    offset = config.pad_token_id + 1 if family.position_offset == "after padding token" else family.position_offset
     before = config._attn_implementation
 
     def first_tokens(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -171,7 +172,7 @@ def feeding(model: nn.Module, batch: Batch, gather: bool = True) -> Iterator[tup
     token = _layout.set(layout)
     config._attn_implementation = NAME
     try:
-        yield pack(batch.inputs, layout, family.position_offset), layout.real
+        yield pack(batch.inputs, layout, offset), layout.real
     finally:
         config._attn_implementation = before
         _layout.reset(token)

@@ -26,7 +26,7 @@ from fedbench.models import (
     set_tensors,
     tunable_names,
 )
-from fedbench.packing import layer_outputs, logits
+from fedbench.packing import layer_outputs, logits, packing
 from fedbench.rng import Streams
 
 CPU = torch.device("cpu")
@@ -194,9 +194,59 @@ def test_an_fm_that_cannot_be_had_is_one_line(tmp_path: Path, name: str, says: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_head_trained_for_these_classes_is_kept_and_any_other_is_not(tmp_path: Path) -> None:
+    import json
+
+    import transformers
+
+    folder = save_tiny_bert(tmp_path / "bert")  # two labels, called LABEL_0 and LABEL_1
+    assert load_fm(str(folder), 2, tmp_path, ("negative", "positive")).trained_head is None
+    path = folder / "config.json"
+    labels = {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | labels))
+    fm = load_fm(str(folder), 2, tmp_path, ("negative", "positive"))
+    assert fm.trained_head is not None
+    model = fm.build(None, CPU)
+    set_tensors(model, fm.trained_head)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    batch = train_rows(4).batch(np.arange(4))
+    with torch.no_grad():
+        assert torch.allclose(logits(model, batch), theirs(**batch.inputs).logits, atol=1e-6)
+    swapped = load_fm(str(folder), 2, tmp_path, ("positive", "negative"))
+    assert swapped.trained_head is None
+    assert swapped.content_hash != fm.content_hash, "a head that is used is part of what the model is"
+    assert load_fm(str(folder), 3, tmp_path, ("a", "b", "c")).trained_head is None
+
+
+def test_the_embedded_minilm_computes_what_transformers_computes(tmp_path: Path) -> None:
+    import transformers
+
+    from fedbench.foundation import minilm_folder
+
+    fm = load_fm("minilm-l6", 3, tmp_path)
+    ours = fm.build(None, CPU)
+    theirs = transformers.AutoModel.from_pretrained(minilm_folder()).eval()
+    inputs = fm.processor(
+        ["a short tweet", "another one, a little longer than that"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        hidden = ours(**inputs, output_hidden_states=True).hidden_states[-1]
+        assert torch.allclose(hidden, theirs(**inputs).last_hidden_state, atol=1e-6)
+
+
 def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(FedbenchError, match=r"cannot read .*config\.json"):
         load_fm(str(tmp_path), 2, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(FedbenchError, match="model_type 'gpt2' is not supported; known: bert, roberta, vit"):
         load_fm(str(tmp_path), 2, tmp_path)
+
+
+def test_packing_gives_every_family_its_own_positions(fm: FoundationModel) -> None:
+    model, batch = tuned(fm), inputs(fm)
+    set_tensors(model, {n: torch.randn_like(t) for n, t in get_tensors(model, tunable_names(model)).items()})
+    found = []
+    for enabled in (False, True):
+        with packing(enabled), torch.no_grad():
+            found.append(logits(model, batch))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-5)
