@@ -441,6 +441,11 @@ def _from_hub(name: str, kind: TextSet, revision: str) -> tuple[dict[str, Part],
 # ---------------------------------------------------------------- one entry
 
 
+def data_folder(given: Path | None) -> Path | None:
+    """The user's folder of data sets: as given, else $FEDBENCH_DATA, else none."""
+    return given or (Path(env) if (env := os.environ.get("FEDBENCH_DATA")) else None)
+
+
 def load_data(dataset: DatasetSettings, public: PublicSettings | None, data_dir: Path | None) -> RawData:
     """Everything a scenario reads, from the embedded packages, `data_dir` (or $FEDBENCH_DATA), or the hub.
 
@@ -452,7 +457,7 @@ def load_data(dataset: DatasetSettings, public: PublicSettings | None, data_dir:
         notes.append(note)
     elif dataset.name in TEXT_SETS:
         kind = TEXT_SETS[dataset.name]
-        root = data_dir or (Path(env) if (env := os.environ.get("FEDBENCH_DATA")) else None)
+        root = data_folder(data_dir)
         found = _from_folder(dataset.name, kind, root) if root is not None else None
         parts, lines = found or _from_hub(dataset.name, kind, dataset.revision or kind.revision)
         names = kind.classes

@@ -24,7 +24,7 @@ from torch import Tensor
 from fedbench import provenance
 from fedbench.api import Client, ClientId, Message, Method, Server, State
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples, RawData, encode, load_data
+from fedbench.data import Examples, RawData, data_folder, encode, load_data
 from fedbench.errors import FedbenchError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.exposure import Exposure
@@ -191,8 +191,8 @@ def prepare(request: RunRequest) -> Prepared:
     device = choose_device(request.device)
     precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     fm_name = request.fm or scenario.fm
-    data_dir = request.data_dir or (Path(env) if (env := os.environ.get("FEDBENCH_DATA")) else None)
-    loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request), data_dir)
+    folder = data_folder(request.data_dir)
+    loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request), folder)
     data, fm = loaded.data, loaded.fm
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
     planned = [
