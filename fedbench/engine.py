@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedbench import provenance
-from fedbench.api import Client, ClientId, Message, Method, Server, State
+from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples, RawData, data_folder, encode, load_data
 from fedbench.errors import FedbenchError
@@ -37,8 +37,9 @@ from fedbench.records import SCHEMA, Record, record_key, save
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario import DatasetSettings, PublicSettings, Scenario, load_scenario
-from fedbench.training import execute
+from fedbench.training import execute, execute_all
 from fedbench.transport import SETUP_KINDS, Ledger, Transport
+from fedbench.workers import choose_workers, one_thread
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class RunRequest:
     cache: Path | None = None
     plugins: tuple[str, ...] = ()
     executor: str = "auto"
+    workers: int | None = None
 
 
 class Progress(Protocol):
@@ -80,7 +82,8 @@ class Silent:
 class Prepared:
     """A run ready to start: everything loaded, and its key known.
 
-    executor: how local training is executed, "packed" unless "reference" was asked for. unavailable: why the method
+    executor: how local training is executed, "packed" unless "reference" was asked for. workers: processes that local
+    training, evaluation and gradient error are spread over. unavailable: why the method
     cannot run here, if so. planned: dotted settings the method itself changed (`Method.plan`).
     """
 
@@ -93,6 +96,7 @@ class Prepared:
     identity: Mapping[str, Any]
     key: str
     executor: str
+    workers: int
     unavailable: str | None
     planned: tuple[str, ...]
 
@@ -228,6 +232,7 @@ def prepare(request: RunRequest) -> Prepared:
         identity=identity,
         key=record_key(identity),
         executor=executor,
+        workers=choose_workers(request.workers, device),
         unavailable=method.unavailable(fm),
         planned=tuple(planned),
     )
@@ -321,30 +326,26 @@ class Run:
 
     def round(self, round: int) -> None:
         """One federated round: broadcast, local training, upload, aggregation, alignment, measures."""
-        p, server = self.p, self.server
+        server = self.server
         cohort, staying = self.cohort(round)
         refused_before = len(self.transport.refused)
-        results, uploads = [], {}
+        uploads = {}
         with self.time("broadcast"):
             outbox = server.broadcast(round, cohort)
             delivered = list(self.transport.download(round, outbox))
         self._observe(outbox)
         expected = server.expected(round)
-        for cid, inbox in delivered:
-            client = self.client(cid)
-            with self.time("local"):
-                # A client that drops out has still received, and is charged for, what it was sent.
-                task = client.task(round, inbox, self.rows[cid])
-                if cid not in staying:
-                    continue
-                result = client.fit(task, lambda t: execute(t, p.device, p.precision))
-            self.steps += result.steps
-            results.append(result)
-            with self.time("upload"):
-                accepted = self.transport.upload(round, cid, client.upload(round, result), expected, server.accept)
-            if accepted is not None:
-                uploads[cid] = accepted
-            self.progress.advance(1, round=round + 1, loss=result.loss)
+        with self.time("local"):
+            # A client that drops out has still received, and is charged for, what it was sent.
+            tasks = {cid: self.client(cid).task(round, inbox, self.rows[cid]) for cid, inbox in delivered}
+            results = self._train(round, {cid: tasks[cid] for cid in staying})
+        self.steps += sum(r.steps for r in results.values())
+        with self.time("upload"):
+            for cid, result in results.items():
+                messages = self.client(cid).upload(round, result)
+                accepted = self.transport.upload(round, cid, messages, expected, server.accept)
+                if accepted is not None:
+                    uploads[cid] = accepted
         self.progress.advance(len(cohort) - len(results))
         aligned = False
         if uploads:
@@ -361,7 +362,7 @@ class Run:
             "cohort": cohort,
             "arrived": sorted(uploads),
             "refused": [{"client": c, "reason": why} for _, c, why in self.transport.refused[refused_before:]],
-            "loss": float(np.mean([r.loss for r in results])) if results else None,
+            "loss": float(np.mean([r.loss for r in results.values()])) if results else None,
             "bytes_up": self.transport.ledger.total("up", round=round),
             "bytes_down": self.transport.ledger.total("down", round=round),
         }
@@ -372,8 +373,27 @@ class Run:
             entry |= self._validate(round)
         self.rounds.append(entry)
 
+    def _train(self, round: int, tasks: Mapping[ClientId, LocalTask]) -> dict[ClientId, LocalResult]:
+        """Local training of the clients that stay, over worker processes; results in the order of `tasks`."""
+        p = self.p
+        done: dict[ClientId, LocalResult] = {}
+
+        def keep(cid: ClientId, result: LocalResult) -> None:
+            done[cid] = result
+            self.progress.advance(1, round=round + 1, loss=result.loss)
+
+        # A client with a `fit` of its own may keep what it learns there, so it has to run in this process.
+        own = [cid for cid in tasks if type(self.client(cid)).fit is not Client.fit]
+        declared = [cid for cid in tasks if cid not in own]
+        for i, result in execute_all([tasks[cid] for cid in declared], p.device, p.precision, p.workers):
+            keep(declared[i], result)
+        for cid in own:
+            with one_thread():
+                keep(cid, self.client(cid).fit(tasks[cid], lambda task: execute(task, p.device, p.precision)))
+        return {cid: done[cid] for cid in tasks}
+
     def _evaluate(self, model: torch.nn.Module, data: Examples) -> Evaluation:
-        return evaluate(model, data, self.evaluation.batch_size, self.p.device, self.p.precision)
+        return evaluate(model, data, self.evaluation.batch_size, self.p.device, self.p.precision, self.p.workers)
 
     def _validate(self, round: int) -> dict[str, Any]:
         """Validation scores of plug-in and proxy; the proxy's is what a deployment could see and select on."""
@@ -409,8 +429,8 @@ class Run:
         with self.time("gradient"):
             fm, names = self.server.plug_in(), self.server.fm_names()
             if reference is None:
-                reference = gradients(fm, tunable_names(fm), self.probe, self.p.device)
-            mine = gradients(proxy, list(names), self.probe, self.p.device)
+                reference = gradients(fm, tunable_names(fm), self.probe, self.p.device, workers=self.p.workers)
+            mine = gradients(proxy, list(names), self.probe, self.p.device, workers=self.p.workers)
             parts = Parts(fm)
             block = gradient_error({names[n]: g for n, g in mine.items()}, reference, parts.layer_of, parts.is_head)
         self.points.append({"round": round, "phase": phase, **block})
@@ -592,6 +612,7 @@ class Run:
                 "notes": list(p.notes),
                 "fm": dict(p.loaded.fm.provenance),
                 "executor": p.executor,
+                "workers": p.workers,
             },
         )
 

@@ -16,6 +16,7 @@ from fedbench.data import Examples
 from fedbench.packing import logits
 from fedbench.records import pack_correct
 from fedbench.training import autocast
+from fedbench.workers import fork_map
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,26 @@ class Evaluation:
         return out | {"correct": pack_correct(self.correct)} if rows else out
 
 
-def evaluate(model: nn.Module, data: Examples, size: int, device: torch.device, precision: str = "fp32") -> Evaluation:
-    """Run `model` over all rows of `data`, in batches of `size` rows of similar length."""
-    predicted = np.empty(len(data), dtype=np.int64)
-    loss = 0.0
-    model.eval()
-    with torch.inference_mode(), autocast(device, precision):
-        for indices in data.length_sorted_batches(size):
+def evaluate(
+    model: nn.Module, data: Examples, size: int, device: torch.device, precision: str = "fp32", workers: int = 1
+) -> Evaluation:
+    """Run `model` over all rows of `data`, in batches of `size` rows of similar length, over `workers` processes."""
+    batches = data.length_sorted_batches(size)
+
+    def answer(indices: np.ndarray) -> tuple[np.ndarray, float]:
+        with torch.inference_mode(), autocast(device, precision):
             batch = data.batch(indices, device)
-            answer = logits(model, batch).float()
-            predicted[indices] = answer.argmax(-1).cpu().numpy()
-            loss += F.cross_entropy(answer, batch.labels, reduction="sum").item()
-    return Evaluation(predicted, data.labels.numpy(), loss / len(data))
+            out = logits(model, batch).float()
+            loss = F.cross_entropy(out, batch.labels, reduction="sum").item()
+            return out.argmax(-1).cpu().numpy(), loss
+
+    model.eval()
+    predicted = np.empty(len(data), dtype=np.int64)
+    losses = [0.0] * len(batches)
+    for i, (classes, loss) in fork_map(answer, batches, workers, [float(data.lengths[b].sum()) for b in batches]):
+        predicted[batches[i]] = classes
+        losses[i] = loss
+    return Evaluation(predicted, data.labels.numpy(), sum(losses) / len(data))
 
 
 def per_client(test: Evaluation, label_counts: Sequence[Sequence[int]]) -> dict[str, Any]:

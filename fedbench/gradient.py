@@ -10,35 +10,41 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbench.data import Examples
 from fedbench.packing import logits
+from fedbench.workers import fork_map
 
 
 def gradients(
-    model: nn.Module, names: list[str], probe: Examples, device: torch.device, size: int = 32
+    model: nn.Module, names: list[str], probe: Examples, device: torch.device, size: int = 16, workers: int = 1
 ) -> dict[str, Tensor]:
     """Gradient of the mean cross-entropy over all rows of `probe`, by parameter name, as float64 on the CPU."""
     parameters = dict(model.named_parameters())
     values = [parameters[n] for n in names]
     before = [p.requires_grad for p in values]
-    sums = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in zip(names, values, strict=True)}
+    batches = probe.length_sorted_batches(size)
+
+    def gradient(indices: np.ndarray) -> list[np.ndarray]:
+        batch = probe.batch(indices, device)
+        loss = F.cross_entropy(logits(model, batch), batch.labels, reduction="sum") / len(probe)
+        return [grad.double().cpu().numpy() for grad in torch.autograd.grad(loss, values)]
+
     model.eval()
     try:
         for p in values:
             p.requires_grad_(True)
-        for indices in probe.length_sorted_batches(size):
-            batch = probe.batch(indices, device)
-            loss = F.cross_entropy(logits(model, batch), batch.labels, reduction="sum") / len(probe)
-            for name, grad in zip(names, torch.autograd.grad(loss, values), strict=True):
-                sums[name] += grad.double().cpu()
+        parts = dict(fork_map(gradient, batches, workers, [float(probe.lengths[b].sum()) for b in batches]))
     finally:
         for p, required in zip(values, before, strict=True):
             p.requires_grad_(required)
-    return sums
+    # Summed in the order of the batches, whichever was done first.
+    sums = [sum(arrays) for arrays in zip(*(parts[i] for i in range(len(batches))), strict=True)]
+    return {n: torch.from_numpy(np.asarray(g)) for n, g in zip(names, sums, strict=True)}
 
 
 def compare(proxy: Mapping[str, Tensor], fm: Mapping[str, Tensor]) -> dict[str, float | None]:

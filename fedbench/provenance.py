@@ -125,9 +125,10 @@ def git_state(package: Path) -> dict[str, Any] | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory in bytes: on CUDA allocated by torch on `device`, on a CPU the resident set of this process.
+    """Peak memory in bytes: on CUDA allocated by torch on `device`, on a CPU the largest resident set of a process.
 
-    Both are since the process began, so in a grid a cell's peak includes that of the cells before it.
+    That is this one or a worker, whose resident set counts the pages it shares with this one. Both are since the
+    process began, so in a grid a cell's peak includes that of the cells before it.
     """
     if device.type == "cuda":
         import torch
@@ -137,5 +138,5 @@ def peak_memory(device: torch.device) -> int | None:
         import resource
     except ImportError:  # not on Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedbench.data import TEXT_SETS, Batch, Examples, Part, encode, load_data, read_text_file, to_pixels
+from fedbench.data import TEXT_SETS, Batch, Examples, Part, encode, load_data, read_text_file, to_pixels, tweet_words
 from fedbench.errors import FedbenchError
 from fedbench.foundation import ImageProcessor
 from fedbench.scenario import DatasetSettings, PublicSettings
@@ -184,11 +184,17 @@ def test_unknown_names(tmp_path: Path) -> None:
 
 def test_embedded_tweets_have_disjoint_parts() -> None:
     data = load_data(DatasetSettings(name="tweets"), PublicSettings(name="tweets", rows=500, in_domain=True), None)
-    parts = [set(p.texts or ()) for p in (data.train, data.validation, data.test, data.public) if p is not None]
-    assert sum(map(len, parts)) == len(set.union(*parts)), "no tweet is in two parts, or twice in one"
+    texts = [t for p in (data.train, data.validation, data.test, data.public) if p is not None for t in p.texts or ()]
+    assert len({tweet_words(text) for text in texts}) == len(texts), "no tweet is in two parts, or twice in one"
     assert set(np.unique(data.train.labels)) == {0, 1, 2}
     assert data.public is not None
     assert not data.public.labels.any(), "public rows carry no labels"
+
+
+def test_a_retweet_is_the_same_tweet() -> None:
+    said = "On hold for 8 hours! Thanks @airline https://t.co/abc"
+    assert tweet_words(f"RT @someone: {said.upper()}") == tweet_words(said) == "on hold for 8 hours thanks"
+    assert tweet_words("Art, not RT") == "art not"
 
 
 def test_embedded_digits() -> None:

@@ -1,0 +1,103 @@
+"""Worker processes: the same results as in one process, errors that arrive, nothing left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_fm, train_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbench.api import AdamW, Frozen, LocalTask
+from fedbench.errors import FedbenchError
+from fedbench.evaluate import evaluate
+from fedbench.gradient import gradients
+from fedbench.methods.fedavg_lora import cross_entropy
+from fedbench.methods.fedpft import zeros
+from fedbench.models import LoraSpec, Parts, get_tensors, initial_tunables, set_tensors, tunable_names
+from fedbench.rng import Streams
+from fedbench.training import execute_all
+from fedbench.workers import can_fork, choose_workers, fork_map
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")
+
+
+@given(st.lists(st.floats(0, 9), max_size=9), st.integers(1, 4))
+@settings(deadline=None, max_examples=12)
+def test_every_item_once_whatever_the_number_of_workers(costs: list[float], workers: int) -> None:
+    found = dict(fork_map(lambda x: (x, x * x), costs, workers, costs))
+    assert found == {i: (x, x * x) for i, x in enumerate(costs)}
+
+
+def test_work_is_spread_over_processes_of_one_thread() -> None:
+    found = dict(fork_map(lambda _: (os.getpid(), torch.get_num_threads()), range(40), 2))
+    assert os.getpid() not in {pid for pid, _ in found.values()}
+    assert {threads for _, threads in found.values()} == {1}
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_arrives_with_where_it_happened() -> None:
+    def fail(item: int) -> int:
+        if item == 2:
+            raise FedbenchError("row 2 is bad")
+        return item
+
+    with pytest.raises(FedbenchError, match="row 2 is bad") as caught:
+        list(fork_map(fail, range(4), 2))
+    assert "in fail" in caught.value.__notes__[0]
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_one_clear_line() -> None:
+    with pytest.raises(FedbenchError, match="worker process died .killed, most likely for want of memory.; try"):
+        list(fork_map(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
+
+
+def test_an_interrupted_round_leaves_no_process() -> None:
+    work = fork_map(lambda x: x, range(100), 2)
+    next(work)
+    work.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_cannot_be_had_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_workers(3, CPU) == 3
+    assert choose_workers(None, torch.device("cuda")) == 1
+    monkeypatch.setattr("fedbench.workers.can_fork", lambda: False)
+    assert choose_workers(None, CPU) == 1
+    with pytest.raises(FedbenchError, match="--workers 3: worker processes need --device cpu on Linux"):
+        choose_workers(3, CPU)
+
+
+def test_training_evaluation_and_gradients_are_equal_to_the_bit(tmp_path: Path) -> None:
+    model = tiny_fm().build(LoraSpec(2, 4), CPU)
+    set_tensors(model, initial_tunables(model, Streams(0, "unit")))
+    names = tunable_names(model)
+    start, rows = get_tensors(model, names), train_rows(24)
+    observers = {Parts(model).ffn_activation_path(1): zeros("non-positive", 0.0)}
+
+    def task(k: int) -> LocalTask:
+        batches = [np.arange(24)[k : k + 5], np.arange(24)[k + 5 : k + 9]][: 1 + k % 2]
+        return LocalTask(Frozen("k", model), start, rows, batches, AdamW(1e-2), cross_entropy, 1.0, observers=observers)
+
+    tasks = [task(k) for k in range(5)]
+    alone, spread = (dict(execute_all(tasks, CPU, workers=n)) for n in (1, 3))
+    for k in range(5):
+        assert (alone[k].steps, alone[k].loss, alone[k].observed_tokens) == (
+            spread[k].steps, spread[k].loss, spread[k].observed_tokens,
+        )  # fmt: skip
+        for mine, theirs in ((alone[k].tunables, spread[k].tunables), (alone[k].observed, spread[k].observed)):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    one, two = (evaluate(model, rows, 5, CPU, workers=n) for n in (1, 2))
+    assert one.loss == two.loss
+    assert np.array_equal(one.predicted, two.predicted)
+    one_g, two_g = (gradients(model, names, rows, CPU, 5, workers=n) for n in (1, 2))
+    assert all(torch.equal(one_g[n], two_g[n]) for n in names)
