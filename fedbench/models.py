@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fedbench.api import Frozen
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES, Family
+from fedbench.linear import FrozenLinear
 from fedbench.rng import Streams
 
 
@@ -167,12 +168,13 @@ def build(spec: ModelSpec) -> nn.Module:
         if width != up.out_features:
             model.set_submodule(parts.ffn_in_path(i), nn.Linear(up.in_features, width))
             model.set_submodule(parts.ffn_out_path(i), nn.Linear(width, down.out_features))
+    for i in range(parts.count):
+        for path in (*parts.attention_paths(i), parts.ffn_in_path(i), parts.ffn_out_path(i)):
+            FrozenLinear.adopt(_linear(model, path))  # fails for a path that is no linear layer
     if spec.lora is not None:
         lora = spec.lora
         layers = range(parts.count) if lora.layers is None else lora.layers
         targets = [path for i in layers for path in parts.attention_paths(i)]
-        for path in targets:
-            _linear(model, path)  # a target that matches nothing is an error, never skipped
         settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
         with torch.random.fork_rng([]):  # peft draws initial values we overwrite; nobody else's draws may move
             inject_adapter_in_model(settings, model)

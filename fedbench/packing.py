@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fedbench.data import Batch
+from fedbench.linear import stock
 from fedbench.models import Parts, family_of
 
 NAME = "fedbench_packed"
@@ -133,17 +134,14 @@ def pack(inputs: Mapping[str, Tensor], layout: Layout, position_offset: int) -> 
     return packed | {"position_ids": (layout.position + position_offset)[None]}
 
 
-_enabled: ContextVar[bool] = ContextVar("packing", default=True)
-
-
 @contextmanager
 def packing(enabled: bool) -> Iterator[None]:
-    """Inside the block batches are packed, or left padded (the reference executor)."""
-    token = _enabled.set(enabled)
+    """Inside the block batches are packed; or left padded and run by stock modules (the reference executor)."""
+    token = stock.set(not enabled)
     try:
         yield
     finally:
-        _enabled.reset(token)
+        stock.reset(token)
 
 
 @contextmanager
@@ -154,7 +152,7 @@ def feeding(model: nn.Module, batch: Batch, gather: bool = True) -> Iterator[tup
     sees the first tokens [B, 1, d] in the batch's order, as a pooler or head expects; without, states stay packed.
     """
     family = family_of(model)
-    if not _enabled.get() or batch.mask is None or family.position_offset is None:
+    if stock.get() or batch.mask is None or family.position_offset is None:
         yield batch.inputs, batch.mask
         return
     layout = Layout.of(batch.mask)
