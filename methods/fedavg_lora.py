@@ -71,7 +71,7 @@ class TuningMethod(Method):
     clip_norm: largest L2 norm of a local gradient.
     """
 
-    lr: float = Field(6e-3, gt=0)
+    lr: float = Field(2e-3, gt=0)
     lr_decay: Literal["linear", "none"] = "linear"
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)

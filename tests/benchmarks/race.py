@@ -1,0 +1,300 @@
+"""One fixed federated workload, run by fedbench, by a bare PyTorch loop and by other frameworks, side by side.
+
+    python tests/benchmarks/race.py --data-dir DIR [--runners fedbench,bare,flower] [--rounds 5] [--cycles 3]
+
+Local training and aggregation of some rounds of FedAvg on LoRA: MiniLM-L6, r 8 on query, key, value and attention
+output, and head; fp32; 4,000 rows of SST-2 over 100 clients (Dirichlet 1.0), 10 a round, one epoch in batches of 8,
+AdamW 5e-4. Partition, cohorts, order of rows and initial values are the same for every runner, so all have to end in
+the same weights, which is checked. Not in the times: imports, loading, tokenising, evaluation.
+
+Every runner is a process of its own. They take turns, since the speed of a machine drifts. A runner whose framework is
+not installed is left out, with a note.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedbench import engine
+from fedbench.foundation import minilm_folder
+
+HERE = Path(__file__).parent
+LR = 5e-4
+THREADS = 2
+Values = dict[str, torch.Tensor]
+
+
+class Workload:
+    """What every runner has to do, drawn by fedbench's own streams. Values go by the names of fedbench's model."""
+
+    def __init__(self, data_dir: Path | None, rounds: int, workers: int | None) -> None:
+        request = engine.RunRequest(
+            method="fedavg-lora",
+            scenario="race-fixed",
+            # One round more than is run, so that no round is the last one, which is evaluated.
+            settings={"federation.rounds": str(rounds + 1)},
+            data_dir=data_dir,
+            device="cpu",
+            plugins=(str(HERE / "race.toml"),),
+            workers=workers,
+        )
+        self.rounds = rounds
+        self.run = engine.Run(engine.prepare(request), engine.Silent())
+        self.init: Values = {n: v.clone() for n, v in self.run.server.values.items()}  # type: ignore[attr-defined]
+
+    def cohort(self, round: int) -> list[int]:
+        return self.run.cohort(round)[0]
+
+    def batches(self, client: int, round: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The client's padded batches of this round, as a plain loader would make them."""
+        rows = self.run.rows[client]
+        context = self.run.client(client).ctx  # type: ignore[attr-defined]
+        for indices in context.batches(round, len(rows)):
+            batch = rows.batch(indices)
+            yield {**batch.inputs, "labels": batch.labels}
+
+    def size(self, client: int) -> int:
+        return len(self.run.rows[client])
+
+
+def stock_model(init: Values) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+    """The model as a user of transformers and peft builds it, and its trainable parameters by fedbench's names."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(
+        minilm_folder(), num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dtype=torch.float32
+    )
+    targets = ["query", "key", "value", "attention.output.dense"]
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets))
+    named = {
+        name.removeprefix("base_model.model.").replace("modules_to_save.default.", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert named.keys() == init.keys(), named.keys() ^ init.keys()
+    set_values(named, init)
+    return model, named
+
+
+@torch.no_grad()
+def set_values(parameters: Mapping[str, torch.nn.Parameter], values: Values) -> None:
+    for name, p in parameters.items():
+        p.copy_(values[name])
+
+
+def train_plainly(
+    model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], work: Workload, client: int, round: int
+) -> Values:
+    """One client's epoch, in the loop anybody would write."""
+    model.train()
+    optimiser = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
+    for batch in work.batches(client, round):
+        loss = model(**batch).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return {n: p.detach().clone() for n, p in parameters.items()}
+
+
+def run_fedbench(work: Workload) -> tuple[float, Values]:
+    start = time.perf_counter()
+    for round in range(work.rounds):
+        work.run.round(round)
+    return time.perf_counter() - start, dict(work.run.server.values)  # type: ignore[attr-defined]
+
+
+def run_bare(work: Workload) -> tuple[float, Values]:
+    torch.set_num_threads(THREADS)
+    model, parameters = stock_model(work.init)
+    values = dict(work.init)
+    start = time.perf_counter()
+    for round in range(work.rounds):
+        cohort = work.cohort(round)
+        total = sum(map(work.size, cohort))
+        mean = {n: torch.zeros_like(v) for n, v in values.items()}
+        for client in cohort:
+            set_values(parameters, values)
+            for name, value in train_plainly(model, parameters, work, client, round).items():
+                mean[name].add_(value, alpha=work.size(client) / total)
+        values = mean
+    return time.perf_counter() - start, values
+
+
+def run_flower(work: Workload) -> tuple[float, Values]:
+    """Flower's simulation engine on Ray: two actors of one thread, each keeping its model between calls."""
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    os.environ["PYTHONPATH"] = str(HERE)
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    arguments, out = sys.argv[1:], {}
+
+    def kept() -> Any:
+        """Workload and model of an actor's process, made at its first call, which is not in the time."""
+        import race
+
+        if not hasattr(race, "_kept"):
+            torch.set_num_threads(1)
+            own = race.Workload(*race.parse(arguments))
+            race._kept = (own, *race.stock_model(own.init))  # type: ignore[attr-defined]
+        return race._kept  # type: ignore[attr-defined]
+
+    client_app, server_app = ClientApp(), ServerApp()
+
+    @client_app.query()
+    def query(message: Message, context: Context) -> Message:
+        kept()
+        who = MetricRecord({"id": int(context.node_config["partition-id"])})
+        return Message(RecordDict({"who": who}), reply_to=message)
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        import race
+
+        own, model, parameters = kept()
+        client, round = int(context.node_config["partition-id"]), int(message.content["config"]["round"])
+        race.set_values(parameters, message.content["arrays"].to_torch_state_dict())
+        tuned = race.train_plainly(model, parameters, own, client, round)
+        metrics = MetricRecord({"num-examples": own.size(client)})
+        return Message(RecordDict({"arrays": ArrayRecord(tuned), "metrics": metrics}), reply_to=message)
+
+    class Fixed(FedAvg):
+        """The workload's cohorts; Flower's node ids are random, so each node is asked which client it is."""
+
+        def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
+            if not hasattr(self, "nodes"):
+                asked = [Message(RecordDict(), dst_node_id=n, message_type="query") for n in grid.get_node_ids()]
+                self.nodes = {int(r.content["who"]["id"]): r.metadata.src_node_id for r in grid.send_and_receive(asked)}
+                out["start"] = time.perf_counter()
+            config["round"] = server_round - 1
+            chosen = [self.nodes[c] for c in work.cohort(server_round - 1)]
+            record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+            return self._construct_messages(record, chosen, "train")
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = Fixed(fraction_train=0.1, min_train_nodes=10, fraction_evaluate=0.0, min_available_nodes=100)
+        found = strategy.start(
+            grid=grid, initial_arrays=ArrayRecord(work.init), num_rounds=work.rounds, train_config=ConfigRecord()
+        )
+        out["end"], out["values"] = time.perf_counter(), found.arrays.to_torch_state_dict()
+
+    run_simulation(
+        server_app=server_app,
+        client_app=client_app,
+        num_supernodes=100,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": 2, "include_dashboard": False},
+        },
+    )
+    return out["end"] - out["start"], dict(out["values"])
+
+
+RUNNERS: dict[str, tuple[Callable[[Workload], tuple[float, Values]], tuple[str, ...]]] = {
+    "fedbench": (run_fedbench, ()),
+    "bare": (run_bare, ()),
+    "flower": (run_flower, ("flwr", "ray")),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    out.add_argument("--data-dir", type=Path, help="folder with SST-2 on disk, else the hub or its cache")
+    out.add_argument("--runners", default="fedbench,bare,flower")
+    out.add_argument("--rounds", type=int, default=5, help="federated rounds in each run")
+    out.add_argument("--cycles", type=int, default=3, help="how often the runners take turns")
+    out.add_argument("--workers", type=int, help="worker processes of fedbench; default: one per core")
+    out.add_argument("--only", help=argparse.SUPPRESS)
+    out.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    return out
+
+
+def parse(arguments: list[str]) -> tuple[Path | None, int, int | None]:
+    a = parser().parse_args(arguments)
+    return a.data_dir, a.rounds, a.workers
+
+
+def one(name: str, out: Path) -> None:
+    """Run one runner in this process; weights go to the file `out`, seconds to the output."""
+    work = Workload(*parse(sys.argv[1:]))
+    seconds, values = RUNNERS[name][0](work)
+    save_file({n: v.contiguous() for n, v in values.items()}, out)
+    save_file(work.init, out.with_suffix(".init"))
+    print("RESULT " + json.dumps({"seconds": seconds}), flush=True)
+
+
+def difference(values: Values, reference: Values, init: Values) -> float:
+    """|| a - b || / || b - init || over all weights: how far two runs differ, in units of the update."""
+    apart = sum((values[n].double() - reference[n].double()).square().sum() for n in reference)
+    update = sum((reference[n].double() - init[n].double()).square().sum() for n in reference)
+    return float((apart / update) ** 0.5)
+
+
+def main() -> None:
+    asked = parser().parse_args()
+    if asked.only:
+        one(asked.only, asked.out)
+        return
+    names = []
+    for name in asked.runners.split(","):
+        if name not in RUNNERS:
+            sys.exit(f"race: there is no runner {name!r}; known are {', '.join(RUNNERS)}")
+        missing = [m for m in RUNNERS[name][1] if importlib.util.find_spec(m) is None]
+        if missing:
+            print(f"{name} left out: {', '.join(missing)} not installed")
+        else:
+            names.append(name)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    weights: dict[str, Values] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for cycle in range(asked.cycles):
+            for name in names if cycle % 2 == 0 else reversed(names):
+                out = Path(folder) / f"{name}.safetensors"
+                command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--out", str(out)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+                if done.returncode or line is None:
+                    sys.exit(f"race: {name} failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+                seconds[name].append(json.loads(line.removeprefix("RESULT "))["seconds"])
+                weights[name] = load_file(out)
+                print(f"cycle {cycle + 1}  {name:9} {seconds[name][-1]:7.2f} s", flush=True)
+        init = load_file(Path(folder) / f"{names[0]}.init")
+    reference = "bare" if "bare" in names else names[0]
+    base = statistics.median(seconds[reference])
+    print(f"\n{'runner':9} {'median s':>9} {'min':>7} {'max':>7} {'/ ' + reference:>11}   update differs by")
+    for name in names:
+        s = seconds[name]
+        apart = difference(weights[name], weights[reference], init)
+        middle = statistics.median(s)
+        print(f"{name:9} {middle:9.2f} {min(s):7.2f} {max(s):7.2f} {middle / base:11.3f}   {apart:.1e}")
+        if apart > 1e-4:
+            sys.exit(f"race: {name} and {reference} did not do the same work: their updates differ by {apart:.1e}")
+    if {"fedbench", "bare"} <= seconds.keys():
+        print(f"RATIO fedbench/bare {statistics.median(seconds['fedbench']) / base:.3f}")
+
+
+if __name__ == "__main__":
+    main()
