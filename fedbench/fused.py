@@ -1,7 +1,7 @@
 """Trains the clients of a round together, in one pass over the frozen backbone they share.
 
-Clients of a round differ in their tunables (LoRA, head) and their rows; nearly all of the work is in the backbone, which
-is the same for all. Their batches are laid end to end, client after client, and go through it as one; only the modules
+Clients of a round differ in their tunables (LoRA, head) and their rows; nearly all of the work is in the backbone,
+which is the same for all. Their batches are laid end to end, client after client, and go through it as one; only the modules
 that own tunables treat each client's part with that client's own values, stacked on a leading dimension. The loss is
 the sum over clients of the mean over a client's own rows, so each client's gradient is what it would be alone; clipping
 and AdamW work row by row on one matrix [clients, parameters].
@@ -95,7 +95,7 @@ def clients_per_pass(tasks: Sequence[LocalTask], device: torch.device) -> int:
     if device.type != "cuda":
         return max(1, CPU_TOKENS // most)
     kept = most * 4 * sum(m.out_features for m in module.modules() if isinstance(m, nn.Linear))
-    state = 6 * 4 * sum(v.numel() for v in tasks[0].tunables.values())  # value, gradient, moments, and their temporaries
+    state = 6 * 4 * sum(v.numel() for v in tasks[0].tunables.values())  # value, gradient, moments, temporaries
     free, _ = torch.cuda.mem_get_info(device)
     return max(1, int(free / 2 / (kept + state)))
 

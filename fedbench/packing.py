@@ -250,7 +250,7 @@ def feeding(
     the first tokens [B, 1, d] in the batch's order, as a pooler or head expects; without, states stay packed.
     """
     family = family_of(model)
-    if batch.mask is None or not packs(model):
+    if batch.mask is None or family.position_offset is None or not _enabled.get():
         yield batch.inputs, batch.mask
         return
     layout = layout or Layout.of(batch.mask)

@@ -22,7 +22,6 @@ from fedbench.data import Examples
 from fedbench.errors import FedbenchError
 from fedbench.fused import adamw, clients_per_pass, execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
-from fedbench.methods.fedpft import zeros
 from fedbench.models import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
 from fedbench.packing import Layout, packing
 from fedbench.testing import tensors_close
@@ -75,9 +74,7 @@ def cohort(
         "clip_norm": 1.0,
     }
     given = defaults | changes
-    return [
-        LocalTask(batches=[rng.choice(len(data), size, replace=False) for size in own], **given) for own in sizes
-    ]
+    return [LocalTask(batches=[rng.choice(len(data), size, replace=False) for size in own], **given) for own in sizes]
 
 
 def update(task: LocalTask, result: LocalResult) -> dict[str, Tensor]:
@@ -232,9 +229,7 @@ def test_bf16_follows_the_reference(segments: bool) -> None:
     eps=st.sampled_from([1e-8, 1e-3]),
 )
 @settings(deadline=None)
-def test_adamw_is_torchs(
-    steps: int, lrs: list[float], decay: float, betas: tuple[float, float], eps: float
-) -> None:
+def test_adamw_is_torchs(steps: int, lrs: list[float], decay: float, betas: tuple[float, float], eps: float) -> None:
     generator = torch.Generator().manual_seed(steps)
     values = torch.randn(len(lrs), 7, dtype=torch.float64, generator=generator)
     rows = [nn.Parameter(row.clone()) for row in values]
