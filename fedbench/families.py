@@ -12,8 +12,10 @@ class Family:
 
     layers, embeddings: from the model. attention (query, key, value, output), ffn_*: from a layer. ffn_activation: the
     module whose output is the FFN's activation. ffn_norm: the LayerNorm behind the FFN, None in pre-norm models.
-    head: what is trained with the adapters. layer_count: the configuration's field. token_types: whether inputs carry
-    segment ids. position_offset: position of a row's first token; None where positions cannot be given.
+    residual: the module that adds a layer's input (its second argument) to the attention's output, None where the layer
+    does so itself. head: what is trained with the adapters. layer_count: the configuration's field. token_types:
+    whether inputs carry segment ids. position_offset: position of a row's first token; None where positions cannot be
+    given.
     """
 
     architecture: str
@@ -26,6 +28,7 @@ class Family:
     ffn_out: str
     ffn_norm: str | None
     head: tuple[str, ...]
+    residual: str | None = None
     layer_count: str = "num_hidden_layers"
     token_types: bool = False
     position_offset: int | Literal["after padding token"] | None = None
@@ -45,6 +48,7 @@ FAMILIES: dict[str, Family] = {
         ffn_out="output.dense",
         ffn_norm="output.LayerNorm",
         head=("classifier",),
+        residual="attention.output",
         token_types=True,
         position_offset=0,
     ),
@@ -59,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         ffn_out="output.dense",
         ffn_norm="output.LayerNorm",
         head=("classifier",),
+        residual="attention.output",
         position_offset="after padding token",
     ),
     "vit": Family(

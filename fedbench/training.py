@@ -124,7 +124,7 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
         losses, tokens = [], 0
         for indices in task.batches:
             batch = task.data.batch(indices, device)
-            with autocast(device, precision), feeding(module, batch) as (inputs, mask[0]):
+            with autocast(device, precision), feeding(module, batch, observed=task.observers) as (inputs, mask[0]):
                 if task.observers:
                     tokens += len(indices) if batch.mask is None else int(batch.mask.sum())
                 logits = module(**inputs).logits

@@ -1,0 +1,437 @@
+"""Trains the clients of a round together, in one pass over the frozen backbone they share.
+
+Clients of a round differ in their tunables (LoRA, head) and their rows; nearly all of the work is in the backbone,
+which is the same for all. Their batches are laid end to end, client after client, and go through it as one; only the
+modules that own tunables treat each client's part with that client's own values, stacked on a leading dimension. The
+loss is the sum over clients of the mean over a client's own rows, so each client's gradient is what it would be alone;
+clipping and AdamW work row by row on one matrix [clients, parameters].
+
+The same mathematics as `fedbench.training.execute`, client by client, which tests hold it to. It pays where a batch of
+one client leaves the device idle: on a GPU, or on a CPU with threads to spare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedbench.api import LocalResult, LocalTask
+from fedbench.data import Batch, Examples
+from fedbench.errors import FedbenchError
+from fedbench.linear import FrozenLinear
+from fedbench.packing import Layout, feeding, packs
+from fedbench.training import autocast, execute, has_dropout
+
+CPU_TOKENS = 4096
+"""Tokens in a pass on a CPU: more gain nothing there."""
+
+
+def execute_cohort(
+    tasks: Sequence[LocalTask],
+    device: torch.device,
+    precision: str = "fp32",
+    chunk: int | None = None,
+    segments: bool | None = None,
+) -> list[LocalResult]:
+    """Train every task as `fedbench.training.execute` does, together where they fit together; results in their order.
+
+    Tasks fit together if they share backbone, names of tunables, clipping, betas, eps, observed modules, and whether
+    they have a penalty. Tasks with active dropout, or with tunables in modules other than Linear and LayerNorm, are
+    trained one by one. Returns CPU tensors.
+
+    chunk: most clients in a pass; None for what `clients_per_pass` says. segments: give all clients of a pass equal
+    parts of it, which adds padding but takes far fewer calls; None for doing so on CUDA.
+
+    Raises FedbenchError when a loss is not finite, naming the step of that client.
+    """
+    if chunk is not None and chunk < 1:
+        raise FedbenchError(f"chunk is {chunk}, expected a number of clients, at least 1")
+    if segments is None:
+        segments = device.type == "cuda"
+    groups: dict[Any, list[int]] = {}
+    checked: dict[Any, bool] = {}
+    for i, task in enumerate(tasks):
+        groups.setdefault(_fusion_key(task, checked) or ("alone", i), []).append(i)
+    results: dict[int, LocalResult] = {}
+    for members in groups.values():
+        if len(members) == 1:
+            results[members[0]] = execute(tasks[members[0]], device, precision)
+            continue
+        # The longest first: those still training are then always the first rows.
+        members.sort(key=lambda i: -len(tasks[i].batches))
+        size = chunk or clients_per_pass([tasks[i] for i in members], device)
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
+            trained = _train([tasks[i] for i in part], device, precision, segments)
+            results |= zip(part, trained, strict=True)
+    return [results[i] for i in range(len(tasks))]
+
+
+def clients_per_pass(tasks: Sequence[LocalTask], device: torch.device) -> int:
+    """How many of these clients to train in one pass, at least 1.
+
+    On a CPU by `CPU_TOKENS`. On CUDA by memory: half of what is free, over the client's own state and what its largest
+    batch keeps for the backward pass. A token keeps 4 bytes for each output of a Linear module; BERT and ViT were seen
+    to keep 3.1 to 3.5, in fp32 and in bf16, whose casts are kept as well.
+    """
+    module, data = tasks[0].frozen.module, tasks[0].data
+    packed = packs(module)
+
+    def tokens(task: LocalTask, rows: np.ndarray) -> int:
+        lengths = task.data.lengths[rows]
+        return int(lengths.sum() if packed else lengths.max() * len(lengths))
+
+    most = max(tokens(task, rows) for task in tasks for rows in task.batches)
+    if data.tokens is None:
+        config: Any = module.config
+        most *= (config.image_size // config.patch_size) ** 2 + 1
+    if device.type != "cuda":
+        return max(1, CPU_TOKENS // most)
+    kept = most * 4 * sum(m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    state = 6 * 4 * sum(v.numel() for v in tasks[0].tunables.values())  # value, gradient, moments, temporaries
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(free / 2 / (kept + state)))
+
+
+def adamw(
+    values: Tensor,
+    grads: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    lr: Tensor,
+    decay: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of AdamW (Loshchilov & Hutter 2019) in place, each row of [C, P] with settings of its own.
+
+    In the order of `torch.optim.AdamW`. first, second: the moment estimates. step: from 1. lr: [C, 1]. decay: weight
+    decay, [C, 1] or [C, P].
+    """
+    values.mul_(1 - lr * decay)
+    first.lerp_(grads, 1 - betas[0])
+    second.mul_(betas[1]).addcmul_(grads, grads, value=1 - betas[1])
+    root = second.sqrt().div_((1 - betas[1] ** step) ** 0.5).add_(eps)
+    values.sub_(first.div(root).mul_(lr / (1 - betas[0] ** step)))
+
+
+# ---------------------------------------------------------------- which tasks fit together
+
+
+def _owned(module: nn.Module, names: Collection[str]) -> dict[nn.Module, dict[str, str]]:
+    """Modules that own tunables -> own name of the parameter -> tunable; a tied parameter has several owners."""
+    known = {id(p): name for name, p in module.named_parameters() if name in names}
+    return {
+        m: own
+        for m in module.modules()
+        if (own := {role: known[id(p)] for role, p in m.named_parameters(recurse=False) if id(p) in known})
+    }
+
+
+def _supported(module: nn.Module) -> bool:
+    # Exactly these types: a subclass may compute something else.
+    return type(module) in _FORWARDS and (not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) == 1)
+
+
+def _fusion_key(task: LocalTask, checked: dict[Any, bool]) -> Any:
+    """What a task shares with those it can be trained with; None if it has to be trained alone.
+
+    `checked` remembers what holds for all tasks of a module with the same tunables.
+    """
+    module, o = task.frozen.module, task.optimiser
+    names = frozenset(task.tunables)
+    if (module, names) not in checked:
+        parameters = {n: p for n, p in module.named_parameters() if n in names}
+        checked[module, names] = (
+            len(parameters) == len(names) > 0
+            and len({p.dtype for p in parameters.values()}) == 1
+            and all(_supported(m) for m in _owned(module, names))
+            and not has_dropout(module)
+        )
+    # What is wrong with a task (no rows, a tunable of another shape) `execute` says best.
+    if not checked[module, names] or not task.batches:
+        return None
+    if any(module.get_parameter(n).shape != v.shape for n, v in task.tunables.items()):
+        return None
+    kind = task.penalty is None, task.data.tokens is None, task.data.pad_token
+    return task.frozen.key, names, task.clip_norm, o.betas, o.eps, frozenset(task.observers), kind
+
+
+# ---------------------------------------------------------------- whose part of a pass is which
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The rows of one step of all clients still training, client after client.
+
+    lengths: tokens of each of a client's rows; 1 for images. most: rows of the client that has most. slots: place of
+    each row in the grid [k, most]. filled: what has a place for each row has one for each place of the grid; a client's
+    first row takes those that are empty. layout: of the packed row; None where the batch is padded.
+    """
+
+    batch: Batch
+    lengths: tuple[tuple[int, ...], ...]
+    most: int
+    slots: Tensor
+    filled: bool
+    layout: Layout | None
+
+    @classmethod
+    def of(cls, tasks: Sequence[LocalTask], number: int, device: torch.device, segments: bool) -> _Step:
+        module = tasks[0].frozen.module
+        rows = [np.asarray(task.batches[number], dtype=np.int64) for task in tasks]
+        most = max(map(len, rows))
+        slots = np.concatenate([i * most + np.arange(len(own)) for i, own in enumerate(rows)])
+        lengths = tuple(tuple(task.data.lengths[own].tolist()) for task, own in zip(tasks, rows, strict=True))
+        packed = packs(module)
+        if segments and not packed:
+            rows = [np.pad(own, (0, most - len(own)), constant_values=own[0]) for own in rows]
+        parts = [task.data.select(own) for task, own in zip(tasks, rows, strict=True)]
+        joined = Examples(
+            torch.cat([part.labels for part in parts]),
+            None if parts[0].tokens is None else [row for part in parts for row in part.tokens or ()],
+            None if parts[0].pixels is None else torch.cat([p.pixels for p in parts if p.pixels is not None]),
+            parts[0].pad_token,
+        )
+        batch = joined.batch(np.arange(len(joined)), device)
+        layout = None
+        if packed and batch.mask is not None:
+            lay_out = Layout.of_segments if segments else Layout.of_clients
+            layout = lay_out(lengths, batch.mask.shape[1], device)
+        return cls(batch, lengths, most, torch.from_numpy(slots).to(device), segments, layout)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each client."""
+        return tuple(map(len, self.lengths))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows themselves of x, which has one for each of them or for each place of the grid."""
+        return x if len(x) == len(self.slots) else x.index_select(0, self.slots)
+
+    def sizes(self, positions: int) -> tuple[int, ...]:
+        """Each client's share of the positions of an activation: of the packed row, or of rows of some positions."""
+        if self.layout is not None and positions == sum(self.layout.sizes):
+            return self.layout.sizes
+        rows = (self.most,) * len(self.lengths) if self.filled else self.counts
+        return tuple(positions // sum(rows) * n for n in rows)
+
+    def real(self, x: Tensor) -> Sequence[Tensor]:
+        """Each client's own real tokens [n, d] in an activation: packed [1, N, d], or [B, T, d]."""
+        if self.layout is not None:
+            return x[self.layout.real].split([sum(own) for own in self.lengths])
+        if self.batch.mask is not None:
+            return self.rows(x)[self.rows(self.batch.mask).bool()].split([sum(own) for own in self.lengths])
+        return [share.flatten(0, -2) for share in self.rows(x).split(self.counts)]
+
+    def losses(self, tasks: Sequence[LocalTask], logits: Tensor) -> Tensor:
+        """The mean loss of each client's rows, [k]."""
+        logits, labels = self.rows(logits.float()), self.rows(self.batch.labels)
+        if all(task.loss == tasks[0].loss for task in tasks):
+            each = tasks[0].loss(logits, labels)
+        else:
+            shares = zip(tasks, logits.split(self.counts), labels.split(self.counts), strict=True)
+            each = torch.cat([task.loss(x, y) for task, x, y in shares])
+        grid = each.new_zeros(len(tasks) * self.most).index_copy(0, self.slots, each)
+        return grid.view(len(tasks), -1).sum(1) / torch.tensor(self.counts, device=each.device)
+
+
+@dataclass
+class _Pass:
+    """The pass under way: its step, and the value of each tunable for each of its clients, [k, *shape]."""
+
+    values: dict[str, Tensor]
+    step: _Step | None = None
+
+    def apply(self, function: Callable[..., Tensor], x: Tensor, stacked: Mapping[str, Tensor]) -> Tensor:
+        """`function` of x [k, n, d] and the stacked values; of all clients at once where they have equal shares."""
+        assert self.step is not None
+        flat = x.reshape(-1, x.shape[-1])
+        sizes = self.step.sizes(len(flat))
+        if len(set(sizes)) == 1:
+            y = function(flat.view(len(sizes), sizes[0], -1), **stacked)
+        else:
+            own = zip(*(v.split(1) for v in stacked.values()), strict=True)
+            shares = zip(flat.split(sizes), own, strict=True)
+            y = torch.cat([function(share[None], **dict(zip(stacked, v, strict=True)))[0] for share, v in shares])
+        return y.reshape(*x.shape[:-1], -1)
+
+
+# ---------------------------------------------------------------- modules with a value for each client
+
+
+def _linear(module: nn.Linear, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """A Linear on [k, n, in] with weights [k, out, in] and biases [k, out]; one not given is the module's own."""
+    if weight is None:
+        y = F.linear(x, module.weight, module.bias if bias is None else None)
+        return y if bias is None else y + bias[:, None].to(y.dtype)
+    own = module.bias if bias is None else bias[:, None]
+    return torch.bmm(x, weight.mT) if own is None else torch.baddbmm(own, x, weight.mT)
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """A LayerNorm on [k, n, d] with weights and biases [k, d]; one not given is the module's own."""
+    y = F.layer_norm(x, module.normalized_shape, module.weight if weight is None else None, None, module.eps)
+    if weight is not None:
+        y = y * weight[:, None]
+    own = module.bias if bias is None else bias[:, None]
+    return y if own is None else y + own
+
+
+_FORWARDS: dict[type, Callable[..., Tensor]] = {nn.Linear: _linear, FrozenLinear: _linear, nn.LayerNorm: _layer_norm}
+
+
+@contextmanager
+def _stacked(module: nn.Module, under_way: _Pass) -> Iterator[None]:
+    """Inside the block modules that own tunables compute with the values of the pass, and no parameter is trained."""
+
+    def forward(owner: nn.Module, own: Mapping[str, str], x: Tensor) -> Tensor:
+        stacked = {role: under_way.values[name] for role, name in own.items()}
+        return under_way.apply(partial(_FORWARDS[type(owner)], owner), x, stacked)
+
+    owned = _owned(module, under_way.values)
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        module.requires_grad_(False)
+        for owner, own in owned.items():
+            owner.forward = partial(forward, owner, own)
+        yield
+    finally:
+        for owner in owned:
+            owner.__dict__.pop("forward", None)
+        for p, required in before:
+            p.requires_grad_(required)
+
+
+@contextmanager
+def _observing(module: nn.Module, tasks: Sequence[LocalTask], under_way: _Pass) -> Iterator[list[dict[str, Tensor]]]:
+    """Each client's sums of its observers' statistics over its own real tokens, inside the block."""
+    sums: list[dict[str, Tensor]] = [{} for _ in tasks]
+
+    def observe(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        assert under_way.step is not None
+        with torch.no_grad():
+            for task, own, share in zip(tasks, sums, under_way.step.real(output), strict=False):
+                value = task.observers[path](share)
+                own[path] = own[path] + value if path in own else value
+
+    hooks = [module.get_submodule(p).register_forward_hook(partial(observe, p)) for p in tasks[0].observers]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class _Matrix:
+    """Tensors by name as columns of a matrix [clients, P], on one device in one dtype."""
+
+    def __init__(self, module: nn.Module, names: Collection[str], device: torch.device) -> None:
+        # In the model's order, as in `execute`.
+        self.shapes = {n: p.shape for n, p in module.named_parameters() if n in names}
+        self.dtype, self.device = module.get_parameter(next(iter(self.shapes))).dtype, device
+        ends = np.cumsum([0, *(shape.numel() for shape in self.shapes.values())]).tolist()
+        self.columns = {n: slice(a, b) for n, a, b in zip(self.shapes, ends, ends[1:], strict=False)}
+        self.width = ends[-1]
+
+    def stack(self, given: Sequence[Mapping[str, Tensor] | None], default: float = 0.0) -> Tensor:
+        """One row for each client, [C, P]; `default` where a tensor is not given."""
+        out = torch.full((len(given), self.width), default, dtype=self.dtype)
+        for row, tensors in zip(out, given, strict=True):
+            for name, tensor in (tensors or {}).items():
+                row[self.columns[name]].view(self.shapes[name]).copy_(tensor)
+        return out.to(self.device)
+
+    def views(self, matrix: Tensor) -> dict[str, Tensor]:
+        """name -> [k, *shape], sharing the matrix's memory."""
+        return {n: matrix[:, self.columns[n]].unflatten(1, shape) for n, shape in self.shapes.items()}
+
+
+def _each(stacked: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors of each client, of tensors [k, *shape]."""
+    return [dict(zip(stacked, own, strict=True)) for own in zip(*(v.unbind() for v in stacked.values()), strict=True)]
+
+
+def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, segments: bool) -> list[LocalResult]:
+    """Train clients that fit together, given in order of falling numbers of steps."""
+    module, o, clip_norm = tasks[0].frozen.module, tasks[0].optimiser, tasks[0].clip_norm
+    matrix = _Matrix(module, tasks[0].tunables, device)
+    values = matrix.stack([task.tunables for task in tasks])
+    received = _each(matrix.views(values.clone())) if tasks[0].penalty else []
+    offset = matrix.stack([t.gradient_offset for t in tasks]) if any(t.gradient_offset for t in tasks) else None
+    rank = matrix.stack([task.rank_mask for task in tasks], 1.0) if any(task.rank_mask for task in tasks) else None
+    first, second = torch.zeros_like(values), torch.zeros_like(values)
+    lr, decay = (
+        torch.tensor(column, dtype=torch.float64)[:, None].to(values)
+        for column in ([t.optimiser.lr for t in tasks], [t.optimiser.weight_decay for t in tasks])
+    )
+    under_way = _Pass(matrix.views(values))
+    curve: list[Tensor] = []
+    k = 0
+    with _stacked(module, under_way), _observing(module, tasks, under_way) as sums:
+        module.eval()
+        for number in range(len(tasks[0].batches)):
+            active = [task for task in tasks if number < len(task.batches)]
+            if len(active) != k:
+                k = len(active)
+                leaves = {n: v.requires_grad_() for n, v in matrix.views(values[:k].detach()).items()}
+                under_way.values = leaves
+            under_way.step = step = _Step.of(active, number, device, segments)
+            with (
+                autocast(device, precision),
+                feeding(module, step.batch, layout=step.layout, observed=tasks[0].observers) as fed,
+            ):
+                logits = module(**fed[0]).logits
+            losses = step.losses(active, logits)
+            curve.append(losses.detach())
+            loss = losses.sum()
+            for task, now, then in zip(active, _each(leaves) if received else [], received, strict=False):
+                assert task.penalty is not None
+                loss = loss + task.penalty(now, then)
+            parts = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            if number == 0:
+                # torch's optimisers leave a parameter without a gradient alone, decay included.
+                for name in (n for n, part in zip(leaves, parts, strict=True) if part is None):
+                    decay = decay.expand(values.shape).clone()
+                    idle = [i for i, task in enumerate(tasks) if name not in (task.gradient_offset or {})]
+                    decay[idle, matrix.columns[name]] = 0.0
+            pairs = zip(leaves.values(), parts, strict=True)
+            g = torch.cat([(torch.zeros_like(v) if p is None else p).flatten(1) for v, p in pairs], 1)
+            if offset is not None:
+                g.add_(offset[:k])
+            if rank is not None:
+                g.mul_(rank[:k])
+            if clip_norm is not None:
+                g.mul_((clip_norm / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + 1e-6)).clamp_(max=1.0))
+            adamw(values[:k], g, first[:k], second[:k], number + 1, lr[:k], decay[:k], o.betas, o.eps)
+            if rank is not None:
+                values[:k].mul_(rank[:k])
+    curves = torch.nn.utils.rnn.pad_sequence(curve).cpu()  # [C, steps]: losses of a step are those of the first rows
+    results = []
+    for task, tuned, own, column in zip(tasks, _each(matrix.views(values.cpu())), sums, curves, strict=True):
+        losses = column[: len(task.batches)]
+        if not bool(torch.isfinite(losses).all()):
+            at = int((~torch.isfinite(losses)).nonzero()[0])
+            raise FedbenchError(f"local training diverged: the loss of step {at} is {losses[at].item()}; lower lr")
+        results.append(
+            LocalResult(
+                {n: v.clone() for n, v in tuned.items()},  # each result owns its memory
+                len(task.batches),
+                float(losses.mean()),
+                {path: value.to("cpu", copy=True) for path, value in own.items()},
+                sum(int(task.data.lengths[rows].sum()) for rows in task.batches) if task.observers else 0,
+            )
+        )
+    return results
