@@ -1,10 +1,10 @@
 """Trains the clients of a round together, in one pass over the frozen backbone they share.
 
 Clients of a round differ in their tunables (LoRA, head) and their rows; nearly all of the work is in the backbone,
-which is the same for all. Their batches are laid end to end, client after client, and go through it as one; only the modules
-that own tunables treat each client's part with that client's own values, stacked on a leading dimension. The loss is
-the sum over clients of the mean over a client's own rows, so each client's gradient is what it would be alone; clipping
-and AdamW work row by row on one matrix [clients, parameters].
+which is the same for all. Their batches are laid end to end, client after client, and go through it as one; only the
+modules that own tunables treat each client's part with that client's own values, stacked on a leading dimension. The
+loss is the sum over clients of the mean over a client's own rows, so each client's gradient is what it would be alone;
+clipping and AdamW work row by row on one matrix [clients, parameters].
 
 The same mathematics as `fedbench.training.execute`, client by client, which tests hold it to. It pays where a batch of
 one client leaves the device idle: on a GPU, or on a CPU with threads to spare.
