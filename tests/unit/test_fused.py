@@ -439,8 +439,8 @@ def test_a_pass_keeps_no_more_than_is_estimated(precision: str, monkeypatch: pyt
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         execute_cohort(tasks, CPU, precision, segments=True)
     used = sum(x.untyped_storage().nbytes() for x in kept.values())
-    # The clients that fit into twice what was used, as the estimate takes half of what is free: two, or a little less.
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (2 * used, 2**40))
-    assert clients_per_pass(tasks, torch.device("cuda")) in (1, 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (4 * used, 2**40))
-    assert clients_per_pass(tasks, torch.device("cuda")) in (2, 3, 4)
+    # Half of what is free is taken. Of this model of two layers nearly half lies behind the last attention, where only
+    # first tokens are kept, so the estimate is at most some twice what was used.
+    for clients in (2, 6):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, n=clients: (2 * n * used, 2**40))
+        assert 0.4 * clients <= clients_per_pass(tasks, torch.device("cuda")) <= clients
