@@ -442,5 +442,6 @@ def test_a_pass_keeps_no_more_than_is_estimated(precision: str, monkeypatch: pyt
     # Half of what is free is taken. Of this model of two layers nearly half lies behind the last attention, where only
     # first tokens are kept, so the estimate is at most some twice what was used.
     for clients in (2, 6):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, n=clients: (2 * n * used, 2**40))
+        # `used` is that of two clients.
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, n=clients: (n * used, 2**40))
         assert 0.4 * clients <= clients_per_pass(tasks, torch.device("cuda")) <= clients
