@@ -88,6 +88,7 @@ class Kind(StrEnum):
 class Executor(StrEnum):
     auto = "auto"
     packed = "packed"
+    fused = "fused"
     reference = "reference"
 
 
@@ -143,7 +144,11 @@ def run_command(
     cache: CacheDir = None,
     plugin: Plugins = None,
     executor: Annotated[
-        Executor, typer.Option(help="How local training is executed: packed, without padding, or the padded reference.")
+        Executor,
+        typer.Option(
+            help="How local training is executed: packed (client by client, without padding), fused (a round's clients "
+            "in one pass) or the padded reference; auto takes fused on CUDA, else packed."
+        ),
     ] = Executor.auto,
     workers: Workers = None,
 ) -> None:

@@ -82,7 +82,8 @@ class Silent:
 class Prepared:
     """A run ready to start: everything loaded, and its key known.
 
-    executor: how local training is executed, "packed" unless "reference" was asked for. workers: processes that local
+    executor: how local training is executed: "packed", client by client; "fused", a round's clients together (the
+    default on CUDA); or "reference", client by client in padded batches. workers: processes that local
     training, evaluation and gradient error are spread over. unavailable: why the method
     cannot run here, if so. planned: dotted settings the method itself changed (`Method.plan`).
     """
@@ -218,7 +219,9 @@ def prepare(request: RunRequest) -> Prepared:
         "method": {"name": method.name, "version": method.version, "settings": method.model_dump(mode="json")},
         "seed": request.seed,
     }
-    executor = "reference" if request.executor == "reference" else "packed"
+    executor = request.executor
+    if executor == "auto":
+        executor = "fused" if device.type == "cuda" else "packed"
     if getattr(method, "lora_dropout", 0.0) > 0:
         # Executors draw dropout in different orders, so with dropout their results differ.
         identity["executor"] = executor
@@ -385,7 +388,8 @@ class Run:
         # A client with a `fit` of its own may keep what it learns there, so it has to run in this process.
         own = [cid for cid in tasks if type(self.client(cid)).fit is not Client.fit]
         declared = [cid for cid in tasks if cid not in own]
-        for i, result in execute_all([tasks[cid] for cid in declared], p.device, p.precision, p.workers):
+        chosen = [tasks[cid] for cid in declared]
+        for i, result in execute_all(chosen, p.device, p.precision, p.workers, p.executor == "fused"):
             keep(declared[i], result)
         for cid in own:
             with one_thread():
@@ -624,7 +628,7 @@ def checkpoint_folder(prepared: Prepared) -> Path:
 
 def run(prepared: Prepared, progress: Progress | None = None) -> Record:
     """Run from the start or from a checkpoint to a saved record; the checkpoint is removed at the end."""
-    with packing(prepared.executor == "packed"):
+    with packing(prepared.executor != "reference"):
         return _run(prepared, progress or Silent())
 
 

@@ -2,7 +2,7 @@
 
 `execute` trains one client with a stock optimiser, through whatever form `fedbench.packing` gives a batch: padded,
 which is the reference and says what local training *is*, or packed, which is held against it. `execute_all` does so
-for the clients of a round, over worker processes where there are any.
+for the clients of a round: over worker processes, or fused (`fedbench.fused`).
 """
 
 from __future__ import annotations
@@ -159,12 +159,12 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
 
 
 def execute_all(
-    tasks: Sequence[LocalTask], device: torch.device, precision: str = "fp32", workers: int = 1
+    tasks: Sequence[LocalTask], device: torch.device, precision: str = "fp32", workers: int = 1, fused: bool = False
 ) -> Iterator[tuple[int, LocalResult]]:
     """Train the clients of a round; yields (index of the task, its result) as they are done.
 
-    Over `workers` processes the results are, to the bit, those of one. A round of one client has nothing to spread, and
-    takes torch's own threads instead.
+    On a CPU one after another over `workers` processes, whose results are, to the bit, those of one; a round of one
+    client has nothing to spread, and takes torch's own threads instead. `fused`: all together in this process.
     """
 
     def train(task: LocalTask) -> tuple[Any, ...]:
@@ -172,7 +172,11 @@ def execute_all(
         # As numpy arrays a result passes between processes many times faster than as tensors.
         return _numpy(r.tunables), r.steps, r.loss, _numpy(r.observed), r.observed_tokens
 
-    if device.type == "cpu" and len(tasks) > 1:
+    if fused:
+        from fedbench.fused import execute_cohort
+
+        yield from enumerate(execute_cohort(tasks, device, precision))
+    elif device.type == "cpu" and len(tasks) > 1:
         costs = [float(sum(task.data.lengths[rows].sum() for rows in task.batches)) for task in tasks]
         for index, (tunables, steps, loss, observed, tokens) in fork_map(train, tasks, workers, costs):
             yield index, LocalResult(_tensors(tunables), steps, loss, _tensors(observed), tokens)

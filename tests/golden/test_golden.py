@@ -29,7 +29,7 @@ METHODS = {
 }
 
 
-def summary(method: str, folder: Path) -> dict[str, Any]:
+def summary(method: str, folder: Path, executor: str = "auto") -> dict[str, Any]:
     """What is compared, of a run on a random BERT in the smoke profile."""
     fm = save_tiny_bert(folder / "bert")
     asked = RunRequest(
@@ -39,6 +39,7 @@ def summary(method: str, folder: Path) -> dict[str, Any]:
         profile="smoke",
         settings={"lr": "5e-3", **METHODS[method]},
         device="cpu",
+        executor=executor,
         results=folder / "runs",
         cache=folder / "cache",
     )
@@ -67,6 +68,14 @@ def summary(method: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_gives_what_it_gave_before(method: str, tmp_path: Path) -> None:
     stored, found = json.loads(STORED.read_text())[method], summary(method, tmp_path)
+    assert found["exact"] == stored["exact"]
+    for name, value in stored["close"].items():
+        assert found["close"][name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("executor", ["fused", "reference"])
+def test_every_executor_gives_the_same_run(executor: str, tmp_path: Path) -> None:
+    stored, found = json.loads(STORED.read_text())["fedpft"], summary("fedpft", tmp_path, executor)
     assert found["exact"] == stored["exact"]
     for name, value in stored["close"].items():
         assert found["close"][name] == pytest.approx(value, rel=2e-3, abs=1e-5), name

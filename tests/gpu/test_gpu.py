@@ -18,7 +18,7 @@ def test_a_run_on_cuda_follows_the_run_on_the_cpu(method: str, tmp_path: Path) -
     fm = str(save_tiny_bert(tmp_path / "bert"))
     settings = {"fedpft": {"t": "1", "r": "6"}, "fedot": {"emulator": "1"}}.get(method, {})
     records = []
-    for device in ("cpu", "cuda"):
+    for device, executor in (("cpu", "packed"), ("cuda", "packed"), ("cuda", "fused")):
         asked = RunRequest(
             method=method,
             scenario="tweets-noniid",
@@ -26,13 +26,15 @@ def test_a_run_on_cuda_follows_the_run_on_the_cpu(method: str, tmp_path: Path) -
             profile="smoke",
             settings=settings,
             device=device,
-            results=tmp_path / device,
+            executor=executor,
+            results=tmp_path / executor / device,
             cache=tmp_path / device,
         )
         records.append(run(prepare(asked)))
-    cpu, cuda = records
-    assert cpu.partition == cuda.partition
-    assert cpu.communication["up"] == cuda.communication["up"]
-    # bf16 keeps 8 bits of mantissa: losses agree to about a percent over these few steps.
-    for a, b in zip(cpu.rounds, cuda.rounds, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
+    cpu = records[0]
+    for cuda in records[1:]:
+        assert cpu.partition == cuda.partition
+        assert cpu.communication["up"] == cuda.communication["up"]
+        # bf16 keeps 8 bits of mantissa: losses agree to about a percent over these few steps.
+        for a, b in zip(cpu.rounds, cuda.rounds, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
