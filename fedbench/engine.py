@@ -308,6 +308,7 @@ class Run:
         with self.time("setup"):
             self.server: Server = p.method.server(p.loaded.fm, p.loaded.public, context)
         self.exposure = Exposure(p.loaded.fm.state, p.loaded.fm.family.embeddings)
+        self.observed: Message | None = None
         # The probe is drawn from the validation rows by a stream of its own: the same for every method.
         size = min(self.evaluation.probe_size, len(p.loaded.validation))
         self.probe = p.loaded.validation.select(
@@ -336,7 +337,7 @@ class Run:
         with self.time("broadcast"):
             outbox = server.broadcast(round, cohort)
             delivered = list(self.transport.download(round, outbox))
-        self._observe(outbox)
+        self._observe(delivered)
         expected = server.expected(round)
         with self.time("local"):
             # A client that drops out has still received, and is charged for, what it was sent.
@@ -411,12 +412,14 @@ class Run:
         self.progress.advance(0, accuracy=plug_in)
         return {"plug_in_validation": plug_in, "proxy_validation": None if proxy is None else seen}
 
-    def _observe(self, outbox: Mapping[ClientId, Sequence[Message]]) -> None:
+    def _observe(self, delivered: Sequence[tuple[ClientId, Sequence[Message]]]) -> None:
         """Count what a broadcast exposes of the FM: each set-up message, and the proxy as an alignment left it."""
-        messages = {id(m): m for inbox in outbox.values() for m in inbox}.values()
+        messages = {id(m): m for _, inbox in delivered for m in inbox}.values()
         for message in messages:
-            if message.kind in SETUP_KINDS:
+            # The transport delivers a large message that has not changed as the same object, round after round.
+            if message.kind in SETUP_KINDS and message is not self.observed:
                 self.exposure.observe(message.tensors, self.server.fm_sources())
+                self.observed = message
         if any(m.kind == "alignment" for m in messages) and (proxy := self.server.proxy()) is not None:
             self.exposure.observe(frozen_state(proxy), self.server.fm_sources())
 

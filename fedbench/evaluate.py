@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedbench.data import Examples
+from fedbench.linear import reordered
 from fedbench.packing import logits
 from fedbench.records import pack_correct
 from fedbench.training import autocast
@@ -68,9 +69,11 @@ def evaluate(
     model.eval()
     predicted = np.empty(len(data), dtype=np.int64)
     losses = [0.0] * len(batches)
-    for i, (classes, loss) in fork_map(answer, batches, workers, [float(data.lengths[b].sum()) for b in batches]):
-        predicted[batches[i]] = classes
-        losses[i] = loss
+    costs = [float(data.lengths[b].sum()) for b in batches]
+    with reordered(model):
+        for i, (classes, loss) in fork_map(answer, batches, workers, costs):
+            predicted[batches[i]] = classes
+            losses[i] = loss
     return Evaluation(predicted, data.labels.numpy(), sum(losses) / len(data))
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from fedbench.api import LocalResult, LocalTask
 from fedbench.data import Batch, Examples
 from fedbench.errors import FedbenchError
-from fedbench.linear import FrozenLinear
+from fedbench.linear import FrozenLinear, reordered
 from fedbench.packing import Layout, feeding, packs
 from fedbench.training import autocast, execute, has_dropout
 
@@ -380,7 +380,7 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
     under_way = _Pass(matrix.views(values))
     curve: list[Tensor] = []
     k = 0
-    with _stacked(module, under_way), _observing(module, tasks, under_way) as sums:
+    with reordered(module, gradients=True), _stacked(module, under_way), _observing(module, tasks, under_way) as sums:
         module.eval()
         for number in range(len(tasks[0].batches)):
             active = [task for task in tasks if number < len(task.batches)]

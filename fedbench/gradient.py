@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbench.data import Examples
+from fedbench.linear import reordered
 from fedbench.packing import logits
 from fedbench.workers import fork_map
 
@@ -38,7 +39,9 @@ def gradients(
     try:
         for p in values:
             p.requires_grad_(True)
-        parts = dict(fork_map(gradient, batches, workers, [float(probe.lengths[b].sum()) for b in batches]))
+        costs = [float(probe.lengths[b].sum()) for b in batches]
+        with reordered(model, gradients=True):
+            parts = dict(fork_map(gradient, batches, workers, costs))
     finally:
         for p, required in zip(values, before, strict=True):
             p.requires_grad_(required)

@@ -3,11 +3,13 @@
 Two thirds of a local step are products with frozen weights. oneDNN is some 15% faster at them when the weight has been
 reordered beforehand into the blocks its kernels read, which pays only where a weight stays as it is: in training,
 evaluation and distillation alike a frozen weight is used thousands of times. The backward pass needs the transposed
-weight, kept in the same way. fp32 on a CPU; everywhere else, and in the reference executor, this is `nn.Linear`.
+weight, kept in the same way. fp32 on a CPU, inside a `reordered` block; everywhere else this is `nn.Linear`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,47 +24,77 @@ _available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 
 
 class FrozenLinear(nn.Linear):
-    """An `nn.Linear` that uses a reordered copy of its weight while the weight is frozen.
+    """An `nn.Linear` that uses reordered copies of its weight while they are `live` and the weight is frozen.
 
-    The copy is made at first use and made anew when the weight has changed. It costs the weight's memory once more, and
-    twice where gradients pass through.
+    They cost the weight's memory once more, and twice where gradients pass through.
     """
 
-    _reordered: tuple[tuple[int, int], dict[bool, Tensor]] | None = None
+    live = False
+    _copies: tuple[Tensor, Tensor | None] | None = None
 
     @classmethod
     def adopt(cls, linear: nn.Linear) -> None:
         """Make `linear` one of these, in place; its parameters stay the same objects."""
         linear.__class__ = cls
 
-    def reordered(self, transposed: bool) -> Tensor:
+    @property
+    def usable(self) -> bool:
+        """Whether reordered copies can stand in for the weight."""
+        w = self.weight
+        return not w.requires_grad and w.dtype is torch.float32 and w.device.type == "cpu"
+
+    @torch.no_grad()
+    def refresh(self, gradients: bool) -> None:
+        """Have copies that are, to the bit, the weight: it may have been written to in any way since the last time."""
+        if self._copies is not None and not (self.usable and torch.equal(self._copies[0].to_dense(), self.weight)):
+            self._copies = None
+        if self.usable:
+            self.copy(False)
+            if gradients:
+                self.copy(True)
+
+    @torch.no_grad()
+    def copy(self, transposed: bool) -> Tensor:
         """The weight, or its transpose, in oneDNN's blocks."""
-        stamp = (self.weight.data_ptr(), self.weight._version)
-        if self._reordered is None or self._reordered[0] != stamp:
-            self._reordered = (stamp, {})
-        copies = self._reordered[1]
-        if transposed not in copies:
-            with torch.no_grad():
-                weight = self.weight.t().contiguous() if transposed else self.weight
-                copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        return copies[transposed]
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        if self._copies is None:
+            self._copies = (reorder(self.weight.detach()), None)
+        if not transposed:
+            return self._copies[0]
+        if (turned := self._copies[1]) is None:
+            turned = reorder(self.weight.detach().t().contiguous())
+            self._copies = (self._copies[0], turned)
+        return turned
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
-        if (
-            not _available
-            or stock.get()
-            or weight.requires_grad
-            or weight.dtype is not torch.float32
-            or input.dtype is not torch.float32
-            or weight.device.type != "cpu"
-            or torch.is_autocast_enabled("cpu")
-        ):
+        if not self.live or not self.usable or input.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             out: Tensor = _Product.apply(input, self.bias, self)
             return out
-        return _product(input, self.reordered(False), self.bias)
+        return _product(input, self.copy(False), self.bias)
+
+
+@contextmanager
+def reordered(*models: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Let the frozen linear layers of `models` use reordered weights inside the block, where nobody may write to them.
+
+    Copies are made or checked against the weights on the way in, which takes some milliseconds: enter it around many
+    batches, and before processes are forked. `gradients`: make the transposed copies there too. Blocks may nest.
+    Nothing happens in the reference executor, or where torch lacks the operator.
+    """
+    layers = []
+    if _available and not stock.get():
+        found = (m for model in set(models) for m in model.modules())
+        layers = [m for m in found if isinstance(m, FrozenLinear) and not m.live]
+    for layer in layers:
+        layer.refresh(gradients)
+        layer.live = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.live = False
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,14 +108,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return _product(input, layer.reordered(False), bias)
+        return _product(input, layer.copy(False), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         wants_input, wants_bias, _ = ctx.needs_input_grad
         return (
-            _product(grad.contiguous(), ctx.layer.reordered(True), None) if wants_input else None,
+            _product(grad.contiguous(), ctx.layer.copy(True), None) if wants_input else None,
             grad.flatten(0, -2).sum(0) if wants_bias else None,
             None,
         )

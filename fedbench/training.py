@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedbench.api import LocalResult, LocalTask, Statistic
 from fedbench.errors import FedbenchError
+from fedbench.linear import reordered
 from fedbench.packing import feeding
 from fedbench.workers import fork_map
 
@@ -109,7 +110,12 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
     devices = [device] if device.type == "cuda" else []
     fork = torch.random.fork_rng(devices, enabled=dropping)
     mask: list[Tensor | None] = [None]
-    with fork, tunable(module, task.tunables) as parameters, observing(module, task.observers, mask) as sums:
+    with (
+        fork,
+        reordered(module, gradients=True),
+        tunable(module, task.tunables) as parameters,
+        observing(module, task.observers, mask) as sums,
+    ):
         if dropping:
             torch.manual_seed(task.seed)
         module.train(dropping)
@@ -178,8 +184,10 @@ def execute_all(
         yield from enumerate(execute_cohort(tasks, device, precision))
     elif device.type == "cpu" and len(tasks) > 1:
         costs = [float(sum(task.data.lengths[rows].sum() for rows in task.batches)) for task in tasks]
-        for index, (tunables, steps, loss, observed, tokens) in fork_map(train, tasks, workers, costs):
-            yield index, LocalResult(_tensors(tunables), steps, loss, _tensors(observed), tokens)
+        # Here rather than in the workers, which then all use one copy.
+        with reordered(*(task.frozen.module for task in tasks), gradients=True):
+            for index, (tunables, steps, loss, observed, tokens) in fork_map(train, tasks, workers, costs):
+                yield index, LocalResult(_tensors(tunables), steps, loss, _tensors(observed), tokens)
     else:
         for index, task in enumerate(tasks):
             yield index, execute(task, device, precision)

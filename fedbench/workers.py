@@ -102,6 +102,7 @@ def fork_map(
 
     running = {}
     processes = []
+    finished = False
     try:
         for _ in range(min(workers, len(items))):
             mine, theirs = context.Pipe(duplex=False)
@@ -118,6 +119,8 @@ def fork_map(
                     index, result, error = pickle.loads(ready.recv_bytes())
                 except EOFError:
                     process = running.pop(ready)
+                    if not left:
+                        continue
                     process.join()
                     if process.exitcode:
                         raise FedbenchError(
@@ -129,10 +132,11 @@ def fork_map(
                 left -= 1
                 yield index, result
         assert left == 0
+        finished = True
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+        # A worker that is done takes a while to give its memory back; multiprocessing reaps it at the next start.
+        for process in () if finished else processes:
+            process.kill()
             process.join()
 
 

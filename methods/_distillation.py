@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedbench.context import ServerContext
 from fedbench.data import Examples
+from fedbench.linear import reordered
 from fedbench.models import Parts, checkpoint_name, frozen_state, load_frozen
 from fedbench.packing import layer_outputs
 from fedbench.records import canonical_json
@@ -111,23 +112,24 @@ def distil(
     try:
         for p in chosen.values():
             p.requires_grad_(True)
-        for step, indices in enumerate(public_batches(len(public), schedule, rng)):
-            batch = public.batch(indices, device)
-            with torch.no_grad():
-                target, _ = layer_outputs(teacher, batch)
-            value = loss(target, *layer_outputs(student, batch))
-            optimiser.zero_grad()
-            value.backward()
-            for name, (free, _) in limits.items():
-                if (grad := chosen[name].grad) is not None:
-                    grad.mul_(free)
-            nn.utils.clip_grad_norm_(chosen.values(), schedule.clip_norm)
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.lr * schedule.factor(step)
-            optimiser.step()
-            with torch.no_grad():
-                for name, (free, start) in limits.items():
-                    chosen[name].copy_(torch.where(free, chosen[name], start))
+        with reordered(teacher), reordered(student, gradients=True):
+            for step, indices in enumerate(public_batches(len(public), schedule, rng)):
+                batch = public.batch(indices, device)
+                with torch.no_grad():
+                    target, _ = layer_outputs(teacher, batch)
+                value = loss(target, *layer_outputs(student, batch))
+                optimiser.zero_grad()
+                value.backward()
+                for name, (free, _) in limits.items():
+                    if (grad := chosen[name].grad) is not None:
+                        grad.mul_(free)
+                nn.utils.clip_grad_norm_(chosen.values(), schedule.clip_norm)
+                for group in optimiser.param_groups:
+                    group["lr"] = schedule.lr * schedule.factor(step)
+                optimiser.step()
+                with torch.no_grad():
+                    for name, (free, start) in limits.items():
+                        chosen[name].copy_(torch.where(free, chosen[name], start))
     finally:
         for p in chosen.values():
             p.requires_grad_(False)

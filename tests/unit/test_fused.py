@@ -59,6 +59,13 @@ def rows(family: str, dtype: torch.dtype) -> Examples:
     return Examples(torch.tensor(rng.integers(0, 3, 40)), pixels=torch.tensor(rng.normal(size=(40, 1, 8, 8))).to(dtype))
 
 
+@cache
+def start(family: str, dtype: torch.dtype, r: int) -> dict[str, Tensor]:
+    """First values of the tunables: those in the model are whatever the last training left there."""
+    built = model(family, dtype, r)
+    return get_tensors(built, tunable_names(built))
+
+
 def cohort(
     sizes: Sequence[Sequence[int]], family: str = "bert", dtype: torch.dtype = torch.float64, r: int = 2, **changes: Any
 ) -> list[LocalTask]:
@@ -67,7 +74,7 @@ def cohort(
     data, rng = rows(family, dtype), np.random.default_rng(len(sizes))
     defaults: dict[str, Any] = {
         "frozen": Frozen(f"{family}{r}", built),
-        "tunables": get_tensors(built, tunable_names(built)),
+        "tunables": start(family, dtype, r),
         "data": data,
         "optimiser": AdamW(lr=1e-2),
         "loss": cross_entropy,

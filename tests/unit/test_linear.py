@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbench.linear import FrozenLinear, _available
+from fedbench.linear import FrozenLinear, _available, reordered
 from fedbench.packing import packing
 
 
@@ -26,8 +28,8 @@ def test_output_and_gradient_are_those_of_a_linear_layer(rows: int, n_in: int, n
     layer = frozen(n_in, n_out, seed)
     x = torch.randn(1, rows, n_in, requires_grad=True)
     found = []
-    for fast in (True, False):
-        with packing(fast):
+    for block in (reordered(layer), nullcontext()):
+        with block:
             y = layer(x)
             # A gradient that comes in expanded or transposed has to be read right.
             seen = (y.sum(), y.transpose(1, 2).square().sum())
@@ -37,37 +39,55 @@ def test_output_and_gradient_are_those_of_a_linear_layer(rows: int, n_in: int, n
         assert torch.allclose(g, g0, atol=1e-4)
 
 
-def test_a_changed_weight_is_used_at_once() -> None:
+def test_a_weight_changed_between_blocks_is_used_whichever_way_it_was_written() -> None:
     layer = frozen()
     x = torch.randn(3, 24, requires_grad=True)
-    for change in (lambda w: w.mul_(-2.0), lambda w: w.copy_(torch.ones_like(w))):
-        layer(x).sum().backward()
+    changes = (
+        lambda w: w.mul_(-2.0),
+        lambda w: w.data.copy_(w[torch.randperm(len(w))]),  # counted by no version
+        lambda w: w.detach().numpy().__setitem__((0, 0), 7.0),
+        lambda w: w.data[-1].add_(1e-6),
+    )
+    for change in changes:
+        with reordered(layer, gradients=True):
+            layer(x)
         with torch.no_grad():
             change(layer.weight)
-        x.grad = None
-        layer(x).sum().backward()
-        assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
-        assert torch.allclose(x.grad, layer.weight.sum(0).expand(3, -1), atol=1e-5)
+        with reordered(layer, gradients=True):
+            y = layer(x)
+            (grad,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(layer._copies[0].to_dense(), layer.weight)
+        assert torch.allclose(y, nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+        assert torch.allclose(grad, layer.weight.sum(0).expand(3, -1), atol=1e-5)
 
 
 @pytest.mark.skipif(not _available, reason="torch without oneDNN")
-def test_only_a_frozen_fp32_weight_outside_the_reference_executor_is_reordered() -> None:
+def test_only_a_frozen_fp32_weight_in_a_block_is_reordered() -> None:
     layer, x = frozen(), torch.randn(3, 24)
-    with packing(False):
-        layer(x)
-    layer.weight.requires_grad_(True)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    assert layer._reordered is None
-    layer.weight.requires_grad_(False)
     layer(x)
-    assert layer._reordered is not None
-    assert layer.double()(x.double()).dtype is torch.float64
+    with packing(False), reordered(layer):
+        assert not layer.live, "the reference executor runs stock modules"
+    layer.weight.requires_grad_(True)
+    with reordered(layer):
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer._copies is None
+    layer.weight.requires_grad_(False)
+    with reordered(layer):
+        with reordered(layer):
+            layer(x)
+        assert layer.live, "the inner block must not end the outer one"
+    assert not layer.live
+    assert layer._copies is not None
+    with reordered(layer.double()):
+        assert layer(x.double()).dtype is torch.float64
+    assert layer._copies is None
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
 def test_a_tuned_bias_gets_its_gradient() -> None:
     layer = frozen()
     layer.bias.requires_grad_(True)
-    layer(torch.randn(2, 5, 24)).sum().backward()
+    with reordered(layer):
+        layer(torch.randn(2, 5, 24)).sum().backward()
     assert torch.allclose(layer.bias.grad, torch.full((40,), 10.0))
