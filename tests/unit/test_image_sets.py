@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from helpers import save_tiny
 from PIL import Image
 from scipy.io import savemat
 
 from fedbench.data import ImageFiles, RawData
+from fedbench.engine import RunRequest, prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.image_sets import IMAGE_SETS
 from fedbench.loading import load_data
@@ -284,3 +287,27 @@ def test_flowers_in_class_folders(tmp_path: Path) -> None:
     assert (len(data.train), len(data.validation), len(data.test)) == (194, 10, 102)
     assert data.test.labels.tolist() == [*range(102)]
     assert any("204 images (train, valid) and 102 (test)" in note for note in data.notes)
+
+
+def test_a_run_on_colour_images(tmp_path: Path) -> None:
+    """32 pixels in the files, 8 in the model; the public corpus is grey."""
+    folder = cifar10(tmp_path / "cifar-10-batches-py")
+    for i in range(1, 6):
+        (folder / f"data_batch_{i}").write_bytes(batch(images(20, i), [*range(10)] * 2, b"labels"))
+    asked = RunRequest(
+        method="fedpft",
+        scenario="cifar10-dir",
+        fm=str(save_tiny("vit", tmp_path / "vit")),
+        profile="smoke",
+        device="cpu",
+        data_dir=tmp_path,
+        results=tmp_path / "runs",
+        cache=tmp_path / "cache",
+    )
+    prepared = prepare(asked)
+    pixels = prepared.loaded.train.pixels
+    assert pixels is not None
+    assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (60, 3, 8, 8))
+    accuracy = run(prepared).accuracy
+    assert accuracy["plug_in"]["rows"] == 10
+    assert "extra_tests" not in accuracy

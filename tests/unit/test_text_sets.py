@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import save_tiny_bert
 
+from fedbench.engine import RunRequest, prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.loading import load_data
 from fedbench.scenario import DatasetSettings, PublicSettings
@@ -245,9 +247,9 @@ def test_bad_pairs_are_named(tmp_path: Path, text: str, says: str) -> None:
         read_text_file(path, TEXT_SETS["qnli"])
 
 
-def mnli_folder(root: Path) -> DatasetSettings:
+def mnli_folder(root: Path, n: int = 12) -> DatasetSettings:
     golds = ["entailment", "neutral", "contradiction"]
-    train = [(f"premise {i}", f"hypothesis {i}", golds[i % 3]) for i in range(12)]
+    train = [(f"premise {i}", f"hypothesis {i}", golds[i % 3]) for i in range(n)]
     write(root / "MNLI" / "train.tsv", mnli(1, train))
     write(root / "MNLI" / "dev_matched.tsv", mnli(5, [("m", f"m{i}", golds[i]) for i in range(3)]))
     write(root / "MNLI" / "dev_mismatched.tsv", mnli(5, [("mm", f"mm{i}", golds[2 - i]) for i in range(2)]))
@@ -330,3 +332,27 @@ def test_another_data_set_can_be_the_public_corpus(tmp_path: Path) -> None:
     assert (len(data.public), data.public.text_pairs is None, data.public.labels.any()) == (5, False, False)
     with pytest.raises(FedbenchError, match="public.name 'agnews': no such corpus"):
         load_data(settings, PublicSettings(name="agnews"), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["fedpft", "head-only"])
+def test_both_test_sets_reach_the_record(tmp_path: Path, method: str) -> None:
+    mnli_folder(tmp_path, 100)
+    asked = RunRequest(
+        method=method,
+        scenario="mnli-dir5",
+        fm=str(save_tiny_bert(tmp_path / "bert")),
+        profile="smoke",
+        device="cpu",
+        data_dir=tmp_path,
+        results=tmp_path / "runs",
+        cache=tmp_path / "cache",
+    )
+    prepared = prepare(asked)
+    assert prepared.loaded.train.segments is not None, "BERT is told which segment is which"
+    accuracy = run(prepared).accuracy
+    assert (accuracy["test_name"], accuracy["plug_in"]["rows"]) == ("matched", 3)
+    assert [*accuracy["extra_tests"]] == ["mismatched"]
+    scores = accuracy["extra_tests"]["mismatched"]
+    assert scores["plug_in"]["rows"] == 2
+    assert scores["plug_in"]["accuracy"] in (0, 0.5, 1)
+    assert (scores["proxy"] is None) == (method == "head-only")
