@@ -21,6 +21,9 @@ from fedbench.errors import FedbenchError
 if TYPE_CHECKING:
     from fedbench.foundation import FoundationModel, ImageProcessor
 
+CHUNK = 8192
+"""Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -229,23 +232,17 @@ def encode(part: Part, fm: FoundationModel, max_length: int) -> Examples:
         return _encode_images(labels, part.images, fm.processor)
     if part.texts is None:
         raise FedbenchError(f"FM {fm.name} reads text, the data set holds images; choose another --fm")
-    pad = int(fm.processor.pad_token_id or 0)
-    if part.text_pairs is None:
-        ids = fm.processor(list(part.texts), truncation=True, max_length=max_length, padding=False)["input_ids"]
-        return Examples(labels, [np.asarray(row, dtype=np.int32) for row in ids], None, pad)
-    found = fm.processor(
-        list(part.texts),
-        list(part.text_pairs),
-        truncation="longest_first",
-        max_length=max_length,
-        padding=False,
-        return_token_type_ids=fm.family.token_types,
-    )
-    tokens = [np.asarray(row, dtype=np.int32) for row in found["input_ids"]]
-    segments = None
-    if fm.family.token_types:
-        segments = [np.asarray(row, dtype=np.int8) for row in found["token_type_ids"]]
-    return Examples(labels, tokens, None, pad, segments)
+    tokens: list[np.ndarray] = []
+    segments: list[np.ndarray] | None = [] if part.text_pairs is not None and fm.family.token_types else None
+    for start in range(0, len(part), CHUNK):
+        chosen = slice(start, start + CHUNK)
+        texts = [list(t[chosen]) for t in (part.texts, part.text_pairs) if t is not None]
+        asked = {} if segments is None else {"return_token_type_ids": True}
+        found = fm.processor(*texts, truncation="longest_first", max_length=max_length, padding=False, **asked)
+        tokens += [np.asarray(row, dtype=np.int32) for row in found["input_ids"]]
+        if segments is not None:
+            segments += [np.asarray(row, dtype=np.int8) for row in found["token_type_ids"]]
+    return Examples(labels, tokens, None, int(fm.processor.pad_token_id or 0), segments)
 
 
 def _encode_images(labels: Tensor, images: np.ndarray | ImageFiles, processor: ImageProcessor) -> Examples:
