@@ -149,24 +149,21 @@ def _image_folders(folder: Path, kind: ImageSet) -> Parts | None:
 
 def _image_folder(folder: Path, kind: ImageSet) -> Part:
     """CLASS/*.png: classes go by name, or by number from 0 or from 1."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    numbers = {str(int(name)): name for name in names if name.isdigit()}
-    by_class: list[str | None]
-    if len(numbers) == len(names) and len(names) == len(kind.classes):
-        start = 0 if "0" in numbers else 1
-        by_class = [numbers.get(str(start + c)) for c in range(len(kind.classes))]
-    else:
-        by_class = [name if name in names else None for name in kind.classes]
-    if None in by_class or len(names) != len(kind.classes):
-        missing = kind.classes[by_class.index(None)] if None in by_class else kind.classes[0]
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    by_number = {int(name): name for name in names if name.isdecimal()}
+    count = len(kind.classes)
+    expected = next((span for span in (range(count), range(1, count + 1)) if {*span} == {*by_number}), None)
+    classes = list(kind.classes) if expected is None else [by_number[number] for number in expected]
+    if names != {*classes}:
+        odd = min(names ^ {*classes})
         raise FedbenchError(
-            f"{folder}: its {len(names)} folders are not the {len(kind.classes)} classes, {missing!r} is missing or "
-            "there are others; name them as the classes are called, or by number"
+            f"{folder}: its {len(names)} folders are not the {count} classes, {odd!r} is missing or too many; name "
+            "them as the classes are called, or by number"
         )
     source: list[bytes | Path] = []
     labels: list[int] = []
-    for number, name in enumerate(by_class):
-        found = sorted(path for path in (folder / str(name)).iterdir() if path.suffix.lower() in SUFFIXES)
+    for number, name in enumerate(classes):
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
         source += found
         labels += [number] * len(found)
     if not source:
