@@ -122,6 +122,7 @@ class LocalTask:
         gradient_offset: added to the gradient of each named tunable before clipping (SCAFFOLD).
         rank_mask: multiplied into gradient and value of each named tunable (adapters of mixed ranks).
         observers: module path -> statistic of that module's output, summed over real tokens while training.
+        observe_padding: sum over padding positions too; such a task is trained in padded batches, by itself.
         seed: seeds dropout, which reads torch's global generator, inside `fork_rng`.
     """
 
@@ -136,6 +137,7 @@ class LocalTask:
     gradient_offset: Mapping[str, Tensor] | None = None
     rank_mask: Mapping[str, Tensor] | None = None
     observers: Mapping[str, Statistic] = field(default_factory=dict)
+    observe_padding: bool = False
     seed: int = 0
 
 
