@@ -145,7 +145,8 @@ class LocalTask:
 class LocalResult:
     """What came of a LocalTask: tuned values, steps taken, mean loss, and the observers' sums.
 
-    `observed[path]` is the statistic summed over `observed_tokens` real tokens of all training steps.
+    `observed[path]` is the statistic summed over `observed_tokens` tokens of all training steps: a text's real tokens
+    (all positions of its padded batches with `observe_padding`), an image's patches and class token.
     """
 
     tunables: Mapping[str, Tensor]
@@ -198,6 +199,10 @@ class Server(ABC):
 
     def residuals(self) -> Sequence[Mapping[str, Any]]:
         """Distillation residuals of the proxy, one entry a layer; empty where nothing is distilled."""
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """What the server chose for itself, in lines for the record's provenance."""
         return ()
 
     @abstractmethod
