@@ -220,7 +220,7 @@ def list_command(
         from fedbench.fms import FMS
 
         console.print(_listing("foundation models", [(name, text, "", False) for name, text in FMS.items()]))
-        console.print("--fm also takes the hub id or the folder of any BERT, RoBERTa or ViT checkpoint.")
+        console.print("--fm also takes the hub id or the folder of any BERT, RoBERTa, DistilBERT or ViT checkpoint.")
 
 
 @app.command("show")

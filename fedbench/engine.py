@@ -25,12 +25,13 @@ from torch import Tensor
 from fedbench import provenance
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples, RawData, data_folder, encode, load_data
+from fedbench.data import Examples, RawData, encode
 from fedbench.errors import FedbenchError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.exposure import Exposure
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
+from fedbench.loading import load_data
 from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.packing import packing
 from fedbench.partition import Partition, partition
@@ -38,6 +39,7 @@ from fedbench.records import SCHEMA, Record, record_key, save
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario import DatasetSettings, PublicSettings, Scenario, load_scenario
+from fedbench.sources import data_folder
 from fedbench.training import execute, execute_all
 from fedbench.transport import SETUP_KINDS, Ledger, Transport
 from fedbench.workers import choose_workers, one_thread
@@ -132,7 +134,7 @@ def choose_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Data and FM, loaded and encoded."""
+    """Data and FM, loaded and encoded; `extra_tests` by name, in order."""
 
     data: RawData
     fm: FoundationModel
@@ -140,6 +142,7 @@ class Loaded:
     validation: Examples
     test: Examples
     public: Examples | None
+    extra_tests: Mapping[str, Examples]
 
 
 @lru_cache(maxsize=2)
@@ -157,6 +160,7 @@ def _load(
         encode(data.validation, model, length),
         encode(data.test, model, length),
         None if data.public is None else encode(data.public, model, length),
+        {name: encode(part, model, length) for name, part in data.extra_tests.items()},
     )
 
 
@@ -560,9 +564,16 @@ class Run:
                 model = p.loaded.fm.build(None, p.device)
                 model.load_state_dict(p.loaded.fm.trained_head, strict=False)
                 untouched = self._evaluate(model, p.loaded.test)
+            extra = {
+                name: {
+                    "plug_in": self._evaluate(server.plug_in(), rows).block(rows=True),
+                    "proxy": None if proxy_model is None else self._evaluate(proxy_model, rows).block(rows=True),
+                }
+                for name, rows in p.loaded.extra_tests.items()
+            }
         counts = self.partition.label_counts(labels, classes)
         final: Mapping[str, Any] = next((r for r in reversed(self.rounds) if r["round"] == selected), {})
-        accuracy = {
+        accuracy: dict[str, Any] = {
             "selection": {"rule": self.evaluation.selection, "round": selected},
             "plug_in": plug_in.block(rows=True),
             "proxy": proxy.block(rows=True) if proxy else None,
@@ -572,6 +583,8 @@ class Run:
             "per_client": per_client(plug_in, counts),
             "unavailable": None,
         }
+        if extra:
+            accuracy |= {"test_name": p.loaded.data.test_name, "extra_tests": extra}
         return self.record(accuracy)
 
     def record(self, accuracy: Mapping[str, Any]) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +14,9 @@ class Family:
     layers, embeddings: from the model. attention (query, key, value, output), ffn_*: from a layer. ffn_activation: the
     module whose output is the FFN's activation. ffn_norm: the LayerNorm behind the FFN, None in pre-norm models.
     residual: the module that adds a layer's input (its second argument) to the attention's output, None where the layer
-    does so itself. head: what is trained with the adapters. layer_count: the configuration's field. token_types:
-    whether inputs carry segment ids. position_offset: position of a row's first token; None where positions cannot be
-    given.
+    does so itself. head: what is trained with the adapters. dropout: the configuration's fields that turn all dropout
+    off. layer_count, ffn_width: the configuration's fields. token_types: whether the model reads segment ids, which
+    pairs then carry. position_offset: position of a row's first token; None where positions cannot be given.
     """
 
     architecture: str
@@ -28,12 +29,15 @@ class Family:
     ffn_out: str
     ffn_norm: str | None
     head: tuple[str, ...]
+    dropout: Mapping[str, float | None]
     residual: str | None = None
     layer_count: str = "num_hidden_layers"
+    ffn_width: str = "intermediate_size"
     token_types: bool = False
     position_offset: int | Literal["after padding token"] | None = None
 
 
+_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": None}
 _BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 
 FAMILIES: dict[str, Family] = {
@@ -49,6 +53,7 @@ FAMILIES: dict[str, Family] = {
         ffn_norm="output.LayerNorm",
         head=("classifier",),
         residual="attention.output",
+        dropout=_BERT_DROPOUT,
         token_types=True,
         position_offset=0,
     ),
@@ -64,7 +69,24 @@ FAMILIES: dict[str, Family] = {
         ffn_norm="output.LayerNorm",
         head=("classifier",),
         residual="attention.output",
+        dropout=_BERT_DROPOUT,
         position_offset="after padding token",
+    ),
+    "distilbert": Family(
+        architecture="DistilBertForSequenceClassification",
+        modality="text",
+        embeddings="distilbert.embeddings",
+        layers="distilbert.transformer.layer",
+        attention=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        ffn_in="ffn.lin1",
+        ffn_activation="ffn.activation",
+        ffn_out="ffn.lin2",
+        ffn_norm="output_layer_norm",
+        head=("pre_classifier", "classifier"),
+        dropout={"dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0, "seq_classif_dropout": 0.0},
+        layer_count="n_layers",
+        ffn_width="hidden_dim",
+        position_offset=0,
     ),
     "vit": Family(
         architecture="ViTForImageClassification",
@@ -77,5 +99,6 @@ FAMILIES: dict[str, Family] = {
         ffn_out="mlp.fc2",
         ffn_norm=None,
         head=("classifier",),
+        dropout={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     ),
 }

@@ -6,11 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 HUB: dict[str, tuple[str, str]] = {
     "bert-base": ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
     "roberta-base": ("FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"),
+    "distilbert-base": ("distilbert/distilbert-base-uncased", "12040accade4e8a0f71eabdb258fecc2e7e948be"),
     "vit-base": ("google/vit-base-patch16-224-in21k", "b4569560a39a0f1af58e3ddaf17facf20ab919b0"),
 }
 """Name -> hub id and pinned revision."""
@@ -32,12 +34,16 @@ HUB: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What an image model expects: square images of `size` pixels, [channels, size, size], (x - mean) / std."""
+    """What an image model expects: square images of `size` pixels, [channels, size, size], (x - mean) / std.
+
+    resample: how images are brought to that size, as torchvision calls it.
+    """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels: int
+    resample: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
 
 
 @dataclass
@@ -112,9 +118,14 @@ def minilm_folder() -> Path:
 def _from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "model.safetensors", "*.model"]
+    patterns = ["*.json", "*.txt", "*.model"]
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=[*patterns, "model*.safetensors"])
+        )
+        if not any(folder.glob("model*.safetensors")):
+            # Older checkpoints are pickled. transformers reads those with torch's weights_only, which runs no code.
+            snapshot_download(repository, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"])
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
         raise FedbenchError(
             f"FM {name!r}: {repository}@{revision[:12]} is neither reachable on the hub nor in the hub's cache "
@@ -137,7 +148,7 @@ def _checkpoint(
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise FedbenchError(f"FM {name!r}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
-    spec = _spec(model_type, config, num_labels)
+    spec = model_spec(model_type, config, num_labels)
     state, head = _weights(name, folder, spec)
     if not _same_labels(config, class_names):
         head = None
@@ -152,7 +163,7 @@ def _same_labels(config: Mapping[str, Any], class_names: tuple[str, ...]) -> boo
     return bool(class_names) and found == [c.casefold() for c in class_names]
 
 
-def _spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
+def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
     """The specification of a checkpoint's configuration: this task's labels, dropout off, nothing irrelevant."""
     from transformers import AutoConfig
 
@@ -168,12 +179,10 @@ def _spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelS
         "id2label": {str(i): f"LABEL_{i}" for i in range(num_labels)},
         "label2id": {f"LABEL_{i}": i for i in range(num_labels)},
     }
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": None}
-    if FAMILIES[model_type].modality == "image":
-        del dropout["classifier_dropout"]
-    merged = json.loads(json.dumps({**kept, **labels, **dropout}))
-    layers = int(getattr(full, FAMILIES[model_type].layer_count))
-    return ModelSpec(model_type, merged, (int(full.intermediate_size),) * layers)
+    family = FAMILIES[model_type]
+    merged = json.loads(json.dumps({**kept, **labels, **family.dropout}))
+    layers, width = int(getattr(full, family.layer_count)), int(getattr(full, family.ffn_width))
+    return ModelSpec(model_type, merged, (width,) * layers)
 
 
 def _weights(name: str, folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -199,6 +208,11 @@ def _weights(name: str, folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
             )
+    except pickle.UnpicklingError:
+        raise FedbenchError(
+            f"FM {name!r}: {folder} holds pickled weights that could run code when loaded, which is refused; "
+            "convert them to model.safetensors where you trust them"
+        ) from None
     except (OSError, ValueError, RuntimeError) as error:
         raise FedbenchError(f"FM {name!r}: cannot load {folder}: {str(error).splitlines()[0]}") from None
     finally:
@@ -224,8 +238,41 @@ def _processor(name: str, folder: Path, spec: ModelSpec) -> Any:
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise FedbenchError(f"FM {name!r}: {folder} has no tokenizer that can be read: {first}") from None
-    path = folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    size, channels = int(spec.config.get("image_size", 224)), int(spec.config.get("num_channels", 3))
-    mean, std = settings.get("image_mean", [0.5] * channels), settings.get("image_std", [0.5] * channels)
-    return ImageProcessor(size, tuple(map(float, mean)), tuple(map(float, std)), channels)
+    return _image_processor(name, folder / "preprocessor_config.json", spec)
+
+
+_RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, which checkpoints use, and torchvision's names."""
+
+
+def _image_processor(name: str, path: Path, spec: ModelSpec) -> ImageProcessor:
+    """Image size and normalisation from the checkpoint's processor; the family's defaults where it has none.
+
+    Raises FedbenchError for a processor that does more than resize to a square, scale to 0..1 and normalise.
+    """
+    try:
+        settings = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise FedbenchError(f"FM {name!r}: cannot read {path}: {error}; fetch it again") from None
+    expected, channels = int(spec.config.get("image_size", 224)), int(spec.config.get("num_channels", 3))
+    size = settings.get("size", expected)
+    sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {size}
+    if sides != {expected}:
+        raise FedbenchError(
+            f"FM {name!r}: {path} asks for images of size {size}, the model takes {expected} x {expected}; "
+            "set size to that, a square"
+        )
+    resample = settings.get("resample", 2)
+    if settings.get("do_center_crop") or settings.get("do_rescale") is False or resample not in _RESAMPLE:
+        raise FedbenchError(
+            f"FM {name!r}: {path} crops, does not rescale, or resamples by {resample}; supported are resizing to a "
+            f"square by {', '.join(_RESAMPLE.values())} ({', '.join(map(str, _RESAMPLE))}) and scaling to 0..1"
+        )
+    mean, std = [0.0] * channels, [1.0] * channels
+    if settings.get("do_normalize", True):
+        mean, std = ([float(v) for v in settings.get(key, [0.5] * channels)] for key in ("image_mean", "image_std"))
+    if len(mean) != channels or len(std) != channels:
+        raise FedbenchError(
+            f"FM {name!r}: {path} has {len(mean)} means and {len(std)} deviations, the model has {channels} channels"
+        )
+    return ImageProcessor(expected, tuple(mean), tuple(std), channels, _RESAMPLE[resample])

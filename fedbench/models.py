@@ -140,7 +140,12 @@ class Parts:
 
 
 def _linear(model: nn.Module, path: str) -> nn.Linear:
-    module = model.get_submodule(path)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise FedbenchError(
+            f"{type(model).__name__} has no {path}: the description of its family in fedbench/families.py is wrong"
+        ) from None
     module = getattr(module, "base_layer", module)
     if not isinstance(module, nn.Linear):
         raise FedbenchError(f"{path} is a {type(module).__name__}, expected Linear: the family description is wrong")

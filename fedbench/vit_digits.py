@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from fedbench.data import mnist_images
+from fedbench.embedded import mnist_images
 from fedbench.errors import FedbenchError
-from fedbench.foundation import FoundationModel, ImageProcessor, _spec
+from fedbench.foundation import FoundationModel, ImageProcessor, model_spec
 from fedbench.models import Parts, build, frozen_state
 from fedbench.rng import Streams
 
@@ -54,7 +54,7 @@ def vit_digits(cache: Path, num_labels: int) -> FoundationModel:
     with safe_open(path, framework="pt") as file:
         tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         accuracy = float(file.metadata()["held_out_accuracy"])
-    spec = _spec("vit", RECIPE["config"], num_labels)
+    spec = model_spec("vit", RECIPE["config"], num_labels)
     model = build(spec)
     parts = Parts(model)
     state = {n: tensors[n] for n in frozen_state(model)}
@@ -70,7 +70,7 @@ def _pretrain(path: Path) -> None:
     order = torch.from_numpy(streams.numpy("split").permutation(len(labels)))
     cut = len(order) * 9 // 10
     train, held = order[:cut], order[cut:]
-    model = build(_spec("vit", RECIPE["config"], 10))
+    model = build(model_spec("vit", RECIPE["config"], 10))
     for name, p in model.named_parameters():
         p.requires_grad_(True)
         with torch.no_grad():

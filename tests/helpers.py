@@ -84,6 +84,36 @@ def save_tiny_bert(folder: Path, layers: int = 3, hidden: int = 16, ffn: int = 2
     return folder
 
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def save_tiny(family: str, folder: Path) -> Path:
+    """A random checkpoint of the family, with tokenizer or image settings."""
+    import transformers
+
+    if family == "bert":
+        return save_tiny_bert(folder)
+    torch.manual_seed(0)
+    if family == "vit":
+        vit = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, initializer_range=0.2)
+        transformers.ViTForImageClassification(vit).save_pretrained(folder)
+        transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    elif family == "distilbert":
+        sizes = {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 24}
+        distilbert = transformers.DistilBertConfig(
+            **sizes, vocab_size=200, max_position_embeddings=64, sinusoidal_pos_embds=True, initializer_range=0.2
+        )
+        transformers.DistilBertForSequenceClassification(distilbert).save_pretrained(folder)
+    else:
+        roberta = transformers.RobertaConfig(**SMALL, vocab_size=200, max_position_embeddings=66, initializer_range=0.2)
+        transformers.RobertaForSequenceClassification(roberta).save_pretrained(folder)
+    if family != "vit":
+        save_tiny_bert(folder / "t")  # any tokenizer will do
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / "t" / file).rename(folder / file)
+    return folder
+
+
 _FMS: dict[int, FoundationModel] = {}
 
 

@@ -1,185 +1,29 @@
-"""Loaders, on small files in the layouts these data sets are really distributed in."""
+"""Rows: embedded sets, tokenised texts and pairs, pixels, batches."""
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from helpers import save_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedbench.data import TEXT_SETS, Batch, Examples, Part, encode, load_data, read_text_file, to_pixels, tweet_words
+from fedbench.data import Batch, Examples, ImageFiles, Part, encode, to_pixels
+from fedbench.embedded import tweet_words
 from fedbench.errors import FedbenchError
-from fedbench.foundation import ImageProcessor
+from fedbench.foundation import FoundationModel, ImageProcessor, load_fm
+from fedbench.loading import load_data
+from fedbench.models import LoraSpec, initial_tunables, set_tensors
+from fedbench.packing import logits, packing
+from fedbench.rng import Streams
 from fedbench.scenario import DatasetSettings, PublicSettings
-
-OFFICIAL = '"3","Wall St. Bears","Short-sellers, ""Wall Street"" are\\seeing green"\n"1","Peace","talks\\begin"\n'
-TEXT_FIRST = '"Wall St. Bears Short-sellers, ""green"" again",2\n"Peace talks, begin",0\n'
-GLUE = 'sentence\tlabel\nhide new secretions\t0\na "quoted film\t1\n'
-LABEL_FIRST = "label\tcontent\n0\thide new secretions\n1\ta fine film\n"
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "labels", "first", "layout"),
-    [
-        ("a.csv", OFFICIAL, [2, 0], 'Wall St. Bears Short-sellers, "Wall Street" are\\seeing green', "official CSV"),
-        ("a.csv", TEXT_FIRST, [2, 0], 'Wall St. Bears Short-sellers, "green" again', "text, label from 0"),
-        ("a.tsv", GLUE, [0, 1], "hide new secretions", "TSV with header sentence, label"),
-        ("a.tsv", LABEL_FIRST, [0, 1], "hide new secretions", "TSV with header label, content"),
-        ("a.tsv", LABEL_FIRST.replace("\n", "\r\n"), [0, 1], "hide new secretions", "TSV"),
-        ("a.csv", "text,label\nhide it,0\na film,1\n", [0, 1], "hide it", "CSV with header text, label"),
-    ],
-)
-def test_known_layouts(tmp_path: Path, name: str, text: str, labels: list[int], first: str, layout: str) -> None:
-    part, note = read_text_file(write(tmp_path / name, text), 4)
-    assert part.labels.tolist() == labels
-    assert part.texts is not None
-    assert part.texts[0] == first
-    assert layout in note
-
-
-def test_glue_tsv_knows_no_quoting(tmp_path: Path) -> None:
-    part, _ = read_text_file(write(tmp_path / "a.tsv", GLUE), 2)
-    assert part.texts == ["hide new secretions", 'a "quoted film']
-
-
-def test_parquet(tmp_path: Path) -> None:
-    path = tmp_path / "train-00000-of-00001.parquet"
-    pd.DataFrame({"idx": [0, 1], "sentence": ["x", "y"], "label": [1, 0]}).to_parquet(path)
-    part, note = read_text_file(path, 2)
-    assert (part.labels.tolist(), part.texts) == ([1, 0], ["x", "y"])
-    assert "sentence" in note
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("a.csv", "what,is,this,file\n1,2,3,4\n", "unknown layout; first line: 'what,is,this,file'"),
-        ("a.tsv", "idx\tquestion\n0\twhat\n", "unknown layout; first line"),
-        ("a.tsv", "label\tsentence\n0\ta\tb\n", ":2: 3 columns"),
-        ("a.csv", '"9","t","d"\n', "row 1 has label '9', expected 1 to 4"),
-        ("a.tsv", "label\tsentence\nx\ta\n", "row 1 has label 'x'"),
-        ("a.csv", "", "is empty"),
-        ("a.tsv", "\n", "is empty"),
-        ("a.csv", "text,label\nhide it\n", "row 1 has 1 columns, the header has 2"),
-    ],
-)
-def test_bad_files_are_named(tmp_path: Path, name: str, text: str, says: str) -> None:
-    path = write(tmp_path / name, text)
-    with pytest.raises(FedbenchError, match=says) as caught:
-        read_text_file(path, 4)
-    assert str(path) in str(caught.value)
-
-
-def test_damaged_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes('"café",1\n'.encode("latin-1"))
-    (tmp_path / "a.parquet").write_bytes(b"not parquet")
-    with pytest.raises(FedbenchError, match=r"a\.csv: is not UTF-8 at byte 4"):
-        read_text_file(tmp_path / "a.csv", 4)
-    with pytest.raises(FedbenchError, match=r"a\.parquet: cannot be read as parquet"):
-        read_text_file(tmp_path / "a.parquet", 4)
-
-
-@pytest.mark.parametrize(
-    ("text", "label", "says"), [("x", 0.5, "label 0.5"), ("x", None, "label (nan|None)"), (None, 1, "no text")]
-)
-def test_holes_in_parquet_are_named(tmp_path: Path, text: str | None, label: float | None, says: str) -> None:
-    path = tmp_path / "train.parquet"
-    pd.DataFrame({"text": ["a", text], "label": [0, label]}, dtype=object).to_parquet(path)
-    with pytest.raises(FedbenchError, match=f"row 2 has {says}"):
-        read_text_file(path, 2)
-
-
-def agnews(root: Path, train: str = "train_5k.csv") -> DatasetSettings:
-    rows = "".join(f'"row number {i} of {"abcd"[i % 4]}",{i % 4}\n' for i in range(40))
-    write(root / "ag_news" / train, rows)
-    write(root / "ag_news" / "test.csv", OFFICIAL)
-    return DatasetSettings(name="agnews", validation=8)
-
-
-def test_a_folder_is_recognised_and_split_into_disjoint_parts(tmp_path: Path) -> None:
-    settings = agnews(tmp_path)
-    data = load_data(settings, None, tmp_path)
-    assert (len(data.train), len(data.validation), len(data.test)) == (32, 8, 2)
-    assert data.train.texts is not None
-    assert data.validation.texts is not None
-    assert len({*data.train.texts, *data.validation.texts}) == 40
-    assert any("train_5k.csv" in note and "label from 0" in note for note in data.notes)
-    assert load_data(settings, None, tmp_path).content_hash == data.content_hash
-    capped = load_data(settings.model_copy(update={"train_rows": 10, "test_rows": 1}), None, tmp_path)
-    assert (len(capped.train), len(capped.test)) == (10, 1)
-    assert set(capped.train.texts or ()) <= set(data.train.texts)
-
-
-def test_train_csv_wins_over_train_5k(tmp_path: Path) -> None:
-    settings = agnews(tmp_path)
-    write(tmp_path / "ag_news" / "train.csv", OFFICIAL * 10)
-    assert len(load_data(settings, None, tmp_path).train) == 12
-
-
-def test_the_folder_itself_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = agnews(tmp_path)
-    monkeypatch.chdir(tmp_path / "ag_news")
-    assert len(load_data(settings, None, Path(".")).train) == 32
-
-
-def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked: list[str] = []
-
-    def load_dataset(name: str, configuration: str | None, revision: str) -> dict[str, dict[str, list[object]]]:
-        asked.append(revision)
-        rows: dict[str, list[object]] = {"text": [*"abcd"], "label": [0, 1, 2, 3]}
-        return {"train": rows, "test": rows}
-
-    monkeypatch.delenv("FEDBENCH_DATA", raising=False)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("fedbench.data.hub_answers", lambda: True)
-    data = load_data(DatasetSettings(name="agnews", validation=1), None, None)
-    load_data(DatasetSettings(name="agnews", validation=1, revision="mine"), None, None)
-    assert asked == [TEXT_SETS["agnews"].revision, "mine"]
-    assert len(asked[0]) == 40, "a full commit, no branch"
-    assert any(asked[0][:12] in note for note in data.notes)
-
-
-def test_the_environment_variable_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDBENCH_DATA", str(tmp_path))
-    assert len(load_data(agnews(tmp_path), None, None).train) == 32
-
-
-@pytest.mark.parametrize(
-    ("prepare", "says"),
-    [
-        (lambda root: None, "three ways: connect to the hub .* cache .* --data-dir"),
-        (lambda root: (root / "ag_news").mkdir(), "no train file for agnews"),
-    ],
-    ids=["nothing", "empty folder"],
-)
-def test_missing_data_is_one_line(tmp_path: Path, prepare: object, says: str) -> None:
-    prepare(tmp_path)  # type: ignore[operator]
-    with pytest.raises(FedbenchError, match=says) as caught:
-        load_data(DatasetSettings(name="agnews"), None, tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(FedbenchError, match="no such data set; known are tweets"):
-        load_data(DatasetSettings(name="imdb"), None, None)
-    with pytest.raises(FedbenchError, match="no such folder"):
-        load_data(DatasetSettings(name="sst2"), None, tmp_path / "absent")
-    with pytest.raises(FedbenchError, match="no such corpus"):
-        load_data(DatasetSettings(name="digits"), PublicSettings(name="wiki"), None)
 
 
 def test_embedded_tweets_have_disjoint_parts() -> None:
@@ -235,7 +79,7 @@ def test_texts_are_tokenised_and_cut() -> None:
 
 def test_images_are_resized_and_normalised() -> None:
     processor = ImageProcessor(size=4, mean=(0.5,), std=(0.25,), channels=3)
-    pixels = to_pixels(np.ones((2, 8, 8), dtype=np.float32), processor)
+    pixels = to_pixels(torch.ones(2, 1, 8, 8), processor)
     assert pixels.shape == (2, 3, 4, 4)
     assert torch.allclose(pixels, torch.full_like(pixels, 2.0))
 
@@ -246,3 +90,123 @@ def test_text_and_image_models_are_not_confused() -> None:
         encode(Part(np.zeros(1), images=np.zeros((1, 8, 8))), text, 8)  # type: ignore[arg-type]
     with pytest.raises(FedbenchError, match="reads images, the data set holds text"):
         encode(Part(np.zeros(1), texts=["x"]), image, 8)  # type: ignore[arg-type]
+
+
+def pairs(n: int = 6) -> Part:
+    first = ["the film is good", "a plot", "the team wins the game and the market falls", "war", "a chip", "it is bad"]
+    second = ["it was fine", "the actor was bad and the plot was awful", "stock", "peace talks", "a phone", "the movie"]
+    return Part(np.arange(n) % 3, first[:n], text_pairs=second[:n])
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> FoundationModel:
+    folder = save_tiny_bert(tmp_path_factory.mktemp("pairs") / "bert")
+    return load_fm(str(folder), 3, folder)
+
+
+def test_pairs_have_two_segments(bert: FoundationModel) -> None:
+    rows = encode(pairs(), bert, 32)
+    assert rows.tokens is not None and rows.segments is not None
+    cls, sep = bert.processor.cls_token_id, bert.processor.sep_token_id
+    ids, types = rows.tokens[0].tolist(), rows.segments[0].tolist()
+    assert ids[0] == cls and [i for i, t in enumerate(ids) if t == sep] == [5, 9]
+    assert types == [0] * 6 + [1] * 4, "the first separator belongs to the first segment"
+    batch = rows.batch([0, 3])
+    assert batch.inputs["token_type_ids"].tolist() == [types, [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]]
+    chosen = rows.select([3, 0])
+    assert chosen.segments is not None
+    assert [s.tolist() for s in chosen.segments] == [[0, 0, 0, 1, 1, 1], types]
+
+
+def test_the_longer_segment_is_cut_first(bert: FoundationModel) -> None:
+    rows = encode(pairs(), bert, 9)
+    assert rows.segments is not None
+    # Three special tokens leave six: 2 + 8 words become 2 + 4, 9 + 1 words 5 + 1, and 4 + 3 words 3 + 3.
+    real = [(int((s == 0).sum()) - 2, int((s == 1).sum()) - 1) for s in rows.segments]
+    assert (real[1], real[2], real[0]) == ((2, 4), (5, 1), (3, 3))
+    assert max(rows.lengths) == 9
+
+
+def test_segments_are_part_of_what_a_model_sees(bert: FoundationModel) -> None:
+    rows = encode(pairs(), bert, 32)
+    assert rows.content_hash() != replace(rows, segments=None).content_hash()
+    model = bert.build(LoraSpec(2, 4), torch.device("cpu"))
+    set_tensors(model, initial_tunables(model, Streams(0, "unit")))
+    found = []
+    for packed in (False, True):
+        with packing(packed), torch.no_grad():
+            found += [logits(model, rows.batch(np.arange(6))), logits(model, replace(rows, segments=None).batch([0]))]
+    assert torch.allclose(found[0], found[2], rtol=1e-4, atol=1e-5), "packed rows carry their segments"
+    assert not torch.allclose(found[0][:1], found[1], rtol=1e-3, atol=1e-4), "segments change the answer"
+
+
+def test_a_family_without_token_types_gets_none(bert: FoundationModel) -> None:
+    family = SimpleNamespace(modality="text", token_types=False)
+    plain = SimpleNamespace(name="m", family=family, processor=bert.processor)
+    rows = encode(pairs(), plain, 32)  # type: ignore[arg-type]
+    assert rows.segments is None
+    assert set(rows.batch([0]).inputs) == {"input_ids", "attention_mask"}
+
+
+COLOUR = ImageProcessor(size=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), channels=3)
+
+
+def image_fm(processor: ImageProcessor) -> FoundationModel:
+    return SimpleNamespace(name="m", family=SimpleNamespace(modality="image"), processor=processor)  # type: ignore[return-value]
+
+
+def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("size", "resample"), [(4, "bilinear"), (8, "bilinear"), (20, "bilinear"), (20, "bicubic")])
+def test_colour_images_are_kept_small_and_become_what_the_processor_of_transformers_makes(
+    size: int, resample: Literal["bilinear", "bicubic"]
+) -> None:
+    from transformers import ViTImageProcessor
+
+    images = random_images(5, size)
+    processor = replace(COLOUR, resample=resample)
+    rows = encode(Part(np.arange(5), images=images), image_fm(processor), 0)
+    assert rows.pixels is not None
+    assert rows.pixels.dtype == torch.uint8
+    assert rows.pixels.shape == (5, 3, min(size, 8), min(size, 8)), "never larger than they came, nor than the model's"
+    theirs = ViTImageProcessor(
+        size={"height": 8, "width": 8}, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1],
+        resample={"bilinear": 2, "bicubic": 3}[resample],
+    )  # fmt: skip
+    expected = theirs(list(torch.from_numpy(images).permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(rows.batch(np.arange(5)).inputs["pixel_values"], expected, atol=1e-5)
+    chosen = rows.select([3, 1])
+    assert torch.equal(chosen.batch([0, 1]).inputs["pixel_values"], rows.batch([3, 1]).inputs["pixel_values"])
+    hashes = {r.content_hash() for r in (rows, chosen, replace(rows, processor=replace(processor, mean=(0, 0, 0))))}
+    assert len(hashes) == 3, "images, their order and the normalisation enter the hash"
+
+
+def test_colour_becomes_grey_for_a_model_of_one_channel() -> None:
+    processor = ImageProcessor(size=4, mean=(0.0,), std=(1.0,), channels=1)
+    images = np.zeros((1, 4, 4, 3), dtype=np.uint8)
+    images[..., 1] = 255
+    pixels = encode(Part(np.zeros(1), images=images), image_fm(processor), 0).batch([0]).inputs["pixel_values"]
+    assert pixels.shape == (1, 1, 4, 4)
+    assert torch.allclose(pixels, torch.tensor(0.587), atol=1e-3), "the weight of green in luma (ITU-R BT.601)"
+
+
+def test_files_of_different_sizes_are_decoded_to_the_size_of_the_model() -> None:
+    from PIL import Image
+
+    contents: list[bytes | Path] = []
+    for size in (5, 12):
+        buffer = io.BytesIO()
+        Image.fromarray(random_images(1, size)[0]).save(buffer, "PNG")
+        contents.append(buffer.getvalue())
+    part = Part(np.array([0, 1]), images=ImageFiles(contents, np.array([1, 0])))
+    rows = encode(part, image_fm(COLOUR), 0)
+    assert rows.pixels is not None
+    assert rows.pixels.shape == (2, 3, 8, 8)
+    large = torch.from_numpy(random_images(1, 12)).permute(0, 3, 1, 2)
+    assert torch.allclose(rows.batch([0]).inputs["pixel_values"], to_pixels(large, COLOUR), atol=1e-5)
+    assert part.digest() != part.select(np.array([1, 0])).digest()
+    broken = ImageFiles([contents[0][:60]], np.array([0]))  # type: ignore[index]
+    with pytest.raises(FedbenchError, match="image 1: cannot be decoded as an image"):
+        encode(Part(np.array([0]), images=broken), image_fm(COLOUR), 0)

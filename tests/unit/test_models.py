@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny_bert, tiny_fm, train_rows
+from helpers import save_tiny, save_tiny_bert, tiny_fm, train_rows
 
 from fedbench.data import Batch
 from fedbench.errors import FedbenchError
@@ -30,30 +30,9 @@ from fedbench.packing import layer_outputs, logits, packing
 from fedbench.rng import Streams
 
 CPU = torch.device("cpu")
-SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 
 
-def save_tiny(family: str, folder: Path) -> Path:
-    """A random checkpoint of the family, with tokenizer or image settings."""
-    import transformers
-
-    if family == "bert":
-        return save_tiny_bert(folder)
-    torch.manual_seed(0)
-    if family == "vit":
-        config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=1)
-        transformers.ViTForImageClassification(config).save_pretrained(folder)
-        (folder / "preprocessor_config.json").write_text('{"image_mean": [0.4], "image_std": [0.2]}')
-    else:
-        config = transformers.RobertaConfig(**SMALL, vocab_size=200, max_position_embeddings=40)
-        transformers.RobertaForSequenceClassification(config).save_pretrained(folder)
-        save_tiny_bert(folder / "t")  # any tokenizer will do
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / "t" / file).rename(folder / file)
-    return folder
-
-
-@pytest.fixture(scope="module", params=["bert", "roberta", "vit"])
+@pytest.fixture(scope="module", params=["bert", "roberta", "distilbert", "vit"])
 def fm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FoundationModel:
     folder = save_tiny(request.param, tmp_path_factory.mktemp(request.param) / "checkpoint")
     return load_fm(str(folder), 3, folder)
@@ -61,7 +40,7 @@ def fm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 
 def inputs(fm: FoundationModel) -> Batch:
     if fm.family.modality == "image":
-        pixels = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         return Batch({"pixel_values": pixels}, torch.zeros(4, dtype=torch.long), None)
     return train_rows(4).batch(np.arange(4))
 
@@ -241,7 +220,7 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(FedbenchError, match=r"cannot read .*config\.json"):
         load_fm(str(tmp_path), 2, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(FedbenchError, match="model_type 'gpt2' is not supported; known: bert, roberta, vit"):
+    with pytest.raises(FedbenchError, match="'gpt2' is not supported; known: bert, roberta, distilbert, vit"):
         load_fm(str(tmp_path), 2, tmp_path)
 
 

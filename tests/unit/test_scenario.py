@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import fedbench.scenarios
 from fedbench.errors import FedbenchError
+from fedbench.methods.fedpft import FedPFT
 from fedbench.scenario import load_scenario, split_names
 
 FILES = sorted(Path(fedbench.scenarios.__path__[0]).glob("*.toml"))
@@ -36,13 +38,45 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-@pytest.mark.parametrize("profile", [None, "smoke"])
-def test_every_scenario_of_ours_loads(path: Path, profile: str | None) -> None:
-    assert {"iid", "noniid"} <= set(split_names(path))
+def test_every_scenario_of_ours_loads_in_every_profile(path: Path) -> None:
+    assert "iid" in split_names(path)
+    profiles = tomllib.loads(path.read_text())["profiles"]
+    assert "smoke" in profiles
     for split in split_names(path):
-        scenario = load_scenario(path, split, profile)
-        assert scenario.name == f"{path.stem}-{split}"
-        assert scenario.federation.rounds >= 1
+        for profile in (None, *profiles):
+            scenario = load_scenario(path, split, profile)
+            assert scenario.name == f"{path.stem}-{split}"
+            assert scenario.federation.rounds >= 1
+
+
+@pytest.mark.parametrize("name", ["qnli", "mnli", "qqp", "cifar10", "cifar100", "flowers102"])
+def test_the_papers_scenarios_are_the_papers_and_their_profiles_are_not(name: str) -> None:
+    path = next(p for p in FILES if p.stem == name)
+    text = name in ("qnli", "mnli", "qqp")
+    assert split_names(path) == (["iid", "dir1", "dir5", "dir10"] if text else ["iid", "dir"])
+    whole, small, smoke = (load_scenario(path, "iid", profile) for profile in (None, "small", "smoke"))
+    assert whole.fm == ("bert-base" if text else "vit-base")
+    f = whole.federation
+    assert (whole.split.clients, f.fraction, f.rounds, f.local_epochs, f.max_steps) == (100, 0.1, 100, 1, None)
+    fedpft = FedPFT(**whole.methods["fedpft"])
+    assert fedpft.retained(12) == (0, 11)
+    assert (fedpft.lora_r, fedpft.lora_alpha, fedpft.lr, fedpft.lr_decay) == (8, 48, 8e-4, "linear")
+    assert (fedpft.mu, fedpft.t, fedpft.p, fedpft.distil_lr) == (0.01, 10, 0.5, 6e-4)
+    assert fedpft.align_lr == (6e-4 if text else 1e-3)
+    assert {whole.methods[m]["lr"] for m in ("fedot", "fedavg-lora", "centralised-lora")} == {8e-4}
+    assert small.fm == smoke.fm == ("minilm-l6" if text else "vit-digits")
+    assert FedPFT(**small.methods["fedpft"]).retained(6) == (0, 5)
+    assert FedPFT(**smoke.methods["fedpft"]).retained(3) == (0, 2)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem in ("agnews", "sst2")], ids=lambda p: p.stem)
+def test_the_papers_splits_do_not_touch_the_others(path: Path) -> None:
+    for alpha in (1, 5, 10):
+        scenario = load_scenario(path, f"dir{alpha}")
+        assert (scenario.split.kind, scenario.split.alpha, scenario.split.clients) == ("dirichlet", alpha, 100)
+        assert (scenario.federation.rounds, scenario.federation.fraction) == (100, 0.1)
+    others = [load_scenario(path, split).federation.rounds for split in ("iid", "noniid")]
+    assert max(others) < 100
 
 
 def test_layers_win_in_order_and_say_where_a_value_came_from(file: Path) -> None:

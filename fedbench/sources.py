@@ -1,0 +1,122 @@
+"""Where data sets come from: folders of the user's, and the hub or its cache."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedbench.errors import FedbenchError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def data_folder(given: Path | None) -> Path | None:
+    """The user's folder of data sets: as given, else $FEDBENCH_DATA, else none."""
+    named = given or os.environ.get("FEDBENCH_DATA")
+    return Path(named).expanduser() if named else None
+
+
+def set_folders(root: Path, names: Sequence[str]) -> Iterator[Path]:
+    """The folders under `root` that go by one of `names`; `root` itself where it is called so.
+
+    Raises FedbenchError where there is no `root`.
+    """
+    if not root.is_dir():
+        raise FedbenchError(f"--data-dir {root}: no such folder")
+    # `.` has a name only once it is resolved.
+    for folder in (*(root / name for name in names), *([root] if root.resolve().name in names else [])):
+        if folder.is_dir():
+            yield folder
+
+
+def find_files(folder: Path, stems: Sequence[str], suffixes: Sequence[str] = (".parquet",)) -> list[Path]:
+    """The file of the first stem that exists, or the shards of its parquet split, as the hub lays them out.
+
+    Raises FedbenchError where a shard is missing.
+    """
+    for stem in stems:
+        for suffix in suffixes:
+            if (path := folder / f"{stem}{suffix}").exists():
+                return [path]
+        # The hub keeps shards in `data` or in a folder called like the configuration.
+        for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+            if shards := sorted(place.glob(f"{stem}-*.parquet")):
+                count = re.search(r"-of-(\d+)", shards[0].name)
+                if count and int(count[1]) != len(shards):
+                    raise FedbenchError(f"{place}: {len(shards)} of {int(count[1])} shards of {stem}; fetch the rest")
+                return shards
+    return []
+
+
+def read_parquet(path: Path) -> Any:
+    """A parquet file as a pandas table. Raises FedbenchError for a damaged one."""
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # what pyarrow raises for a damaged file is one of these
+        raise FedbenchError(f"{path}: cannot be read as parquet: {error}; fetch it again") from None
+
+
+@dataclass(frozen=True)
+class HubState:
+    """Whether the model hub answers, and a line that says how it stands."""
+
+    answers: bool
+    about: str
+
+
+def hub_state(timeout: float = 5.0) -> HubState:
+    """Ask the model hub, at most `timeout` seconds; never where HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return HubState(False, "not asked: HF_HUB_OFFLINE is set")
+    try:
+        answer = get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception as error:  # whatever the network and the HTTP library of the day come up with
+        why = type(error).__name__
+        return HubState(False, f"{constants.ENDPOINT} cannot be reached ({why}); embedded and local data still work")
+    return HubState(True, f"{constants.ENDPOINT} answers ({answer.status_code})")
+
+
+def load_from_hub(
+    name: str, repository: str, configuration: str | None, revision: str, folders: Sequence[str]
+) -> tuple[Any, str]:
+    """All splits of a data set on the hub or in its cache, and a note that names the commit they are of.
+
+    Raises FedbenchError that says how else to supply the set, in a folder called like one of `folders`.
+    """
+    try:
+        import datasets
+        from datasets import load_dataset
+        from huggingface_hub import constants
+
+        if not hub_state().answers:
+            # Straight to the cache, without minutes of retries and a warning for each.
+            datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+        loaded = load_dataset(repository, configuration, revision=revision)
+    except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
+        raise FedbenchError(
+            f"data set {name}: not found ({type(error).__name__}). Supply it in one of three ways: connect to the hub "
+            f"({repository}), fill the hub's cache beforehand, or give --data-dir DIR (or FEDBENCH_DATA) with "
+            f"DIR/{' or '.join(folders[:2])} holding its files"
+        ) from None
+    return loaded, f"{name}: {repository} at revision {_commit(loaded, revision)} from the hub or its cache"
+
+
+def _commit(loaded: Any, revision: str) -> str:
+    """The commit that was loaded: `revision` itself, or what a branch or tag stood for then."""
+    if COMMIT.fullmatch(revision):
+        return revision[:12]
+    for split in loaded.values():
+        # The files' addresses hold the commit; the cache's folders are called after it.
+        sources = (split.info.download_checksums or {}, (file["filename"] for file in split.cache_files))
+        for text in (text for source in sources for text in source):
+            if found := COMMIT.search(text):
+                return f"{found[0][:12]} ({revision})"
+    return revision

@@ -1,0 +1,358 @@
+"""Text data sets, on small files in the layouts they are really distributed in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from helpers import save_tiny_bert
+
+from fedbench.engine import RunRequest, prepare, run
+from fedbench.errors import FedbenchError
+from fedbench.loading import load_data
+from fedbench.scenario import DatasetSettings, PublicSettings
+from fedbench.sources import HubState
+from fedbench.text_sets import TEXT_SETS, read_text_file
+
+OFFICIAL = '"3","Wall St. Bears","Short-sellers, ""Wall Street"" are\\seeing green"\n"1","Peace","talks\\begin"\n'
+TEXT_FIRST = '"Wall St. Bears Short-sellers, ""green"" again",2\n"Peace talks, begin",0\n'
+GLUE = 'sentence\tlabel\nhide new secretions\t0\na "quoted film\t1\n'
+LABEL_FIRST = "label\tcontent\n0\thide new secretions\n1\ta fine film\n"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "labels", "first", "layout"),
+    [
+        ("a.csv", OFFICIAL, [2, 0], 'Wall St. Bears Short-sellers, "Wall Street" are\\seeing green', "official CSV"),
+        ("a.csv", TEXT_FIRST, [2, 0], 'Wall St. Bears Short-sellers, "green" again', "text, label from 0"),
+        ("a.tsv", GLUE, [0, 1], "hide new secretions", "TSV, columns sentence and label"),
+        ("a.tsv", LABEL_FIRST, [0, 1], "hide new secretions", "TSV, columns content and label"),
+        ("a.tsv", LABEL_FIRST.replace("\n", "\r\n"), [0, 1], "hide new secretions", "TSV"),
+        ("a.csv", "text,label\nhide it,0\na film,1\n", [0, 1], "hide it", "CSV, columns text and label"),
+    ],
+)
+def test_known_layouts(tmp_path: Path, name: str, text: str, labels: list[int], first: str, layout: str) -> None:
+    part, note = read_text_file(write(tmp_path / name, text), TEXT_SETS["agnews"])
+    assert part.labels.tolist() == labels
+    assert part.texts is not None
+    assert part.texts[0] == first
+    assert layout in note
+
+
+def test_glue_tsv_knows_no_quoting(tmp_path: Path) -> None:
+    part, _ = read_text_file(write(tmp_path / "a.tsv", GLUE), TEXT_SETS["sst2"])
+    assert part.texts == ["hide new secretions", 'a "quoted film']
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "train-00000-of-00001.parquet"
+    pd.DataFrame({"idx": [0, 1], "sentence": ["x", "y"], "label": [1, 0]}).to_parquet(path)
+    part, note = read_text_file(path, TEXT_SETS["sst2"])
+    assert (part.labels.tolist(), part.texts) == ([1, 0], ["x", "y"])
+    assert "sentence" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "what,is,this,file\n1,2,3,4\n", "unknown layout; first line: 'what,is,this,file'"),
+        ("a.tsv", "idx\tquestion\n0\twhat\n", "unknown layout; first line"),
+        ("a.tsv", "label\tsentence\n0\ta\tb\n", "row 1 has 3 columns, the header has 2"),
+        ("a.csv", '"9","t","d"\n', "row 1 has label '9', expected 1 to 4"),
+        ("a.tsv", "label\tsentence\nx\ta\n", "row 1 has label 'x'"),
+        ("a.csv", "", "is empty"),
+        ("a.tsv", "\n", "is empty"),
+        ("a.csv", "text,label\nhide it\n", "row 1 has 1 columns, the header has 2"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, text: str, says: str) -> None:
+    path = write(tmp_path / name, text)
+    with pytest.raises(FedbenchError, match=says) as caught:
+        read_text_file(path, TEXT_SETS["agnews"])
+    assert str(path) in str(caught.value)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes('"café",1\n'.encode("latin-1"))
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    with pytest.raises(FedbenchError, match=r"a\.csv: is not UTF-8 at byte 4"):
+        read_text_file(tmp_path / "a.csv", TEXT_SETS["agnews"])
+    with pytest.raises(FedbenchError, match=r"a\.parquet: cannot be read as parquet"):
+        read_text_file(tmp_path / "a.parquet", TEXT_SETS["agnews"])
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "says"), [("x", 0.5, "label 0.5"), ("x", None, "label (nan|None)"), (None, 1, "no text")]
+)
+def test_holes_in_parquet_are_named(tmp_path: Path, text: str | None, label: float | None, says: str) -> None:
+    path = tmp_path / "train.parquet"
+    pd.DataFrame({"text": ["a", text], "label": [0, label]}, dtype=object).to_parquet(path)
+    with pytest.raises(FedbenchError, match=f"row 2 has {says}"):
+        read_text_file(path, TEXT_SETS["sst2"])
+
+
+def agnews(root: Path, train: str = "train_5k.csv") -> DatasetSettings:
+    rows = "".join(f'"row number {i} of {"abcd"[i % 4]}",{i % 4}\n' for i in range(40))
+    write(root / "ag_news" / train, rows)
+    write(root / "ag_news" / "test.csv", OFFICIAL)
+    return DatasetSettings(name="agnews", validation=8)
+
+
+def test_a_folder_is_recognised_and_split_into_disjoint_parts(tmp_path: Path) -> None:
+    settings = agnews(tmp_path)
+    data = load_data(settings, None, tmp_path)
+    assert (len(data.train), len(data.validation), len(data.test)) == (32, 8, 2)
+    assert data.train.texts is not None
+    assert data.validation.texts is not None
+    assert len({*data.train.texts, *data.validation.texts}) == 40
+    assert any("train_5k.csv" in note and "label from 0" in note for note in data.notes)
+    assert load_data(settings, None, tmp_path).content_hash == data.content_hash
+    capped = load_data(settings.model_copy(update={"train_rows": 10, "test_rows": 1}), None, tmp_path)
+    assert (len(capped.train), len(capped.test)) == (10, 1)
+    assert set(capped.train.texts or ()) <= set(data.train.texts)
+
+
+def test_train_csv_wins_over_train_5k(tmp_path: Path) -> None:
+    settings = agnews(tmp_path)
+    write(tmp_path / "ag_news" / "train.csv", OFFICIAL * 10)
+    assert len(load_data(settings, None, tmp_path).train) == 12
+
+
+def test_the_folder_itself_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = agnews(tmp_path)
+    monkeypatch.chdir(tmp_path / "ag_news")
+    assert len(load_data(settings, None, Path(".")).train) == 32
+
+
+def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[str] = []
+
+    def load_dataset(name: str, configuration: str | None, revision: str) -> datasets.DatasetDict:
+        asked.append(revision)
+        rows = datasets.Dataset.from_dict({"text": [*"abcd"], "label": [0, 1, 2, 3]})
+        return datasets.DatasetDict(train=rows, test=rows)
+
+    monkeypatch.delenv("FEDBENCH_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+    data = load_data(DatasetSettings(name="agnews", validation=1), None, None)
+    load_data(DatasetSettings(name="agnews", validation=1, revision="mine"), None, None)
+    assert asked == [TEXT_SETS["agnews"].revision, "mine"]
+    assert len(asked[0]) == 40, "a full commit, no branch"
+    assert any(asked[0][:12] in note for note in data.notes)
+
+
+def test_the_environment_variable_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDBENCH_DATA", str(tmp_path))
+    assert len(load_data(agnews(tmp_path), None, None).train) == 32
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda root: None, "three ways: connect to the hub .* cache .* --data-dir"),
+        (lambda root: (root / "ag_news").mkdir(), "no train file for agnews"),
+    ],
+    ids=["nothing", "empty folder"],
+)
+def test_missing_data_is_one_line(tmp_path: Path, prepare: object, says: str) -> None:
+    prepare(tmp_path)  # type: ignore[operator]
+    with pytest.raises(FedbenchError, match=says) as caught:
+        load_data(DatasetSettings(name="agnews"), None, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(FedbenchError, match="no such data set; known are tweets"):
+        load_data(DatasetSettings(name="imdb"), None, None)
+    with pytest.raises(FedbenchError, match="no such folder"):
+        load_data(DatasetSettings(name="sst2"), None, tmp_path / "absent")
+    with pytest.raises(FedbenchError, match="no such corpus"):
+        load_data(DatasetSettings(name="digits"), PublicSettings(name="wiki"), None)
+
+
+# ---------------------------------------------------------------- pairs of sentences
+
+QNLI = (
+    "index\tquestion\tsentence\tlabel\n"
+    '0\tWhen did "it start?\tIt began in 1950.\tentailment\n'
+    "1\tWho won?\tNobody knows.\tnot_entailment\n"
+)
+QQP = (
+    "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    "1\t11\t12\tHow old is he?\tWhat is his age?\t1\n"
+    "2\t13\t14\tWhat is the time\n"
+    "3\t15\t16\tIs it far?\tIs it near?\t0\n"
+)
+MNLI_HEAD = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
+
+
+def mnli(annotators: int, rows: list[tuple[str, str, str]]) -> str:
+    """MNLI's TSV as GLUE ships it: eight columns before the sentences, one label an annotator, then the gold label."""
+    head = (MNLI_HEAD + "sentence1 sentence2").split() + [f"label{i + 1}" for i in range(annotators)] + ["gold_label"]
+    lines = [
+        [str(i), "7", "7n", "travel", "( a )", "( b )", "(ROOT a)", "(ROOT b)", a, b, *[gold] * annotators, gold]
+        for i, (a, b, gold) in enumerate(rows)
+    ]
+    return "".join("\t".join(line) + "\n" for line in [head, *lines])
+
+
+def test_qnli_as_glue_ships_it(tmp_path: Path) -> None:
+    part, note = read_text_file(write(tmp_path / "train.tsv", QNLI), TEXT_SETS["qnli"])
+    assert part.labels.tolist() == [0, 1]
+    assert part.texts == ['When did "it start?', "Who won?"]
+    assert part.text_pairs == ["It began in 1950.", "Nobody knows."]
+    assert note == "TSV, columns question, sentence and label"
+
+
+def test_qqp_leaves_out_the_few_broken_rows_of_the_official_file(tmp_path: Path) -> None:
+    part, note = read_text_file(write(tmp_path / "train.tsv", QQP), TEXT_SETS["qqp"])
+    assert part.labels.tolist() == [1, 0]
+    assert part.texts == ["How old is he?", "Is it far?"]
+    assert "1 broken rows left out" in note
+    write(tmp_path / "train.tsv", QQP + "4\tx\n" * 3)
+    with pytest.raises(FedbenchError, match="row 2 has 4 columns, the header has 6"):
+        read_text_file(tmp_path / "train.tsv", TEXT_SETS["qqp"])
+
+
+def test_a_row_with_columns_missing_is_an_error_elsewhere(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.tsv", QNLI + "2\tWho?\n")
+    with pytest.raises(FedbenchError, match="row 3 has 2 columns, the header has 4"):
+        read_text_file(path, TEXT_SETS["qnli"])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (QNLI.replace("\tsentence", "\tanswer", 1), "expected a header with label and question and sentence"),
+        (
+            QNLI.replace("not_entailment", "-"),
+            "row 2 has label .-., expected a whole number or one of entail",
+        ),
+        (QNLI.replace("not_entailment", "2"), "row 2 has label '2', expected 0 to 1"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path / "train.tsv", text)
+    with pytest.raises(FedbenchError, match=says):
+        read_text_file(path, TEXT_SETS["qnli"])
+
+
+def mnli_folder(root: Path, n: int = 12) -> DatasetSettings:
+    golds = ["entailment", "neutral", "contradiction"]
+    train = [(f"premise {i}", f"hypothesis {i}", golds[i % 3]) for i in range(n)]
+    write(root / "MNLI" / "train.tsv", mnli(1, train))
+    write(root / "MNLI" / "dev_matched.tsv", mnli(5, [("m", f"m{i}", golds[i]) for i in range(3)]))
+    write(root / "MNLI" / "dev_mismatched.tsv", mnli(5, [("mm", f"mm{i}", golds[2 - i]) for i in range(2)]))
+    return DatasetSettings(name="mnli", validation=3)
+
+
+def test_mnli_has_two_named_test_sets(tmp_path: Path) -> None:
+    data = load_data(mnli_folder(tmp_path), None, tmp_path)
+    assert (len(data.train), len(data.validation), len(data.test)) == (9, 3, 3)
+    assert data.test.text_pairs == ["m0", "m1", "m2"]
+    assert (data.test_name, [*data.extra_tests]) == ("matched", ["mismatched"])
+    assert data.extra_tests["mismatched"].labels.tolist() == [2, 1]
+    said = "\n".join(data.notes)
+    assert "matched: " in said and "dev_mismatched.tsv" in said
+    assert "validation file is the test set" in said
+    assert "3 matched test, 2 mismatched test rows" in said
+    capped = load_data(DatasetSettings(name="mnli", validation=3, test_rows=1), None, tmp_path)
+    assert [len(capped.test), len(capped.extra_tests["mismatched"])] == [1, 1]
+    assert capped.content_hash != data.content_hash
+    (tmp_path / "MNLI" / "dev_mismatched.tsv").unlink()
+    with pytest.raises(FedbenchError, match="no mismatched file for mnli; expected validation_mismatched or dev_mis"):
+        load_data(DatasetSettings(name="mnli", validation=3), None, tmp_path)
+
+
+def test_every_part_enters_the_hash(tmp_path: Path) -> None:
+    settings = mnli_folder(tmp_path)
+    before = load_data(settings, None, tmp_path).content_hash
+    path = tmp_path / "MNLI" / "dev_mismatched.tsv"
+    path.write_text(path.read_text().replace("mm1", "mm9"))
+    assert load_data(settings, None, tmp_path).content_hash != before
+
+
+def test_parquet_of_the_hub_holds_the_same_rows_as_tsv(tmp_path: Path) -> None:
+    settings = mnli_folder(tmp_path / "tsv")
+    from_tsv = load_data(settings, None, tmp_path / "tsv")
+    folder = tmp_path / "hub" / "mnli"
+    folder.mkdir(parents=True)
+    for stem, split in (("train", "train"), ("dev_matched", "validation_matched")):
+        part, _ = read_text_file(tmp_path / "tsv" / "MNLI" / f"{stem}.tsv", TEXT_SETS["mnli"])
+        table = pd.DataFrame({"premise": part.texts, "hypothesis": part.text_pairs, "label": part.labels})
+        shards = [table[:2], table[2:]]
+        for i, shard in enumerate(shards):
+            shard.to_parquet(folder / f"{split}-0000{i}-of-00002.parquet")
+    part, _ = read_text_file(tmp_path / "tsv" / "MNLI" / "dev_mismatched.tsv", TEXT_SETS["mnli"])
+    table = pd.DataFrame({"premise": part.texts, "hypothesis": part.text_pairs, "label": part.labels})
+    table.to_parquet(folder / "validation_mismatched-00000-of-00001.parquet")
+    assert load_data(settings, None, tmp_path / "hub").content_hash == from_tsv.content_hash
+    (folder / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(FedbenchError, match="1 of 2 shards of train; fetch the rest"):
+        load_data(settings, None, tmp_path / "hub")
+
+
+def test_pairs_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict(
+        {"question1": [*"abcd"], "question2": [*"efgh"], "label": [0, 1, 0, 1], "idx": [0, 1, 2, 3]}
+    )
+    splits = datasets.DatasetDict(train=rows, validation=rows, test=rows)
+    monkeypatch.delenv("FEDBENCH_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+    data = load_data(DatasetSettings(name="qqp", validation=1), None, None)
+    assert data.test.text_pairs == [*"efgh"]
+    for split in splits.values():
+        address = f"hf://datasets/nyu-mll/glue@{'ab' * 20}/qqp/train.parquet"
+        split.info.download_checksums = {address: {"num_bytes": 1, "checksum": None}}
+    data = load_data(DatasetSettings(name="qqp", validation=1, revision="main"), None, None)
+    assert any("at revision abababababab (main)" in note for note in data.notes), "a branch is resolved to its commit"
+    splits["validation"] = rows.remove_columns("question2")
+    with pytest.raises(FedbenchError, match="no split validation with is_duplicate or label and question1"):
+        load_data(DatasetSettings(name="qqp", validation=1), None, None)
+
+
+def test_another_data_set_can_be_the_public_corpus(tmp_path: Path) -> None:
+    settings = agnews(tmp_path)
+    mnli_folder(tmp_path)
+    data = load_data(settings, PublicSettings(name="mnli", rows=5), tmp_path)
+    assert data.public is not None
+    assert (len(data.public), data.public.text_pairs is None, data.public.labels.any()) == (5, False, False)
+    with pytest.raises(FedbenchError, match="public.name 'agnews': no such corpus"):
+        load_data(settings, PublicSettings(name="agnews"), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["fedpft", "head-only"])
+def test_both_test_sets_reach_the_record(tmp_path: Path, method: str) -> None:
+    mnli_folder(tmp_path, 100)
+    asked = RunRequest(
+        method=method,
+        scenario="mnli-dir5",
+        fm=str(save_tiny_bert(tmp_path / "bert")),
+        profile="smoke",
+        device="cpu",
+        data_dir=tmp_path,
+        results=tmp_path / "runs",
+        cache=tmp_path / "cache",
+    )
+    prepared = prepare(asked)
+    assert prepared.loaded.train.segments is not None, "BERT is told which segment is which"
+    accuracy = run(prepared).accuracy
+    assert (accuracy["test_name"], accuracy["plug_in"]["rows"]) == ("matched", 3)
+    assert [*accuracy["extra_tests"]] == ["mismatched"]
+    scores = accuracy["extra_tests"]["mismatched"]
+    assert scores["plug_in"]["rows"] == 2
+    assert scores["plug_in"]["accuracy"] in (0, 0.5, 1)
+    assert (scores["proxy"] is None) == (method == "head-only")
