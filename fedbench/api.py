@@ -122,6 +122,7 @@ class LocalTask:
         gradient_offset: added to the gradient of each named tunable before clipping (SCAFFOLD).
         rank_mask: multiplied into gradient and value of each named tunable (adapters of mixed ranks).
         observers: module path -> statistic of that module's output, summed over real tokens while training.
+        observe_padding: sum over padding positions too; such a task is trained in padded batches, by itself.
         seed: seeds dropout, which reads torch's global generator, inside `fork_rng`.
     """
 
@@ -136,6 +137,7 @@ class LocalTask:
     gradient_offset: Mapping[str, Tensor] | None = None
     rank_mask: Mapping[str, Tensor] | None = None
     observers: Mapping[str, Statistic] = field(default_factory=dict)
+    observe_padding: bool = False
     seed: int = 0
 
 
@@ -143,7 +145,8 @@ class LocalTask:
 class LocalResult:
     """What came of a LocalTask: tuned values, steps taken, mean loss, and the observers' sums.
 
-    `observed[path]` is the statistic summed over `observed_tokens` real tokens of all training steps.
+    `observed[path]` is the statistic summed over `observed_tokens` tokens of all training steps: a text's real tokens
+    (all positions of its padded batches with `observe_padding`), an image's patches and class token.
     """
 
     tunables: Mapping[str, Tensor]
@@ -196,6 +199,10 @@ class Server(ABC):
 
     def residuals(self) -> Sequence[Mapping[str, Any]]:
         """Distillation residuals of the proxy, one entry a layer; empty where nothing is distilled."""
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """What the server chose for itself, in lines for the record's provenance."""
         return ()
 
     @abstractmethod

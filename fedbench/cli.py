@@ -501,7 +501,7 @@ def _show_method(
     """Print what a method is, and its hyper-parameters with where each value came from."""
     from inspect import cleandoc
 
-    from fedbench.engine import RunRequest, make_method, parse_values, split_settings
+    from fedbench.engine import RunRequest, make_method, parse_values, scenario_settings, split_settings
     from fedbench.scenario import load_scenario
 
     entry, kind = registry.find_method(name), registry.load_method(name)
@@ -518,8 +518,8 @@ def _show_method(
     if scenario:
         path, split = registry.find_scenario(scenario)
         found = load_scenario(path, split, profile, rest)
-        values = dict(found.methods.get(name, {}))
-        sources |= dict.fromkeys(values, f"{path.name} [methods.{name}]")
+        for field, (value, table) in scenario_settings(kind, found).items():
+            values[field], sources[field] = value, f"{path.name} [methods.{table}]"
     elif rest:
         raise FedbenchError(f"--set {next(iter(rest))}: {name} has no such hyper-parameter; it has {', '.join(fields)}")
     values |= parse_values(mine)

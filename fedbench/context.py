@@ -18,12 +18,16 @@ from fedbench.scenario import Federation
 
 @dataclass(frozen=True)
 class ServerContext:
-    """The server's view: streams, federation settings, device and a folder for what may be reused."""
+    """The server's view: streams, federation settings, device and a folder for what may be reused.
+
+    evaluate_every: rounds between evaluations, as the scenario sets them.
+    """
 
     streams: Streams
     federation: Federation
     device: torch.device
     cache: Path
+    evaluate_every: int
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -196,7 +197,8 @@ def prepare(request: RunRequest) -> Prepared:
     path, split = registry.find_scenario(request.scenario)
     mine, overrides = split_settings(request.settings, list(kind.model_fields), request.method)
     scenario = load_scenario(path, split, request.profile, overrides)
-    method = make_method(kind, {**scenario.methods.get(request.method, {}), **parse_values(mine)}, request)
+    given = {name: value for name, (value, _) in scenario_settings(kind, scenario).items()}
+    method = make_method(kind, {**given, **parse_values(mine)}, request)
     device = choose_device(request.device)
     precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     fm_name = request.fm or scenario.fm
@@ -243,6 +245,22 @@ def prepare(request: RunRequest) -> Prepared:
         unavailable=method.unavailable(fm),
         planned=tuple(planned),
     )
+
+
+def scenario_settings(kind: type[Method], scenario: Scenario) -> dict[str, tuple[Any, str]]:
+    """Hyper-parameters the scenario sets for a method: name -> (value, the method whose table holds it).
+
+    A method takes the settings of one it extends as well, but for fields it declares anew: an ablation runs under the
+    settings of what it is an ablation of.
+    """
+    out: dict[str, tuple[Any, str]] = {}
+    anew: set[str] = set()
+    for owner in kind.__mro__:
+        if "name" in vars(owner) and issubclass(owner, Method):
+            table = scenario.methods.get(owner.name, {})
+            out = {n: (v, owner.name) for n, v in table.items() if n not in anew} | out
+        anew |= set(get_annotations(owner))
+    return out
 
 
 def parse_values(settings: Mapping[str, str]) -> dict[str, Any]:
@@ -308,7 +326,7 @@ class Run:
         self.steps = 0
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
-        context = ServerContext(self.streams, self.federation, p.device, cache_folder(p.request))
+        context = ServerContext(self.streams, self.federation, p.device, cache_folder(p.request), self.evaluation.every)
         with self.time("setup"):
             self.server: Server = p.method.server(p.loaded.fm, p.loaded.public, context)
         self.exposure = Exposure(p.loaded.fm.state, p.loaded.fm.family.embeddings)
@@ -629,7 +647,7 @@ class Run:
             },
             provenance={
                 **provenance.collect(p.device),
-                "notes": list(p.notes),
+                "notes": [*p.notes, *self.server.notes()],
                 "fm": dict(p.loaded.fm.provenance),
                 "executor": p.executor,
                 "workers": p.workers,

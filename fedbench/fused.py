@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -44,8 +44,8 @@ def execute_cohort(
     """Train every task as `fedbench.training.execute` does, together where they fit together; results in their order.
 
     Tasks fit together if they share backbone, names of tunables, clipping, betas, eps, observed modules, and whether
-    they have a penalty. Tasks with active dropout, or with tunables in modules other than Linear and LayerNorm, are
-    trained one by one. Returns CPU tensors.
+    they have a penalty. Tasks with active dropout, with tunables in modules other than Linear and LayerNorm, or with
+    padding to observe are trained one by one. Returns CPU tensors.
 
     chunk: most clients in a pass; None for what `clients_per_pass` says. segments: give all clients of a pass equal
     parts of it, which adds padding but takes far fewer calls; None for doing so on CUDA.
@@ -158,7 +158,7 @@ def _fusion_key(task: LocalTask, checked: dict[Any, bool]) -> Any:
             and not has_dropout(module)
         )
     # What is wrong with a task (no rows, a tunable of another shape) `execute` says best.
-    if not checked[module, names] or not task.batches:
+    if not checked[module, names] or not task.batches or task.observe_padding:
         return None
     if any(module.get_parameter(n).shape != v.shape for n, v in task.tunables.items()):
         return None
@@ -312,21 +312,30 @@ def _stacked(module: nn.Module, under_way: _Pass) -> Iterator[None]:
             p.requires_grad_(required)
 
 
+@dataclass
+class _Observed:
+    """Of one client, by module path: its observer's sum, and the tokens that went into it."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
 @contextmanager
-def _observing(module: nn.Module, tasks: Sequence[LocalTask], under_way: _Pass) -> Iterator[list[dict[str, Tensor]]]:
-    """Each client's sums of its observers' statistics over its own real tokens, inside the block."""
-    sums: list[dict[str, Tensor]] = [{} for _ in tasks]
+def _observing(module: nn.Module, tasks: Sequence[LocalTask], under_way: _Pass) -> Iterator[list[_Observed]]:
+    """What each client's observers make of its own real tokens, inside the block."""
+    seen = [_Observed() for _ in tasks]
 
     def observe(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         assert under_way.step is not None
         with torch.no_grad():
-            for task, own, share in zip(tasks, sums, under_way.step.real(output), strict=False):
+            for task, own, share in zip(tasks, seen, under_way.step.real(output), strict=False):
                 value = task.observers[path](share)
-                own[path] = own[path] + value if path in own else value
+                own.sums[path] = own.sums[path] + value if path in own.sums else value
+                own.tokens[path] = own.tokens.get(path, 0) + len(share)
 
     hooks = [module.get_submodule(p).register_forward_hook(partial(observe, p)) for p in tasks[0].observers]
     try:
-        yield sums
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
@@ -380,7 +389,7 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
     under_way = _Pass(matrix.views(values))
     curve: list[Tensor] = []
     k = 0
-    with reordered(module, gradients=True), _stacked(module, under_way), _observing(module, tasks, under_way) as sums:
+    with reordered(module, gradients=True), _stacked(module, under_way), _observing(module, tasks, under_way) as seen:
         module.eval()
         for number in range(len(tasks[0].batches)):
             active = [task for task in tasks if number < len(task.batches)]
@@ -420,7 +429,7 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
                 values[:k].mul_(rank[:k])
     curves = torch.nn.utils.rnn.pad_sequence(curve).cpu()  # [C, steps]: losses of a step are those of the first rows
     results = []
-    for task, tuned, own, column in zip(tasks, _each(matrix.views(values.cpu())), sums, curves, strict=True):
+    for task, tuned, own, column in zip(tasks, _each(matrix.views(values.cpu())), seen, curves, strict=True):
         losses = column[: len(task.batches)]
         if not bool(torch.isfinite(losses).all()):
             at = int((~torch.isfinite(losses)).nonzero()[0])
@@ -430,8 +439,8 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
                 {n: v.clone() for n, v in tuned.items()},  # each result owns its memory
                 len(task.batches),
                 float(losses.mean()),
-                {path: value.to("cpu", copy=True) for path, value in own.items()},
-                sum(int(task.data.lengths[rows].sum()) for rows in task.batches) if task.observers else 0,
+                {path: value.to("cpu", copy=True) for path, value in own.sums.items()},
+                max(own.tokens.values(), default=0),
             )
         )
     return results

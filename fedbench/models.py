@@ -26,15 +26,19 @@ from fedbench.families import FAMILIES, Family
 from fedbench.linear import FrozenLinear
 from fedbench.rng import Streams
 
+PROJECTIONS = ("query", "key", "value", "output")
+"""The linear layers of an attention, in the order of `Family.attention`."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """LoRA on query, key, value and attention output; `layers` limits it to some layers, None means all."""
+    """LoRA on these projections of the attention of these layers; None means all layers."""
 
     r: int
     alpha: float
     dropout: float = 0.0
     layers: tuple[int, ...] | None = None
+    projections: tuple[str, ...] = PROJECTIONS
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ class ModelSpec:
     def to_json(self) -> str:
         lora = None
         if self.lora is not None:
-            layers = self.lora.layers
+            layers, projections = self.lora.layers, self.lora.projections
             lora = [self.lora.r, self.lora.alpha, self.lora.dropout, None if layers is None else list(layers)]
+            lora += [] if projections == PROJECTIONS else [list(projections)]
         body = {"type": self.model_type, "config": dict(self.config), "ffn": list(self.ffn_widths), "lora": lora}
         return json.dumps(body, sort_keys=True)
 
@@ -80,8 +85,8 @@ class ModelSpec:
         body = json.loads(text)
         lora = None
         if body["lora"] is not None:
-            r, alpha, dropout, layers = body["lora"]
-            lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers))
+            r, alpha, dropout, layers, *rest = body["lora"]
+            lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
         return cls(body["type"], body["config"], tuple(body["ffn"]), lora)
 
 
@@ -122,7 +127,7 @@ class Parts:
         return _linear(self.model, self.ffn_out_path(i))
 
     def attention_paths(self, i: int) -> list[str]:
-        """Query, key, value and output projections."""
+        """Query, key, value and output projections, as in `PROJECTIONS`."""
         return [f"{self.layer_path(i)}.{path}" for path in self.family.attention]
 
     def layer_of(self, name: str) -> int | None:
@@ -179,7 +184,12 @@ def build(spec: ModelSpec) -> nn.Module:
     if spec.lora is not None:
         lora = spec.lora
         layers = range(parts.count) if lora.layers is None else lora.layers
-        targets = [path for i in layers for path in parts.attention_paths(i)]
+        targets = [
+            path
+            for i in layers
+            for projection, path in zip(PROJECTIONS, parts.attention_paths(i), strict=True)
+            if projection in lora.projections
+        ]
         settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
         with torch.random.fork_rng([]):  # peft draws initial values we overwrite; nobody else's draws may move
             inject_adapter_in_model(settings, model)

@@ -185,7 +185,8 @@ def separate_processes(prepared: Prepared) -> None:
     expected = get_tensors(model, tunable_names(model))
     p, settings = prepared, prepared.method.model_dump(mode="json")
     both = (p.request, settings, p.scenario.federation)
-    server_side = _Host(_server_process, *both, p.scenario.fm, p.loaded.data.class_names, p.loaded.public)
+    fm, evaluation = p.scenario.fm, p.scenario.evaluation
+    server_side = _Host(_server_process, *both, evaluation.every, fm, p.loaded.data.class_names, p.loaded.public)
     client_side = _Host(_client_process, *both, together.rows)
     with server_side as server, client_side as clients:
         for round in range(prepared.scenario.federation.rounds):
@@ -261,6 +262,7 @@ def _server_process(
     request: RunRequest,
     settings: Mapping[str, Any],
     federation: Federation,
+    evaluate_every: int,
     fm_name: str,
     class_names: tuple[str, ...],
     public: Examples | None,
@@ -273,7 +275,8 @@ def _server_process(
     method = _load_method(request, settings)
     fm = load_fm(fm_name, len(class_names), cache_folder(request), class_names)
     streams = Streams(request.seed, request.scenario)
-    server = method.server(fm, public, ServerContext(streams, federation, torch.device("cpu"), cache_folder(request)))
+    context = ServerContext(streams, federation, torch.device("cpu"), cache_folder(request), evaluate_every)
+    server = method.server(fm, public, context)
 
     def broadcast(round: int, cohort: list[ClientId]) -> dict[ClientId, list[bytes]]:
         return {c: [serialise(m) for m in messages] for c, messages in server.broadcast(round, cohort).items()}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fedbench.api import LocalResult, LocalTask, Statistic
 from fedbench.errors import FedbenchError
-from fedbench.linear import reordered
-from fedbench.packing import feeding
+from fedbench.linear import reordered, stock
+from fedbench.packing import feeding, packing
 from fedbench.workers import fork_map
 
 
@@ -72,12 +72,13 @@ def tunable(module: nn.Module, values: dict[str, Tensor] | Any) -> Iterator[dict
 @contextmanager
 def observing(
     module: nn.Module, observers: dict[str, Statistic] | Any, mask: list[Tensor | None]
-) -> Iterator[dict[str, Tensor]]:
-    """Sum each observer's statistic over the real tokens that pass its module, inside the block.
+) -> Iterator[tuple[dict[str, Tensor], dict[str, int]]]:
+    """Sum each observer's statistic over the real tokens that pass its module, inside the block, and count those.
 
     `mask[0]` holds the attention mask [B, T] of the batch under way, None where every position is real.
     """
     sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
     hooks = []
 
     def hook(path: str, statistic: Statistic) -> Any:
@@ -86,13 +87,14 @@ def observing(
                 real = output.flatten(0, -2) if mask[0] is None else output[mask[0].bool()]
                 value = statistic(real)
                 sums[path] = sums[path] + value if path in sums else value
+                tokens[path] = tokens.get(path, 0) + len(real)
 
         return observe
 
     try:
         for path, statistic in observers.items():
             hooks.append(module.get_submodule(path).register_forward_hook(hook(path, statistic)))
-        yield sums
+        yield sums, tokens
     finally:
         for handle in hooks:
             handle.remove()
@@ -112,9 +114,10 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
     mask: list[Tensor | None] = [None]
     with (
         fork,
+        packing(not (stock.get() or task.observe_padding)),  # a packed batch has no padding to observe
         reordered(module, gradients=True),
         tunable(module, task.tunables) as parameters,
-        observing(module, task.observers, mask) as sums,
+        observing(module, task.observers, mask) as (sums, tokens),
     ):
         if dropping:
             torch.manual_seed(task.seed)
@@ -127,12 +130,12 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
         optimiser = torch.optim.AdamW(
             values, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
-        losses, tokens = [], 0
+        losses = []
         for indices in task.batches:
             batch = task.data.batch(indices, device)
             with autocast(device, precision), feeding(module, batch, observed=task.observers) as (inputs, mask[0]):
-                if task.observers:
-                    tokens += len(indices) if batch.mask is None else int(batch.mask.sum())
+                if task.observe_padding:
+                    mask[0] = None
                 logits = module(**inputs).logits
             loss = task.loss(logits.float(), batch.labels).mean()
             losses.append(loss.detach())
@@ -161,7 +164,7 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
         # Each result owns its memory, on the CPU: the next client trains in the same module.
         tuned = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
         observed = {path: value.to("cpu", copy=True) for path, value in sums.items()}
-    return LocalResult(tuned, len(task.batches), float(curve.mean()), observed, tokens)
+    return LocalResult(tuned, len(task.batches), float(curve.mean()), observed, max(tokens.values(), default=0))
 
 
 def execute_all(

@@ -167,8 +167,11 @@ class AdapterServer(Server):
 
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
         adapters = [m for messages in uploads.values() for m in messages if m.kind == "adapter"]
-        weights = [float(count(m, "num_examples")) for m in adapters]
-        self.values = weighted_mean([m.tensors for m in adapters], weights)
+        self.values = weighted_mean([m.tensors for m in adapters], self.weights(round, adapters))
+
+    def weights(self, round: int, adapters: Sequence[Message]) -> Sequence[float]:
+        """What each upload counts in the mean: its client's sample count (FedAvg)."""
+        return [float(count(m, "num_examples")) for m in adapters]
 
     def plug_in(self) -> nn.Module:
         names = self.fm_names()

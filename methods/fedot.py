@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -20,17 +20,22 @@ from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import Schedule, distil_once, hidden_loss
 from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
+from fedbench.methods.fedpft import FedPFT
 from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors, tunable_names
 
 
 class FedOT(LoraMethod):
-    """FedOT's shape and distillation: `front`-`emulator`-`back` layers; None for the emulator keeps half the middle."""
+    """FedOT's shape, `front`-`emulator`-`back` layers (l-n-r), and its distillation.
+
+    emulator: layers of it; None keeps half the middle. "fedpft" keeps as many as bring what a client holds nearest to
+    what it holds in fedpft, as fedpft's defaults are.
+    """
 
     name: ClassVar[str] = "fedot"
     version: ClassVar[int] = 1
 
     front: int = Field(1, ge=1)
-    emulator: int | None = Field(None, ge=1)
+    emulator: Annotated[int, Field(ge=1)] | Literal["fedpft"] | None = None
     back: int = Field(1, ge=1)
     distil_steps: int = Field(200, ge=0)
     distil_batch: int = Field(32, ge=1)
@@ -60,7 +65,12 @@ class FedOTServer(AdapterServer):
         self.public = public
         layers = Parts(self.full).count
         middle = range(method.front, layers - method.back)
-        keep = method.emulator if method.emulator is not None else max(1, len(middle) // 2)
+        keep = max(1, len(middle) // 2)
+        self.matched: str | None = None
+        if isinstance(method.emulator, int):
+            keep = method.emulator
+        elif method.emulator == "fedpft" and middle:
+            keep, self.matched = self._match(middle, fm)
         if not 1 <= keep <= len(middle):
             raise FedbenchError(
                 f"fedot: {method.front}-{keep}-{method.back} does not fit an FM of {layers} layers; "
@@ -80,6 +90,29 @@ class FedOTServer(AdapterServer):
         self._fm_names = {name: self._in_fm(name) for name in tunable_names(self.model)}
         self.values = {mine: self.initial[theirs] for mine, theirs in self._fm_names.items()}
         self._distilled = self._distil(fm)
+
+    def _match(self, middle: range, fm: FoundationModel) -> tuple[int, str]:
+        """The emulator's layers that come nearest to fedpft's parameters in the layers a client holds, and a note."""
+        m, parts = self.method, Parts(self.full)
+        sizes = [{name: p.numel() for name, p in parts.layer(i).named_parameters()} for i in range(parts.count)]
+        whole = [sum(size.values()) for size in sizes]
+        bare = [sum(n for name, n in size.items() if ".lora_" not in name) for size in sizes]
+        adapters = sum(whole[: m.front]) + sum(whole[parts.count - m.back :])
+        held = {n: adapters + sum(bare[i] for i in uniform(middle, n)) for n in range(1, len(middle) + 1)}
+        widths = FedPFT().widths(fm.spec.ffn_widths)
+        # A neuron is a row of W1 with its bias, and a column of W2.
+        target = sum(whole) - sum(
+            (full - kept) * (2 * parts.ffn_in(i).in_features + 1)
+            for i, (full, kept) in enumerate(zip(fm.spec.ffn_widths, widths, strict=True))
+        )
+        keep = min(held, key=lambda n: abs(held[n] - target))
+        return keep, (
+            f"fedot {m.front}-{keep}-{m.back}: {held[keep] / 1e6:.2f} M parameters in a client's transformer layers, "
+            f"fedpft's {target / 1e6:.2f} M"
+        )
+
+    def notes(self) -> Sequence[str]:
+        return [self.matched] if self.matched else []
 
     def _in_fm(self, name: str) -> str:
         """The FM's name of what the proxy calls `name`."""

@@ -20,6 +20,7 @@ from fedbench.data import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import (
+    LayerLoss,
     Schedule,
     distil,
     distil_once,
@@ -29,9 +30,10 @@ from fedbench.methods._distillation import (
     weight_loss,
 )
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod, count
-from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors
+from fedbench.models import LoraSpec, Parts, build, frozen_state, load_frozen, set_tensors, tunable_names
 
 ZeroRule = Literal["non-positive", "exact-zero", "abs-below-eps"]
+Choice = Literal["highest", "lowest", "random"]
 
 
 class FedPFT(LoraMethod):
@@ -39,8 +41,9 @@ class FedPFT(LoraMethod):
 
     r: neurons kept in a compressed FFN; None keeps a quarter. layers_retained: layers that keep their whole FFN.
     mu: weight of the regulariser on W2·W1. t: rounds between alignments, 0 for none. p: share of a layer's neurons
-    each alignment may change, those of highest APoZ. zero_rule: which activations count as zero; for GELU, whose exact
-    zeros are rare, "non-positive" is "pre-activation at most 0".
+    each alignment may change. choice: which ones, those of highest APoZ (least active), of lowest, or any. zero_rule:
+    which activations count as zero; for GELU, whose exact zeros are rare, "non-positive" is "pre-activation at most 0";
+    "abs-below-eps" counts |activation| < zero_eps.
     """
 
     name: ClassVar[str] = "fedpft"
@@ -54,6 +57,7 @@ class FedPFT(LoraMethod):
     distil_lr: float = Field(6e-4, gt=0)
     t: int = Field(10, ge=0)
     p: float = Field(0.5, gt=0, le=1)
+    choice: Choice = "highest"
     align_steps: int = Field(20, ge=1)
     align_lr: float = Field(6e-4, gt=0)
     zero_rule: ZeroRule = "non-positive"
@@ -68,10 +72,26 @@ class FedPFT(LoraMethod):
             )
         return tuple(sorted({i % layers for i in chosen}))
 
-    def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
+    def narrow(self, width: int) -> int:
+        """Neurons a compressed FFN of `width` neurons keeps."""
+        keep = self.r if self.r is not None else width // 4
+        if keep > width:
+            raise FedbenchError(f"fedpft: r is {keep}, but an FFN of the FM has {width} neurons; set r lower")
+        return keep
+
+    def widths(self, full: Sequence[int]) -> tuple[int, ...]:
+        """FFN widths of the sub-FM of an FM with these."""
+        retained = self.retained(len(full))
+        return tuple(width if i in retained else self.narrow(width) for i, width in enumerate(full))
+
+    def required(self, public: Examples | None) -> Examples:
+        """The public rows. Raises FedbenchError where the scenario has none."""
         if public is None:
-            raise FedbenchError("fedpft distils on public data; give the scenario a [public] table")
-        return FedPFTServer(self, fm, public, ctx)
+            raise FedbenchError(f"{self.name} distils on public data; give the scenario a [public] table")
+        return public
+
+    def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
+        return FedPFTServer(self, fm, self.required(public), ctx)
 
     def client(self, ctx: ClientContext) -> Client:
         return FedPFTClient(self, ctx)
@@ -109,22 +129,16 @@ class FedPFTServer(AdapterServer):
         super().__init__(method, fm, ctx)
         self.public = public
         self.fm_parts = Parts(self.full)
-        layers = self.fm_parts.count
-        retained = method.retained(layers)
-        self.compressed = [i for i in range(layers) if i not in retained]
-        widths = list(fm.spec.ffn_widths)
-        for i in self.compressed:
-            keep = method.r if method.r is not None else widths[i] // 4
-            if keep > widths[i]:
-                raise FedbenchError(f"fedpft: r is {keep}, but an FFN of the FM has {widths[i]} neurons; set r lower")
-            widths[i] = keep
+        widths, retained = method.widths(fm.spec.ffn_widths), method.retained(self.fm_parts.count)
+        self.compressed = [i for i in range(self.fm_parts.count) if i not in retained]
         self.kept = {
             i: most_salient(self.fm_parts.ffn_in(i).weight, self.fm_parts.ffn_out(i).weight, widths[i])
             for i in self.compressed
         }
-        self.spec = self.spec.with_ffn_widths(tuple(widths))
+        self.spec = self.spec.with_ffn_widths(widths).with_lora(self.client_lora(fm))
         self.model = build(self.spec).to(ctx.device)
         self.parts = Parts(self.model)
+        self.values = {name: self.initial[name] for name in tunable_names(self.model)}
         whole = frozen_state(self.full)
         sources = self.fm_sources()
         load_frozen(
@@ -136,32 +150,51 @@ class FedPFTServer(AdapterServer):
         )
         set_tensors(self.model, self.values)
         self._distilled = self._distil(fm)
-        # Version at which each neuron of a compressed layer last changed; 0 is the sub-FM as first sent.
-        self.changed = {i: torch.zeros(widths[i], dtype=torch.int64) for i in self.compressed}
+        # Version at which each neuron of an aligned layer last changed; 0 is the sub-FM as first sent.
+        self.changed = {i: torch.zeros(widths[i], dtype=torch.int64) for i in self.aligned}
         self.apoz: dict[int, Tensor] = {}
+
+    def client_lora(self, fm: FoundationModel) -> LoraSpec:
+        """The adapters clients train."""
+        return self.method.lora
+
+    @property
+    def aligned(self) -> Sequence[int]:
+        """Layers that are distilled again during federated learning."""
+        return self.compressed
 
     def _shared_names(self, layer: int) -> list[str]:
         """The output bias and, in text models, the LayerNorm behind the FFN: updated as a whole."""
         norm = self.parts.ffn_norm_path(layer)
         return [f"{self.parts.ffn_out_path(layer)}.bias"] + ([f"{norm}.weight", f"{norm}.bias"] if norm else [])
 
-    def _trainable(self) -> list[str]:
+    def _trainable(self, layers: Sequence[int]) -> list[str]:
         return [
             name
-            for i in self.compressed
+            for i in layers
             for name in [n for n, _ in neuron_names(self.parts, i).values()] + self._shared_names(i)
         ]
 
-    def _loss(self, mu: float) -> Any:
-        products = {i: ffn_product(self.fm_parts, i).detach() for i in self.compressed} if mu else {}
+    def product(self, layer: int) -> Tensor:
+        """W2 · W1 of the sub-FM, [d, d], as the regulariser sees it."""
+        return ffn_product(self.parts, layer)
+
+    def loss(self, layers: Sequence[int], mu: float) -> LayerLoss:
+        """The layer-level loss over `layers` (section 3.3)."""
+        products = {i: ffn_product(self.fm_parts, i).detach() for i in layers} if mu else {}
 
         def loss(teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-            terms = [hidden_loss(teacher[i], student[i], mask) for i in self.compressed]
+            terms = [hidden_loss(teacher[i], student[i], mask) for i in layers]
             if mu:
-                terms += [mu * weight_loss(products[i], ffn_product(self.parts, i)) for i in self.compressed]
-            return torch.stack(terms).sum() / len(self.compressed)
+                terms += [mu * weight_loss(products[i], self.product(i)) for i in layers]
+            return torch.stack(terms).sum() / len(layers)
 
         return loss
+
+    def ingredients(self, fm: FoundationModel) -> dict[str, Any]:
+        """What distillation before federated learning depends on, besides data and schedule."""
+        m = self.method
+        return {"method": ["fedpft", m.version], "mu": m.mu, "widths": self.spec.ffn_widths, "fm": fm.content_hash}
 
     def _distil(self, fm: FoundationModel) -> list[dict[str, Any]]:
         """Layer-level distillation before federated learning; returns the residuals before and after."""
@@ -171,29 +204,29 @@ class FedPFTServer(AdapterServer):
         return distil_once(
             self.full,
             self.model,
-            self._trainable(),
+            self._trainable(self.compressed),
             [(i, i) for i in self.compressed],
-            self._loss(m.mu),
+            self.loss(self.compressed, m.mu),
             self.public,
             Schedule(m.distil_steps, m.distil_batch, m.distil_lr),
             self.ctx,
-            {"method": [m.name, m.version], "mu": m.mu, "widths": self.spec.ffn_widths, "fm": fm.content_hash},
+            self.ingredients(fm),
         )
 
     def aligns(self, round: int) -> bool:
         t = self.method.t
         # After the last round it could help no client any more.
-        return bool(self.compressed) and t > 0 and (round + 1) % t == 0 and round + 1 < self.ctx.federation.rounds
+        return bool(self.aligned) and t > 0 and (round + 1) % t == 0 and round + 1 < self.ctx.federation.rounds
 
     def adapter_meta(self, round: int) -> dict[str, int | float | str | bool]:
-        layers = ",".join(map(str, self.compressed)) if self.aligns(round) else ""
+        layers = ",".join(map(str, self.aligned)) if self.aligns(round) else ""
         return super().adapter_meta(round) | {"count_zeros": layers}
 
     def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
         expected = dict(super().expected(round))
         if self.aligns(round):
             expected["statistics"] = {
-                f"zeros.{i}": TensorSpec((self.spec.ffn_widths[i],), torch.int64) for i in self.compressed
+                f"zeros.{i}": TensorSpec((self.spec.ffn_widths[i],), torch.int64) for i in self.aligned
             }
         return expected
 
@@ -211,40 +244,63 @@ class FedPFTServer(AdapterServer):
             counts = [m for messages in uploads.values() for m in messages if m.kind == "statistics"]
             tokens = sum(count(m, "tokens") for m in counts)
             self.apoz = {
-                i: torch.stack([m.tensors[f"zeros.{i}"] for m in counts]).sum(0).double() / tokens
-                for i in self.compressed
+                i: torch.stack([m.tensors[f"zeros.{i}"] for m in counts]).sum(0).double() / tokens for i in self.aligned
             }
 
+    def rank(self, round: int, layer: int) -> Tensor:
+        """What neurons are chosen by, [d_ff]; the highest are the ones an alignment changes."""
+        apoz = self.apoz[layer]
+        if self.method.choice == "random":
+            return torch.from_numpy(self.ctx.streams.numpy("alignment-choice", round, layer).random(len(apoz)))
+        return -apoz if self.method.choice == "lowest" else apoz
+
+    def neurons(self, round: int, layer: int) -> Tensor:
+        """Indices, in order, of the neurons of a layer that an alignment changes."""
+        return highest(self.rank(round, layer), self.method.p)
+
+    def teacher(self) -> nn.Module:
+        """Whose layer outputs an alignment distils towards: the FM with the aggregated tunables."""
+        return self.plug_in()
+
+    def student(self) -> nn.Module:
+        """What an alignment changes: the sub-FM with the aggregated tunables."""
+        return self.proxy()
+
     def align(self, round: int) -> None:
-        """Neuron-level distillation (section 3.4): the share p of highest APoZ moves, the rest keeps its value."""
+        """Neuron-level distillation (section 3.4): the chosen neurons move, the rest keep their values."""
         if not self.aligns(round) or not self.apoz:
             return
         self.version += 1
         m = self.method
         rows: dict[str, tuple[int, Tensor]] = {}
-        for i in self.compressed:
-            chosen = highest(self.apoz[i], m.p)
+        for i in self.aligned:
+            chosen = self.neurons(round, i)
             self.changed[i][chosen] = self.version
             rows |= {name: (dim, chosen) for name, dim in neuron_names(self.parts, i).values()}
-        schedule = Schedule(m.align_steps, m.distil_batch, m.align_lr)
-        rng = self.ctx.streams.numpy("alignment", round)
-        teacher, student = self.plug_in(), self.proxy()
-        distil(teacher, student, self._trainable(), self._loss(0.0), self.public, schedule, rng, self.ctx.device, rows)
+        distil(
+            self.teacher(),
+            self.student(),
+            self._trainable(self.aligned),
+            self.loss(self.aligned, 0.0),
+            self.public,
+            Schedule(m.align_steps, m.distil_batch, m.align_lr),
+            self.ctx.streams.numpy("alignment", round),
+            self.ctx.device,
+            rows,
+        )
         self.apoz = {}
 
     def update_since(self, version: int) -> Message:
         """W_fro: every neuron that changed after `version`, with its index, and the tensors updated as a whole."""
         state = frozen_state(self.model)
         tensors: dict[str, Tensor] = {}
-        for i in self.compressed:
+        for i in self.aligned:
             index = (self.changed[i] > version).nonzero().squeeze(1)
             tensors[f"{i}.index"] = index.to(torch.int32)
             for role, (name, dim) in neuron_names(self.parts, i).items():
                 tensors[f"{i}.{role}"] = state[name].cpu().index_select(dim, index)
             tensors |= {f"{i}.whole.{name}": state[name] for name in self._shared_names(i)}
-        names = {
-            f"{i}.{role}": name for i in self.compressed for role, (name, _) in neuron_names(self.parts, i).items()
-        }
+        names = {f"{i}.{role}": name for i in self.aligned for role, (name, _) in neuron_names(self.parts, i).items()}
         return Message("alignment", tensors, names)
 
     def proxy(self) -> nn.Module:
@@ -267,13 +323,13 @@ class FedPFTServer(AdapterServer):
     def state(self) -> State:
         state = super().state()
         frozen = frozen_state(self.model)
-        tensors = dict(state.tensors) | {f"model.{name}": frozen[name] for name in self._trainable()}
+        tensors = dict(state.tensors) | {f"model.{name}": frozen[name] for name in self._trainable(self.aligned)}
         tensors |= {f"changed.{i}": versions for i, versions in self.changed.items()}
         return State(tensors, state.values)
 
     def restore(self, state: State) -> None:
         super().restore(state)
-        tensors = {name: state.tensors[f"model.{name}"] for name in self._trainable()}
+        tensors = {name: state.tensors[f"model.{name}"] for name in self._trainable(self.aligned)}
         load_frozen(self.model, frozen_state(self.model) | tensors)
         self.changed = {i: state.tensors[f"changed.{i}"].clone() for i in self.changed}
 

@@ -144,7 +144,7 @@ def public_rows(n: int = 32) -> Examples:
     return _rows(n, 2)
 
 
-def context(cache: Path, rounds: int = 4) -> ServerContext:
+def context(cache: Path, rounds: int = 4, evaluate_every: int = 1) -> ServerContext:
     """A server's context: 4 clients of which half are sampled, batches of 4."""
     federation = Federation(fraction=0.5, rounds=rounds, batch_size=4)
-    return ServerContext(Streams(0, "unit"), federation, torch.device("cpu"), cache)
+    return ServerContext(Streams(0, "unit"), federation, torch.device("cpu"), cache, evaluate_every)

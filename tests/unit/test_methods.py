@@ -85,7 +85,7 @@ def test_distillation_loss_has_the_gradient_of_finite_differences(tmp_path: Path
     server = fedpft(tmp_path)
     server.full.double(), server.model.double()
     batch = public_rows().batch(np.arange(3), CPU)
-    loss = server._loss(0.01)
+    loss = server.loss(server.compressed, 0.01)
     with torch.no_grad():
         teacher, _ = d.layer_outputs(server.full, batch)
     name = f"{server.parts.ffn_in_path(1)}.weight"
