@@ -92,6 +92,24 @@ def test_plain_transformers_and_peft_give_the_runs_logits_and_accuracy(family: s
     assert heads == set(fm.family.head)
 
 
+def test_an_fm_without_a_checkpoint_is_exported_with_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageClassification
+
+    done = train("vit", tmp_path)
+    done.checkpoint.rename(tmp_path / "gone")
+    monkeypatch.setattr("fedbench.export.load_fm", lambda *_: done.prepared.loaded.fm)
+    made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache")
+    base = AutoModelForImageClassification.from_pretrained(made.base)
+    rows = done.prepared.loaded.test
+    found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)
+    assert F.cross_entropy(found, rows.labels).item() == pytest.approx(
+        done.record.accuracy["plug_in"]["loss"], rel=1e-4
+    )
+
+
 def test_the_command_line_prints_code_that_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
