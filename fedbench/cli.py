@@ -371,6 +371,26 @@ def check_command(
         raise typer.Exit(1)
 
 
+@app.command("export", epilog="Example: fedbench export runs/records/tweets-noniid/fedpft/s0-….json adapter")
+def export_command(
+    record: Annotated[Path, typer.Argument(metavar="RECORD", help="The record of a run, a JSON file.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the adapter goes.")],
+    cache: CacheDir = None,
+) -> None:
+    """Write a run's tuned adapter and head in peft's format, for use with plain transformers and peft."""
+    from fedbench.engine import RunRequest, cache_folder
+    from fedbench.export import export_adapter
+
+    done = export_adapter(record, folder, cache_folder(RunRequest("", "", cache=cache)))
+    revision = f", revision={done.revision!r}" if done.revision else ""
+    print(f"{folder}: adapter_config.json, adapter_model.safetensors; to use them:\n")
+    print(f"from peft import PeftModel\nfrom transformers import {done.architecture}\n")
+    print(f"base = {done.architecture}.from_pretrained(")
+    print(f"    {done.base!r}{revision}, num_labels={done.num_labels}, ignore_mismatched_sizes=True")
+    print(")")
+    print(f"model = PeftModel.from_pretrained(base, {str(folder)!r})")
+
+
 @app.command("doctor")
 def doctor_command(data_dir: DataDir = None, cache: CacheDir = None) -> None:
     """Say what this machine has: device, bf16, caches, data and models found, hub reachable."""

@@ -28,6 +28,7 @@ from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples, RawData, encode
 from fedbench.errors import FedbenchError
 from fedbench.evaluate import Evaluation, evaluate, per_client
+from fedbench.export import adapter_path, keep_adapter
 from fedbench.exposure import Exposure
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
@@ -676,6 +677,7 @@ def _run(prepared: Prepared, progress: Progress) -> Record:
             progress.phase("resume", detail=f"after round {len(this.rounds)}")
         this.loop(folder)
         record = this.finish()
+        keep_adapter(this.server.plug_in(), adapter_path(prepared.request.results, prepared.key), prepared.key)
     save(record, prepared.request.results / "records")
     shutil.rmtree(folder, ignore_errors=True)
     return record

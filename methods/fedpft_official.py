@@ -97,7 +97,7 @@ class FedPFTOfficialServer(FedPFTServer):
 
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
         super().aggregate(round, uploads)
-        self.last = next(m.tensors for messages in reversed(uploads.values()) for m in messages if m.kind == "adapter")
+        self.last = [m.tensors for messages in uploads.values() for m in messages if m.kind == "adapter"][-1]
         if not self.method.stale_teacher or (round + 1) % self.ctx.evaluate_every == 0:
             self.teachers = dict(self.values)
 

@@ -1,0 +1,126 @@
+"""The tuned adapter of a run in peft's format, for use with plain transformers and peft on the base checkpoint.
+
+A run keeps its tunables at <results>/adapters/<key12>.safetensors, beside the records. `export_adapter` turns them into
+a folder that `peft.PeftModel.from_pretrained` reads: adapter_config.json and adapter_model.safetensors, head included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from fedbench.errors import FedbenchError
+from fedbench.families import FAMILIES
+from fedbench.foundation import MINILM_HUB, load_fm
+from fedbench.models import get_tensors, tunable_names
+from fedbench.records import Record, load
+
+
+def adapter_path(results: Path, key: str) -> Path:
+    """Where the tunables of the run of `key` lie under its results folder."""
+    return results / "adapters" / f"{key[:12]}.safetensors"
+
+
+def keep_adapter(model: nn.Module, path: Path, key: str) -> None:
+    """Write LoRA and head of a tuned FM to `path`, atomically; `key` is the run's."""
+    config: Any = model.config
+    about = {
+        "key": key,
+        "model_type": config.model_type,
+        "num_labels": config.num_labels,
+        # Rank and alpha of each linear layer with an adapter.
+        "lora": {n: [m.r["default"], m.lora_alpha["default"]] for n, m in _adapted(model).items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    save_file(get_tensors(model, tunable_names(model)), partial, metadata={"fedbench": json.dumps(about)})
+    os.replace(partial, path)
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the base checkpoint it belongs to, and how to load that with transformers.
+
+    base: hub id or folder. revision: of the hub's repository. architecture: an Auto class of transformers.
+    """
+
+    base: str
+    revision: str | None
+    architecture: str
+    num_labels: int
+
+
+def export_adapter(record: Path, folder: Path, cache: Path) -> Exported:
+    """Write the adapter of the run in the file `record` to `folder`, in peft's format.
+
+    An FM without a checkpoint of its own (one pre-trained by fedbench, kept in `cache`) is written to `folder`/base.
+    Raises FedbenchError where the record has no tuned adapter, or the run's file of it is gone.
+    """
+    from peft import LoraConfig
+
+    run = load(record)
+    # <results>/records/<scenario>/<method>/<file>
+    path = adapter_path(Path(*record.resolve().parts[:-4]), run.key)
+    if not path.is_file():
+        raise FedbenchError(
+            f"{record}: its adapter is not at {path}, where a run leaves it; make the run again with `fedbench run`"
+        )
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["fedbench"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if about["key"] != run.key:
+        raise FedbenchError(f"{path}: belongs to another run than {record}; make the run again with `fedbench run`")
+    lora: Mapping[str, Any] = about["lora"]
+    if not lora:
+        raise FedbenchError(f"{record}: {run.identity['method']} tunes no LoRA, so there is no adapter to export")
+    family = FAMILIES[about["model_type"]]
+    base, revision = _base(run, about["num_labels"], folder, cache)
+    ranks, alphas = ({name: pair[i] for name, pair in lora.items()} for i in (0, 1))
+    r, alpha = next(iter(lora.values()))
+    config = LoraConfig(
+        task_type="SEQ_CLS" if family.modality == "text" else None,
+        base_model_name_or_path=base,
+        revision=revision,
+        inference_mode=True,
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        target_modules=list(lora),
+        modules_to_save=list(family.head),
+    )
+    config.save_pretrained(folder)
+    named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    task = "SequenceClassification" if family.modality == "text" else "ImageClassification"
+    return Exported(base, revision, f"AutoModelFor{task}", about["num_labels"])
+
+
+def _base(run: Record, num_labels: int, folder: Path, cache: Path) -> tuple[str, str | None]:
+    """Hub id or folder of the checkpoint the adapter belongs to, and its revision."""
+    name, origin = run.identity["fm"], run.provenance["fm"]
+    if name == "minilm-l6":
+        return MINILM_HUB, None
+    if "revision" in origin:
+        return origin["source"], origin["revision"]
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser().resolve()), None
+    fm = load_fm(name, num_labels, cache)
+    plain: Any = fm.build(None, torch.device("cpu"))
+    plain.save_pretrained(folder / "base")
+    return str((folder / "base").resolve()), None

@@ -1,0 +1,140 @@
+"""What a run exports gives the record's results in plain transformers and peft, which know nothing of fedbench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_tiny
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from fedbench import cli
+from fedbench.data import Examples
+from fedbench.engine import Prepared, RunRequest, prepare, run
+from fedbench.errors import FedbenchError
+from fedbench.export import adapter_path, export_adapter
+from fedbench.models import LoraSpec, set_tensors
+from fedbench.records import Record, path_of, unpack_correct
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished run: its record, where that lies, and what it was made from."""
+
+    record: Record
+    path: Path
+    prepared: Prepared
+    checkpoint: Path
+
+
+def train(family: str, folder: Path, method: str = "fedpft", **settings: str) -> Done:
+    """A tiny run on a random checkpoint of the family, trained hard enough that the adapter matters."""
+    checkpoint = save_tiny(family, folder / "fm")
+    if family == "roberta":
+        # RoBERTa counts positions after its padding token, which has to be that of the tokenizer it was given here.
+        config = checkpoint / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 0}))
+    request = RunRequest(
+        method=method,
+        scenario="digits-noniid" if family == "vit" else "tweets-noniid",
+        fm=str(checkpoint),
+        profile="smoke",
+        settings={"lr": "2e-2", **settings},
+        device="cpu",
+        results=folder / "runs",
+        cache=folder / "cache",
+        workers=1,
+    )
+    prepared = prepare(request)
+    record = run(prepared)
+    return Done(record, path_of(record, folder / "runs" / "records"), prepared, checkpoint)
+
+
+def logits(model: torch.nn.Module, rows: Examples) -> torch.Tensor:
+    with torch.no_grad():
+        chunks = np.array_split(np.arange(len(rows)), 4)
+        return torch.cat([model(**rows.batch(chunk).inputs).logits for chunk in chunks])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit"])
+def test_plain_transformers_and_peft_give_the_runs_logits_and_accuracy(family: str, tmp_path: Path) -> None:
+    import transformers
+    from peft import PeftModel
+
+    done = train(family, tmp_path)
+    made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache")
+    assert made.base == str(done.checkpoint.resolve())
+    auto = getattr(transformers, made.architecture)
+    base = auto.from_pretrained(made.base, num_labels=made.num_labels, ignore_mismatched_sizes=True)
+    rows = done.prepared.loaded.test
+    untuned = logits(base.eval(), rows)
+    found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)
+
+    fm, kept = done.prepared.loaded.fm, load_file(adapter_path(tmp_path / "runs", done.record.key))
+    tuned = fm.build(LoraSpec(8, 48), torch.device("cpu"))
+    set_tensors(tuned, kept)
+    assert torch.allclose(found, logits(tuned, rows), atol=1e-5)
+    assert not torch.allclose(found, untuned, atol=1e-2)
+    scores = done.record.accuracy["plug_in"]
+    assert np.array_equal((found.argmax(-1) == rows.labels).numpy(), unpack_correct(scores["correct"], scores["rows"]))
+    assert F.cross_entropy(found, rows.labels).item() == pytest.approx(scores["loss"], rel=1e-4)
+
+    # Both parts are needed: LoRA is not zero, and the head is the run's.
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in saved.items() if ".lora_B." in name)
+    heads = {name.removeprefix("base_model.model.").partition(".")[0] for name in saved if ".lora_" not in name}
+    assert heads == set(fm.family.head)
+
+
+def test_an_fm_without_a_checkpoint_is_exported_with_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageClassification
+
+    done = train("vit", tmp_path)
+    done.checkpoint.rename(tmp_path / "gone")
+    monkeypatch.setattr("fedbench.export.load_fm", lambda *_: done.prepared.loaded.fm)
+    made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache")
+    base = AutoModelForImageClassification.from_pretrained(made.base)
+    rows = done.prepared.loaded.test
+    found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)
+    assert F.cross_entropy(found, rows.labels).item() == pytest.approx(
+        done.record.accuracy["plug_in"]["loss"], rel=1e-4
+    )
+
+
+def test_the_command_line_prints_code_that_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = train("bert", tmp_path, "fedot", emulator="1")
+    monkeypatch.setattr(sys, "argv", ["fedbench", "export", str(done.path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    _, code = capsys.readouterr().out.split("\n\n", 1)
+    scope: dict[str, torch.nn.Module] = {}
+    exec(code, scope)
+    rows = done.prepared.loaded.test
+    share = (logits(scope["model"].eval(), rows).argmax(-1) == rows.labels).double().mean().item()
+    assert share == pytest.approx(done.record.accuracy["plug_in"]["accuracy"])
+
+
+def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
+    done = train("bert", tmp_path, "head-only")
+    with pytest.raises(FedbenchError, match="head-only tunes no LoRA"):
+        export_adapter(done.path, tmp_path / "out", tmp_path)
+    kept = adapter_path(tmp_path / "runs", done.record.key)
+    save_file({"x": torch.zeros(1)}, kept, metadata={"fedbench": json.dumps({"key": "another"})})
+    with pytest.raises(FedbenchError, match="belongs to another run"):
+        export_adapter(done.path, tmp_path / "out", tmp_path)
+    kept.unlink()
+    with pytest.raises(FedbenchError, match="make the run again"):
+        export_adapter(done.path, tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
