@@ -174,6 +174,19 @@ class Examples:
             self.processor,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Examples]) -> Examples:
+        """Rows of several parts that are of one kind, part after part."""
+        first = parts[0]
+        return cls(
+            torch.cat([part.labels for part in parts]),
+            None if first.tokens is None else [row for part in parts for row in part.tokens or ()],
+            None if first.pixels is None else torch.cat([p.pixels for p in parts if p.pixels is not None]),
+            first.pad_token,
+            None if first.segments is None else [row for part in parts for row in part.segments or ()],
+            first.processor,
+        )
+
     def content_hash(self) -> str:
         """SHA-256 of everything a model can see."""
         digest = hashlib.sha256(self.labels.numpy().tobytes() + self.lengths.tobytes() + bytes([self.pad_token % 256]))

@@ -162,7 +162,8 @@ def _fusion_key(task: LocalTask, checked: dict[Any, bool]) -> Any:
         return None
     if any(module.get_parameter(n).shape != v.shape for n, v in task.tunables.items()):
         return None
-    kind = task.penalty is None, task.data.tokens is None, task.data.pad_token
+    data = task.data
+    kind = task.penalty is None, data.tokens is None, data.segments is None, data.pad_token, data.processor
     return task.frozen.key, names, task.clip_norm, o.betas, o.eps, frozenset(task.observers), kind
 
 
@@ -195,13 +196,7 @@ class _Step:
         packed = packs(module)
         if segments and not packed:
             rows = [np.pad(own, (0, most - len(own)), constant_values=own[0]) for own in rows]
-        parts = [task.data.select(own) for task, own in zip(tasks, rows, strict=True)]
-        joined = Examples(
-            torch.cat([part.labels for part in parts]),
-            None if parts[0].tokens is None else [row for part in parts for row in part.tokens or ()],
-            None if parts[0].pixels is None else torch.cat([p.pixels for p in parts if p.pixels is not None]),
-            parts[0].pad_token,
-        )
+        joined = Examples.joined([task.data.select(own) for task, own in zip(tasks, rows, strict=True)])
         batch = joined.batch(np.arange(len(joined)), device)
         layout = None
         if packed and batch.mask is not None:

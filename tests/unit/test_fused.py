@@ -20,6 +20,7 @@ from fedbench import fused
 from fedbench.api import AdamW, Frozen, LocalResult, LocalTask
 from fedbench.data import Examples
 from fedbench.errors import FedbenchError
+from fedbench.foundation import ImageProcessor
 from fedbench.fused import adamw, clients_per_pass, execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
 from fedbench.models import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
@@ -82,6 +83,17 @@ def cohort(
     }
     given = defaults | changes
     return [LocalTask(batches=[rng.choice(len(data), size, replace=False) for size in own], **given) for own in sizes]
+
+
+def paired(data: Examples) -> Examples:
+    """The same rows as pairs: the later half of each is its second segment."""
+    return replace(data, segments=[np.repeat([0, 1], [len(r) // 2, len(r) - len(r) // 2]) for r in data.tokens or ()])
+
+
+def coloured(data: Examples) -> Examples:
+    """As many images in uint8, which become pixel values batch by batch."""
+    stored = torch.tensor(np.random.default_rng(2).integers(0, 256, (len(data), 3, 8, 8)), dtype=torch.uint8)
+    return replace(data, pixels=stored, processor=ImageProcessor(8, (0.5,), (0.5,), 1))
 
 
 def update(task: LocalTask, result: LocalResult) -> dict[str, Tensor]:
@@ -187,6 +199,18 @@ def test_single_precision_agrees_to_rounding(family: str, packed: bool, segments
         found = execute_cohort(tasks, CPU, segments=segments)
     with packing(packed):
         assert_equal(tasks, found, 1e-4)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize(("family", "encoded"), [("bert", paired), ("vit", coloured)])
+def test_pairs_and_colour_images_reach_the_model(family: str, encoded: Any, segments: bool) -> None:
+    plain = rows(family, torch.float32)
+    tasks = cohort(UNEQUAL, family, torch.float32, data=encoded(plain))
+    with no_client_alone():
+        found = execute_cohort(tasks, CPU, segments=segments)
+    assert_equal(tasks, found, 1e-4)
+    unlike = execute(replace(tasks[0], data=plain), CPU)
+    assert not tensors_close(update(tasks[0], unlike), update(tasks[0], found[0]), 1e-2), "what was added tells nothing"
 
 
 @pytest.mark.parametrize("option", OPTIONS)
