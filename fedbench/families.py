@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -37,39 +37,31 @@ class Family:
     position_offset: int | Literal["after padding token"] | None = None
 
 
-_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": None}
-_BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+_BERT = Family(
+    architecture="BertForSequenceClassification",
+    modality="text",
+    embeddings="bert.embeddings",
+    layers="bert.encoder.layer",
+    attention=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    ffn_in="intermediate.dense",
+    ffn_activation="intermediate",
+    ffn_out="output.dense",
+    ffn_norm="output.LayerNorm",
+    head=("classifier",),
+    residual="attention.output",
+    dropout={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": None},
+    token_types=True,
+    position_offset=0,
+)
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family(
-        architecture="BertForSequenceClassification",
-        modality="text",
-        embeddings="bert.embeddings",
-        layers="bert.encoder.layer",
-        attention=_BERT_ATTENTION,
-        ffn_in="intermediate.dense",
-        ffn_activation="intermediate",
-        ffn_out="output.dense",
-        ffn_norm="output.LayerNorm",
-        head=("classifier",),
-        residual="attention.output",
-        dropout=_BERT_DROPOUT,
-        token_types=True,
-        position_offset=0,
-    ),
-    "roberta": Family(
+    "bert": _BERT,
+    "roberta": replace(
+        _BERT,
         architecture="RobertaForSequenceClassification",
-        modality="text",
         embeddings="roberta.embeddings",
         layers="roberta.encoder.layer",
-        attention=_BERT_ATTENTION,
-        ffn_in="intermediate.dense",
-        ffn_activation="intermediate",
-        ffn_out="output.dense",
-        ffn_norm="output.LayerNorm",
-        head=("classifier",),
-        residual="attention.output",
-        dropout=_BERT_DROPOUT,
+        token_types=False,
         position_offset="after padding token",
     ),
     "distilbert": Family(

@@ -9,7 +9,6 @@ import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES, Family
+from fedbench.files import packaged_file
 from fedbench.fms import FMS
 from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen, state_digest
 
@@ -101,20 +101,9 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
 
 def minilm_folder() -> Path:
     """The embedded checkpoint's folder, its weights verified against the pinned SHA-256."""
-    try:
-        files = distribution(MINILM_DISTRIBUTION).files or []
-    except PackageNotFoundError:
-        raise FedbenchError(
-            "FM minilm-l6: its weights are not installed; install fedbench with the extra 'bundled', or give --fm PATH"
-        ) from None
-    weights = next((Path(str(f.locate())) for f in files if f.name == "model.safetensors"), None)
-    if weights is None or not weights.exists():
-        raise FedbenchError(f"FM minilm-l6: {MINILM_DISTRIBUTION} holds no model.safetensors; reinstall it")
-    if (found := hashlib.sha256(weights.read_bytes()).hexdigest()) != MINILM_SHA256:
-        raise FedbenchError(
-            f"FM minilm-l6: {weights} has SHA-256 {found[:12]}…, expected {MINILM_SHA256[:12]}…; reinstall"
-        )
-    return weights.parent
+    return packaged_file(
+        MINILM_DISTRIBUTION, "model.safetensors", "FM minilm-l6", MINILM_SHA256, ", or give --fm PATH"
+    ).parent
 
 
 def _from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:

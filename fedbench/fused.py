@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from fedbench.data import Batch, Examples
 from fedbench.errors import FedbenchError
 from fedbench.linear import FrozenLinear, reordered
 from fedbench.packing import Layout, feeding, packs
-from fedbench.training import autocast, execute, has_dropout
+from fedbench.training import autocast, execute, has_dropout, observing, result_of
 
 CPU_TOKENS = 4096
 """Tokens in a pass on a CPU: more gain nothing there."""
@@ -247,6 +247,11 @@ class _Pass:
     values: dict[str, Tensor]
     step: _Step | None = None
 
+    def real(self, x: Tensor) -> Sequence[Tensor]:
+        """Each client's own real tokens [n, d] in an activation."""
+        assert self.step is not None
+        return self.step.real(x)
+
     def apply(self, function: Callable[..., Tensor], x: Tensor, stacked: Mapping[str, Tensor]) -> Tensor:
         """`function` of x [k, n, d] and the stacked values; of all clients at once where they have equal shares."""
         assert self.step is not None
@@ -307,35 +312,6 @@ def _stacked(module: nn.Module, under_way: _Pass) -> Iterator[None]:
             p.requires_grad_(required)
 
 
-@dataclass
-class _Observed:
-    """Of one client, by module path: its observer's sum, and the tokens that went into it."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-
-
-@contextmanager
-def _observing(module: nn.Module, tasks: Sequence[LocalTask], under_way: _Pass) -> Iterator[list[_Observed]]:
-    """What each client's observers make of its own real tokens, inside the block."""
-    seen = [_Observed() for _ in tasks]
-
-    def observe(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        assert under_way.step is not None
-        with torch.no_grad():
-            for task, own, share in zip(tasks, seen, under_way.step.real(output), strict=False):
-                value = task.observers[path](share)
-                own.sums[path] = own.sums[path] + value if path in own.sums else value
-                own.tokens[path] = own.tokens.get(path, 0) + len(share)
-
-    hooks = [module.get_submodule(p).register_forward_hook(partial(observe, p)) for p in tasks[0].observers]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 # ---------------------------------------------------------------- the loop
 
 
@@ -384,7 +360,11 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
     under_way = _Pass(matrix.views(values))
     curve: list[Tensor] = []
     k = 0
-    with reordered(module, gradients=True), _stacked(module, under_way), _observing(module, tasks, under_way) as seen:
+    with (
+        reordered(module, gradients=True),
+        _stacked(module, under_way),
+        observing(module, tasks, under_way.real) as seen,
+    ):
         module.eval()
         for number in range(len(tasks[0].batches)):
             active = [task for task in tasks if number < len(task.batches)]
@@ -423,19 +403,8 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
             if rank is not None:
                 values[:k].mul_(rank[:k])
     curves = torch.nn.utils.rnn.pad_sequence(curve).cpu()  # [C, steps]: losses of a step are those of the first rows
-    results = []
-    for task, tuned, own, column in zip(tasks, _each(matrix.views(values.cpu())), seen, curves, strict=True):
-        losses = column[: len(task.batches)]
-        if not bool(torch.isfinite(losses).all()):
-            at = int((~torch.isfinite(losses)).nonzero()[0])
-            raise FedbenchError(f"local training diverged: the loss of step {at} is {losses[at].item()}; lower lr")
-        results.append(
-            LocalResult(
-                {n: v.clone() for n, v in tuned.items()},  # each result owns its memory
-                len(task.batches),
-                float(losses.mean()),
-                {path: value.to("cpu", copy=True) for path, value in own.sums.items()},
-                max(own.tokens.values(), default=0),
-            )
-        )
-    return results
+    results = zip(tasks, _each(matrix.views(values.cpu())), curves, seen, strict=True)
+    return [
+        result_of({n: v.clone() for n, v in tuned.items()}, losses[: len(task.batches)], own)
+        for task, tuned, losses, own in results
+    ]

@@ -107,6 +107,16 @@ def _joined(parts: Sequence[Part]) -> Part:
 # ---------------------------------------------------------------- parquet and image folders
 
 
+def _columns(where: str, columns: Sequence[Any], kind: ImageSet) -> tuple[str, str]:
+    """The columns of images and labels. Raises FedbenchError, which begins with `where`, for lack of one."""
+    column = next((c for c in ("img", "image") if c in columns), None)
+    label = next((c for c in kind.label if c in columns), None)
+    if column is None or label is None:
+        found = ", ".join(map(str, columns))
+        raise FedbenchError(f"{where} columns {found}; needs img or image and {' or '.join(kind.label)}")
+    return column, label
+
+
 def _parquet(folder: Path, kind: ImageSet) -> Parts | None:
     """train and test as parquet, in the hub's columns: a struct with the file's bytes, and a label."""
     files = {names: find_files(folder, names) for names in (*kind.train, ("test",))}
@@ -120,13 +130,7 @@ def _parquet(folder: Path, kind: ImageSet) -> Parts | None:
         labels: list[int] = []
         for path in paths:
             table = read_parquet(path)
-            column = next((c for c in ("img", "image") if c in table), None)
-            label = next((c for c in kind.label if c in table), None)
-            if column is None or label is None:
-                raise FedbenchError(
-                    f"{path}: unknown layout, columns {', '.join(map(str, table))}; "
-                    f"needs img or image and {' or '.join(kind.label)}"
-                )
+            column, label = _columns(f"{path}: unknown layout,", list(table), kind)
             contents += [cell["bytes"] for cell in table[column]]
             labels += [int(value) for value in table[label]]
         read[names] = Part(np.array(labels, dtype=np.int64), images=_images(contents))
@@ -205,13 +209,8 @@ def _from_hub(name: str, kind: ImageSet, revision: str) -> Parts:
                 f"{' and '.join(names[0] for names in wanted)} are needed; leave dataset.revision out"
             )
         rows = concatenate_datasets([loaded[split] for split in splits])
-        column = next((c for c in ("img", "image") if c in rows.column_names), None)
-        label = next((c for c in kind.label if c in rows.column_names), None)
-        if column is None or label is None:
-            raise FedbenchError(
-                f"data set {name}: {repository} at revision {revision[:12]} has the columns "
-                f"{', '.join(rows.column_names)}; needs img or image and {' or '.join(kind.label)}"
-            )
+        where = f"data set {name}: {repository} at revision {revision[:12]} has"
+        column, label = _columns(where, rows.column_names, kind)
         parts[role] = Part(np.array(rows[label], dtype=np.int64), images=_images(_HubImages(rows, column)))
     return parts, [note]
 

@@ -3,7 +3,8 @@
 The rows of a batch are sorted by length, laid end to end into one row [1, N], and attention runs within each row, in a
 few buckets of like length. FFNs, projections and LayerNorms, which treat tokens one by one, never notice; they just no
 longer see most of the padding. Within a bucket rows are padded to its longest, so attention is a view of the packed
-tensors and needs no gather; a bucket is closed where that padding would exceed `SLACK`.
+tensors; a bucket is closed where that padding would exceed `SLACK`. (Where several clients share a pass in segments of
+equal size, `Layout.of_segments`, attention gathers its buckets instead.)
 
 A head reads the first token of each row, so whatever follows the attention of the last layer is computed for first
 tokens only: an eighth of a model of six layers, which nothing would have read.

@@ -273,9 +273,9 @@ def _server_process(
 
     _forbid(data, "load_data", "the server tried to load the clients' data")
     method = _load_method(request, settings)
-    fm = load_fm(fm_name, len(class_names), cache_folder(request), class_names)
+    fm = load_fm(fm_name, len(class_names), cache_folder(request.cache), class_names)
     streams = Streams(request.seed, request.scenario)
-    context = ServerContext(streams, federation, torch.device("cpu"), cache_folder(request), evaluate_every)
+    context = ServerContext(streams, federation, torch.device("cpu"), cache_folder(request.cache), evaluate_every)
     server = method.server(fm, public, context)
 
     def broadcast(round: int, cohort: list[ClientId]) -> dict[ClientId, list[bytes]]:

@@ -7,15 +7,17 @@ for the clients of a round: over worker processes, or fused (`fedbench.fused`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedbench.api import LocalResult, LocalTask, Statistic
+from fedbench.api import LocalResult, LocalTask
 from fedbench.errors import FedbenchError
 from fedbench.linear import reordered, stock
 from fedbench.packing import feeding, packing
@@ -69,41 +71,54 @@ def tunable(module: nn.Module, values: dict[str, Tensor] | Any) -> Iterator[dict
             p.grad = None
 
 
+@dataclass
+class Observed:
+    """Of one client, by module path: the sum of its observer's statistic, and the tokens that went into it."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
 @contextmanager
 def observing(
-    module: nn.Module, observers: dict[str, Statistic] | Any, mask: list[Tensor | None]
-) -> Iterator[tuple[dict[str, Tensor], dict[str, int]]]:
-    """Sum each observer's statistic over the real tokens that pass its module, inside the block, and count those.
+    module: nn.Module, tasks: Sequence[LocalTask], real: Callable[[Tensor], Sequence[Tensor]]
+) -> Iterator[list[Observed]]:
+    """What each client's observers make of its tokens that pass their modules inside the block.
 
-    `mask[0]` holds the attention mask [B, T] of the batch under way, None where every position is real.
+    All tasks observe the same modules. `real` gives, of an activation of the batch under way, the tokens [n, d] of each
+    client still training, which are the first of `tasks`.
     """
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-    hooks = []
+    seen = [Observed() for _ in tasks]
 
-    def hook(path: str, statistic: Statistic) -> Any:
-        def observe(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            with torch.no_grad():
-                real = output.flatten(0, -2) if mask[0] is None else output[mask[0].bool()]
-                value = statistic(real)
-                sums[path] = sums[path] + value if path in sums else value
-                tokens[path] = tokens.get(path, 0) + len(real)
+    def observe(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        with torch.no_grad():
+            for task, own, share in zip(tasks, seen, real(output), strict=False):
+                value = task.observers[path](share)
+                own.sums[path] = own.sums[path] + value if path in own.sums else value
+                own.tokens[path] = own.tokens.get(path, 0) + len(share)
 
-        return observe
+    with ExitStack() as hooks:
+        for path in tasks[0].observers:
+            hooks.callback(module.get_submodule(path).register_forward_hook(partial(observe, path)).remove)
+        yield seen
 
-    try:
-        for path, statistic in observers.items():
-            hooks.append(module.get_submodule(path).register_forward_hook(hook(path, statistic)))
-        yield sums, tokens
-    finally:
-        for handle in hooks:
-            handle.remove()
+
+def result_of(tuned: dict[str, Tensor], losses: Tensor, seen: Observed) -> LocalResult:
+    """What came of a task: tuned values in CPU memory of their own, the losses [steps] on the CPU, and what was seen.
+
+    Raises FedbenchError when one is not finite: such an update must never be averaged.
+    """
+    if not bool(torch.isfinite(losses).all()):
+        step = int((~torch.isfinite(losses)).nonzero()[0])
+        raise FedbenchError(f"local training diverged: the loss of step {step} is {losses[step].item()}; lower lr")
+    observed = {path: value.to("cpu", copy=True) for path, value in seen.sums.items()}
+    return LocalResult(tuned, len(losses), float(losses.mean()), observed, max(seen.tokens.values(), default=0))
 
 
 def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> LocalResult:
     """Train one client: AdamW over the task's batches, in order. Returns CPU tensors.
 
-    Raises FedbenchError when a loss is not finite, naming the step: such an update must never be averaged.
+    Raises FedbenchError when a loss is not finite, naming the step.
     """
     module = task.frozen.module
     if not task.batches:
@@ -111,13 +126,17 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
     dropping = has_dropout(module)
     devices = [device] if device.type == "cuda" else []
     fork = torch.random.fork_rng(devices, enabled=dropping)
-    mask: list[Tensor | None] = [None]
+    mask: list[Tensor | None] = [None]  # of the batch under way; None where every position counts
+
+    def real(output: Tensor) -> Sequence[Tensor]:
+        return [output.flatten(0, -2) if mask[0] is None else output[mask[0].bool()]]
+
     with (
         fork,
         reordered(module, gradients=True),
         packing(not (stock.get() or task.observe_padding)),  # a packed batch has no padding to observe
         tunable(module, task.tunables) as parameters,
-        observing(module, task.observers, mask) as (sums, tokens),
+        observing(module, [task], real) as (seen,),
     ):
         if dropping:
             torch.manual_seed(task.seed)
@@ -157,14 +176,9 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
                     for name, value in rank.items():
                         parameters[name].mul_(value)
         module.eval()
-        curve = torch.stack(losses).cpu()
-        if not bool(torch.isfinite(curve).all()):
-            step = int((~torch.isfinite(curve)).nonzero()[0])
-            raise FedbenchError(f"local training diverged: the loss of step {step} is {curve[step].item()}; lower lr")
         # Each result owns its memory, on the CPU: the next client trains in the same module.
         tuned = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
-        observed = {path: value.to("cpu", copy=True) for path, value in sums.items()}
-    return LocalResult(tuned, len(task.batches), float(curve.mean()), observed, max(tokens.values(), default=0))
+    return result_of(tuned, torch.stack(losses).cpu(), seen)
 
 
 def execute_all(

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from fedbench.embedded import mnist_images
 from fedbench.errors import FedbenchError
+from fedbench.files import load_tensors, save_tensors
 from fedbench.foundation import FoundationModel, ImageProcessor, model_spec
 from fedbench.models import Parts, build, frozen_state
 from fedbench.rng import Streams
@@ -51,15 +49,13 @@ def vit_digits(cache: Path, num_labels: int) -> FoundationModel:
     path = cache / "fms" / f"vit-digits-{digest[:12]}.safetensors"
     if not path.exists():
         _pretrain(path)
-    with safe_open(path, framework="pt") as file:
-        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        accuracy = float(file.metadata()["held_out_accuracy"])
+    tensors, metadata = load_tensors(path)
     spec = model_spec("vit", RECIPE["config"], num_labels)
     model = build(spec)
     parts = Parts(model)
     state = {n: tensors[n] for n in frozen_state(model)}
     head = {n: t for n, t in tensors.items() if parts.is_head(n)} if num_labels == 10 else None
-    about = {"source": "pre-trained here", "recipe": digest, "held_out_accuracy": accuracy}
+    about = {"source": "pre-trained here", "recipe": digest, "held_out_accuracy": float(metadata["held_out_accuracy"])}
     return FoundationModel("vit-digits", spec, state, PROCESSOR, digest, head, about)
 
 
@@ -101,8 +97,4 @@ def _pretrain(path: Path) -> None:
         accuracy = (model(pixel_values=images[held]).logits.argmax(-1) == labels[held]).float().mean().item()
     if accuracy < 0.9:
         raise FedbenchError(f"vit-digits: pre-training reached only {accuracy:.1%} on held-out images; report this")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    tensors = {n: t.detach().contiguous() for n, t in model.state_dict().items()}
-    save_file(tensors, partial, metadata={"held_out_accuracy": repr(accuracy)})
-    os.replace(partial, path)
+    save_tensors(path, model.state_dict(), {"held_out_accuracy": repr(accuracy)})

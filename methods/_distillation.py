@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +16,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedbench.api import Method
 from fedbench.context import ServerContext
 from fedbench.data import Examples
+from fedbench.errors import FedbenchError
+from fedbench.files import load_tensors, save_tensors
+from fedbench.foundation import FoundationModel
 from fedbench.linear import reordered
-from fedbench.models import Parts, checkpoint_name, frozen_state, load_frozen
+from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
+from fedbench.models import Parts, checkpoint_name, frozen_state, load_frozen, set_tensors
 from fedbench.packing import layer_outputs
 from fedbench.records import canonical_json
+
+
+def required(method: Method, public: Examples | None) -> Examples:
+    """The public rows a method distils on. Raises FedbenchError where the scenario has none."""
+    if public is None:
+        raise FedbenchError(f"{method.name} distils on public data; give the scenario a [public] table")
+    return public
+
+
+class ProxyServer(AdapterServer):
+    """Keeps the FM, and a proxy of it made of FM and public data, which is what clients are sent.
+
+    Subclasses set `model`, the proxy, and `distilled`, the residuals of its distillation.
+    """
+
+    setup = "sub_fm"
+
+    def __init__(self, method: TuningMethod, fm: FoundationModel, public: Examples, ctx: ServerContext) -> None:
+        super().__init__(method, fm, ctx)
+        self.public = public
+        self.distilled: list[dict[str, Any]] = []
+
+    def proxy(self) -> nn.Module:
+        set_tensors(self.model, self.values)
+        return self.model
+
+    def residuals(self) -> Sequence[Mapping[str, Any]]:
+        return self.distilled
 
 
 def saliency(w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -224,12 +254,7 @@ def cached(
     name = hashlib.sha256(canonical_json(ingredients).encode()).hexdigest()
     path = cache / "proxies" / f"{name}.safetensors"
     if not path.exists():
-        tensors, values = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{name}.{os.getpid()}.partial")
-        save_file(
-            {n: t.contiguous().cpu() for n, t in tensors.items()}, partial, metadata={"values": json.dumps(values)}
-        )
-        os.replace(partial, path)
-    with safe_open(path, framework="pt") as file:
-        return {n: file.get_tensor(n) for n in file.keys()}, json.loads(file.metadata()["values"])  # noqa: SIM118
+        made, computed = make()
+        save_tensors(path, made, {"values": json.dumps(computed)})
+    tensors, metadata = load_tensors(path)
+    return tensors, json.loads(metadata["values"])

@@ -11,17 +11,17 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedbench.api import Server, Source
 from fedbench.context import ServerContext
 from fedbench.data import Examples
 from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel
-from fedbench.methods._distillation import Schedule, distil_once, hidden_loss
-from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
+from fedbench.methods._distillation import ProxyServer, Schedule, distil_once, hidden_loss, required
+from fedbench.methods.fedavg_lora import LoraMethod
 from fedbench.methods.fedpft import FedPFT
-from fedbench.models import Parts, build, frozen_state, load_frozen, set_tensors, tunable_names
+from fedbench.models import Parts, build, frozen_state, load_frozen, tunable_names
 
 
 class FedOT(LoraMethod):
@@ -42,9 +42,7 @@ class FedOT(LoraMethod):
     distil_lr: float = Field(6e-4, gt=0)
 
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
-        if public is None:
-            raise FedbenchError("fedot distils its emulator on public data; give the scenario a [public] table")
-        return FedOTServer(self, fm, public, ctx)
+        return FedOTServer(self, fm, required(self, public), ctx)
 
 
 def uniform(middle: Sequence[int], keep: int) -> list[int]:
@@ -54,15 +52,13 @@ def uniform(middle: Sequence[int], keep: int) -> list[int]:
     return [middle[round(i * (len(middle) - 1) / (keep - 1))] for i in range(keep)]
 
 
-class FedOTServer(AdapterServer):
+class FedOTServer(ProxyServer):
     """Keeps the FM and a shallower proxy of it: adapter layers around an emulator."""
 
-    setup = "sub_fm"
     method: FedOT
 
     def __init__(self, method: FedOT, fm: FoundationModel, public: Examples, ctx: ServerContext) -> None:
-        super().__init__(method, fm, ctx)
-        self.public = public
+        super().__init__(method, fm, public, ctx)
         layers = Parts(self.full).count
         middle = range(method.front, layers - method.back)
         keep = max(1, len(middle) // 2)
@@ -89,7 +85,7 @@ class FedOTServer(AdapterServer):
         load_frozen(self.model, {name: whole[sources[name].name] for name in frozen_state(self.model)})
         self._fm_names = {name: self._in_fm(name) for name in tunable_names(self.model)}
         self.values = {mine: self.initial[theirs] for mine, theirs in self._fm_names.items()}
-        self._distilled = self._distil(fm)
+        self.distilled = self._distil(fm)
 
     def _match(self, middle: range, fm: FoundationModel) -> tuple[int, str]:
         """The emulator's layers that come nearest to fedpft's parameters in the layers a client holds, and a note."""
@@ -143,15 +139,8 @@ class FedOTServer(AdapterServer):
             {"method": [m.name, m.version], "layers": [self.origin, *self.emulated], "fm": fm.content_hash},
         )
 
-    def proxy(self) -> nn.Module:
-        set_tensors(self.model, self.values)
-        return self.model
-
     def fm_names(self) -> Mapping[str, str]:
         return self._fm_names
 
     def fm_sources(self) -> Mapping[str, Source]:
         return {name: Source(self._in_fm(name)) for name in frozen_state(self.model)}
-
-    def residuals(self) -> Sequence[Mapping[str, Any]]:
-        return self._distilled

@@ -21,15 +21,17 @@ from fedbench.errors import FedbenchError, MessageError
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import (
     LayerLoss,
+    ProxyServer,
     Schedule,
     distil,
     distil_once,
     ffn_product,
     hidden_loss,
     most_salient,
+    required,
     weight_loss,
 )
-from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod, count
+from fedbench.methods.fedavg_lora import AdapterClient, LoraMethod, count
 from fedbench.models import LoraSpec, Parts, build, frozen_state, load_frozen, set_tensors, tunable_names
 
 ZeroRule = Literal["non-positive", "exact-zero", "abs-below-eps"]
@@ -84,14 +86,8 @@ class FedPFT(LoraMethod):
         retained = self.retained(len(full))
         return tuple(width if i in retained else self.narrow(width) for i, width in enumerate(full))
 
-    def required(self, public: Examples | None) -> Examples:
-        """The public rows. Raises FedbenchError where the scenario has none."""
-        if public is None:
-            raise FedbenchError(f"{self.name} distils on public data; give the scenario a [public] table")
-        return public
-
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
-        return FedPFTServer(self, fm, self.required(public), ctx)
+        return FedPFTServer(self, fm, required(self, public), ctx)
 
     def client(self, ctx: ClientContext) -> Client:
         return FedPFTClient(self, ctx)
@@ -119,15 +115,13 @@ def highest(apoz: Tensor, share: float) -> Tensor:
     return order[: max(1, round(share * len(apoz)))].sort().values
 
 
-class FedPFTServer(AdapterServer):
+class FedPFTServer(ProxyServer):
     """Keeps FM and sub-FM, distils before and aligns during federated learning."""
 
-    setup = "sub_fm"
     method: FedPFT
 
     def __init__(self, method: FedPFT, fm: FoundationModel, public: Examples, ctx: ServerContext) -> None:
-        super().__init__(method, fm, ctx)
-        self.public = public
+        super().__init__(method, fm, public, ctx)
         self.fm_parts = Parts(self.full)
         widths, retained = method.widths(fm.spec.ffn_widths), method.retained(self.fm_parts.count)
         self.compressed = [i for i in range(self.fm_parts.count) if i not in retained]
@@ -149,7 +143,7 @@ class FedPFTServer(AdapterServer):
             },
         )
         set_tensors(self.model, self.values)
-        self._distilled = self._distil(fm)
+        self.distilled = self._distil(fm)
         # Version at which each neuron of an aligned layer last changed; 0 is the sub-FM as first sent.
         self.changed = {i: torch.zeros(widths[i], dtype=torch.int64) for i in self.aligned}
         self.apoz: dict[int, Tensor] = {}
@@ -303,10 +297,6 @@ class FedPFTServer(AdapterServer):
         names = {f"{i}.{role}": name for i in self.aligned for role, (name, _) in neuron_names(self.parts, i).items()}
         return Message("alignment", tensors, names)
 
-    def proxy(self) -> nn.Module:
-        set_tensors(self.model, self.values)
-        return self.model
-
     def fm_names(self) -> Mapping[str, str]:
         return {name: name for name in self.values}
 
@@ -316,9 +306,6 @@ class FedPFTServer(AdapterServer):
             for i in self.compressed
             for name, dim in neuron_names(self.fm_parts, i).values()
         }
-
-    def residuals(self) -> Sequence[Mapping[str, Any]]:
-        return self._distilled
 
     def state(self) -> State:
         state = super().state()

@@ -16,6 +16,7 @@ from fedbench.api import Client, ClientId, LocalTask, Message, Server, State
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples
 from fedbench.foundation import FoundationModel
+from fedbench.methods._distillation import required
 from fedbench.methods.fedpft import FedPFT, FedPFTClient, FedPFTServer, ZeroRule, highest
 from fedbench.models import LoraSpec, set_tensors
 
@@ -54,7 +55,7 @@ class FedPFTOfficial(FedPFT):
         return self.lr * (1 - (round + 1) / rounds) if round + 1 < rounds else self.learning_rate(round - 1, rounds)
 
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
-        return FedPFTOfficialServer(self, fm, self.required(public), ctx)
+        return FedPFTOfficialServer(self, fm, required(self, public), ctx)
 
     def client(self, ctx: ClientContext) -> Client:
         return FedPFTOfficialClient(self, ctx)
@@ -123,19 +124,17 @@ class FedPFTOfficialServer(FedPFTServer):
 
     def align(self, round: int) -> None:
         # Without its output weights a neuron is as good as cut off.
-        whole = {}
-        with torch.no_grad():
-            for i in set(self.aligned) - set(self.compressed):
-                weight = self.parts.ffn_out(i).weight
-                beyond = weight[:, self.method.narrow(weight.shape[1]) :]
-                whole[i] = (beyond, beyond.clone())
-                beyond.zero_()
-            try:
-                with torch.enable_grad():
-                    super().align(round)
-            finally:
-                for beyond, before in whole.values():
-                    beyond.copy_(before)
+        narrow = self.method.narrow
+        weights = [self.parts.ffn_out(i).weight.detach() for i in set(self.aligned) - set(self.compressed)]
+        beyond = [weight[:, narrow(weight.shape[1]) :] for weight in weights]
+        before = [part.clone() for part in beyond]
+        for part in beyond:
+            part.zero_()
+        try:
+            super().align(round)
+        finally:
+            for part, values in zip(beyond, before, strict=True):
+                part.copy_(values)
 
     def state(self) -> State:
         state = super().state()

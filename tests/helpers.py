@@ -9,6 +9,7 @@ import torch
 
 from fedbench.context import ServerContext
 from fedbench.data import Examples
+from fedbench.engine import RunRequest
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.rng import Streams
 from fedbench.scenario import Federation
@@ -148,3 +149,18 @@ def context(cache: Path, rounds: int = 4, evaluate_every: int = 1) -> ServerCont
     """A server's context: 4 clients of which half are sampled, batches of 4."""
     federation = Federation(fraction=0.5, rounds=rounds, batch_size=4)
     return ServerContext(Streams(0, "unit"), federation, torch.device("cpu"), cache, evaluate_every)
+
+
+def smoke_request(folder: Path, method: str, scenario: str, fm: Path, **settings: str) -> RunRequest:
+    """A run under the profile `smoke` whose data, records and cache all lie in `folder`."""
+    return RunRequest(
+        method=method,
+        scenario=scenario,
+        fm=str(fm),
+        settings=settings,
+        profile="smoke",
+        device="cpu",
+        data_dir=folder,
+        results=folder / "runs",
+        cache=folder / "cache",
+    )

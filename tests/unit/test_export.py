@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import save_tiny, smoke_request
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from fedbench import cli
 from fedbench.data import Examples
-from fedbench.engine import Prepared, RunRequest, prepare, run
+from fedbench.engine import Prepared, prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.export import adapter_path, export_adapter
 from fedbench.models import LoraSpec, set_tensors
@@ -40,18 +40,8 @@ def train(family: str, folder: Path, method: str = "fedpft", **settings: str) ->
         # RoBERTa counts positions after its padding token, which has to be that of the tokenizer it was given here.
         config = checkpoint / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 0}))
-    request = RunRequest(
-        method=method,
-        scenario="digits-noniid" if family == "vit" else "tweets-noniid",
-        fm=str(checkpoint),
-        profile="smoke",
-        settings={"lr": "2e-2", **settings},
-        device="cpu",
-        results=folder / "runs",
-        cache=folder / "cache",
-        workers=1,
-    )
-    prepared = prepare(request)
+    scenario = "digits-noniid" if family == "vit" else "tweets-noniid"
+    prepared = prepare(smoke_request(folder, method, scenario, checkpoint, **{"lr": "2e-2", **settings}))
     record = run(prepared)
     return Done(record, path_of(record, folder / "runs" / "records"), prepared, checkpoint)
 

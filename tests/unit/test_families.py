@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import context, public_rows, save_tiny, save_tiny_bert, train_rows
+from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_request, train_rows
 from torch import nn
 
 from fedbench import models
 from fedbench.api import AdamW, LocalTask
 from fedbench.context import ServerContext
 from fedbench.data import Examples
-from fedbench.engine import RunRequest, prepare, run
+from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES
 from fedbench.foundation import FoundationModel, ImageProcessor, load_fm
@@ -208,16 +208,8 @@ def test_gradient_error_is_zero_at_full_width_and_reaches_every_layer_below_it(
 def test_a_whole_run(checkpoint: Path, tmp_path: Path, method: str) -> None:
     vision = checkpoint.parent.name.startswith("vit")
     settings = {"t": "1", "r": "6"} if method == "fedpft" else {"emulator": "1"}
-    asked = RunRequest(
-        method=method,
-        scenario="digits-noniid" if vision else "tweets-noniid",
-        fm=str(checkpoint),
-        profile="smoke",
-        settings={**settings, "lr": "1e-2"},
-        device="cpu",
-        results=tmp_path / "runs",
-        cache=tmp_path / "cache",
-    )
+    scenario = "digits-noniid" if vision else "tweets-noniid"
+    asked = smoke_request(tmp_path, method, scenario, checkpoint, lr="1e-2", **settings)
     record = run(prepare(asked))
     assert record.status == "complete"
     assert record.accuracy["plug_in"]["rows"] == 60

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import save_tiny, smoke_request
 from PIL import Image
 from scipy.io import savemat
 
 from fedbench.data import ImageFiles, RawData
-from fedbench.engine import RunRequest, prepare, run
+from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.image_sets import IMAGE_SETS
 from fedbench.loading import load_data
@@ -294,16 +294,7 @@ def test_a_run_on_colour_images(tmp_path: Path) -> None:
     folder = cifar10(tmp_path / "cifar-10-batches-py")
     for i in range(1, 6):
         (folder / f"data_batch_{i}").write_bytes(batch(images(20, i), [*range(10)] * 2, b"labels"))
-    asked = RunRequest(
-        method="fedpft",
-        scenario="cifar10-dir",
-        fm=str(save_tiny("vit", tmp_path / "vit")),
-        profile="smoke",
-        device="cpu",
-        data_dir=tmp_path,
-        results=tmp_path / "runs",
-        cache=tmp_path / "cache",
-    )
+    asked = smoke_request(tmp_path, "fedpft", "cifar10-dir", save_tiny("vit", tmp_path / "vit"))
     prepared = prepare(asked)
     pixels = prepared.loaded.train.pixels
     assert pixels is not None

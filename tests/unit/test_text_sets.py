@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import save_tiny_bert
+from helpers import save_tiny_bert, smoke_request
 
-from fedbench.engine import RunRequest, prepare, run
+from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.loading import load_data
 from fedbench.scenario import DatasetSettings, PublicSettings
@@ -337,16 +337,7 @@ def test_another_data_set_can_be_the_public_corpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["fedpft", "head-only"])
 def test_both_test_sets_reach_the_record(tmp_path: Path, method: str) -> None:
     mnli_folder(tmp_path, 100)
-    asked = RunRequest(
-        method=method,
-        scenario="mnli-dir5",
-        fm=str(save_tiny_bert(tmp_path / "bert")),
-        profile="smoke",
-        device="cpu",
-        data_dir=tmp_path,
-        results=tmp_path / "runs",
-        cache=tmp_path / "cache",
-    )
+    asked = smoke_request(tmp_path, method, "mnli-dir5", save_tiny_bert(tmp_path / "bert"))
     prepared = prepare(asked)
     assert prepared.loaded.train.segments is not None, "BERT is told which segment is which"
     accuracy = run(prepared).accuracy

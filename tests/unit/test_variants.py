@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import context, public_rows, save_tiny, save_tiny_bert, tiny_fm, train_rows
+from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
 from fedbench import engine
 from fedbench.api import LocalTask, Message, Method
@@ -384,11 +384,8 @@ def test_fedot_finds_the_emulator_nearest_to_fedpfts_parameters(
 
 
 def test_the_matched_shape_is_said_in_the_record(tmp_path: Path) -> None:
-    request = RunRequest(
-        "fedot", "tweets-noniid", fm=str(save_tiny_bert(tmp_path / "bert", 5)), settings={"emulator": "fedpft"},
-        profile="smoke", device="cpu", results=tmp_path, cache=tmp_path, workers=1,
-    )  # fmt: skip
-    record = run(prepare(request))
+    checkpoint = save_tiny_bert(tmp_path / "bert", 5)
+    record = run(prepare(smoke_request(tmp_path, "fedot", "tweets-noniid", checkpoint, emulator="fedpft")))
     assert record.method["settings"]["emulator"] == "fedpft"
     assert sum(note.startswith("fedot 1-") for note in record.provenance["notes"]) == 1
 
