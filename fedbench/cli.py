@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -340,6 +341,57 @@ def table_command(
         _console().print(terminal(comparison))
     else:
         print(render(comparison, format.value))
+
+
+@app.command("gradient", epilog="Example: fedbench gradient --method fedpft --method fedot --scenario tweets-noniid")
+def gradient_command(
+    method: Annotated[list[str], typer.Option(help="A method with a proxy; may be repeated.")],
+    scenario: Annotated[str, typer.Option(help="Name of a scenario; see [bold]fedbench list scenarios[/bold].")],
+    fm: FM = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random stream.")] = 0,
+    rounds: Rounds = None,
+    settings: Settings = None,
+    profile: Profile = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where tables, picture and numbers go.")] = Path("runs"),
+    cache: CacheDir = None,
+    plugin: Plugins = None,
+    workers: Workers = None,
+) -> None:
+    """Study gradient error: of gradients, of updates and of the aggregate, against a run on the FM itself.
+
+    The run on the FM is `fedavg-lora` with the same seed, cohorts, batches and local optimiser. A setting of one method
+    alone is written as [bold]--set methods.fedpft.t=2[/bold].
+    """
+    from fedbench.registry import Registry
+
+    registry = Registry(tuple(plugin or ()))
+    for name in method:
+        registry.find_method(name)
+    registry.find_scenario(scenario)
+    console = _console()
+    with console.status("loading") if console.is_terminal else _nothing():
+        from fedbench import engine, study, study_report
+        from fedbench.progress import ConsoleProgress
+
+        asked = partial(
+            _request,
+            scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile, device=device,
+            data_dir=data_dir, results=results, cache=cache, plugins=plugin, workers=workers,
+        )  # fmt: skip
+        prepared = [engine.prepare(asked(method=name)) for name in dict.fromkeys(method)]
+    for note in prepared[0].notes:
+        console.print(note, style="dim", highlight=False, markup=False)
+    try:
+        with ConsoleProgress(console) as progress:
+            studies = study.study(prepared, progress)
+    except KeyboardInterrupt:
+        console.print("stopped; a study starts from the beginning")
+        raise typer.Exit(130) from None
+    path = study_report.save(studies, results)
+    console.print(study_report.terminal(studies))
+    console.print(f"tables: {path}; picture: {path.with_suffix('.png').name}", highlight=False, soft_wrap=True)
 
 
 @app.command("check")
