@@ -168,8 +168,8 @@ class _Studied(Run):
 
     def _block(self, mine: Tensors, reference: Tensors) -> dict[str, Any]:
         parts = Parts(self.server.plug_in())
-        doubles = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (mine, reference))
-        return gradient_error(*doubles, parts.layer_of, parts.is_head)
+        own, theirs = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (mine, reference))
+        return gradient_error(own, theirs, parts.layer_of, parts.is_head)
 
     def round(self, round: int) -> None:
         super().round(round)
