@@ -264,6 +264,10 @@ def grid_command(
     methods: Annotated[str | None, typer.Option(metavar="A,B", help="Only these methods.")] = None,
     scenarios: Annotated[str | None, typer.Option(metavar="A,B", help="Only these scenarios.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the grid's own.")] = None,
+    fm: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|ID|PATH", help="Run every cell once, at this FM instead of the grid's."),
+    ] = None,
     device: Device = "auto",
     data_dir: DataDir = None,
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where the records go.")] = Path("runs"),
@@ -272,13 +276,13 @@ def grid_command(
     plugin: Plugins = None,
     workers: Workers = None,
 ) -> None:
-    """Run methods x scenarios x seeds, skipping what is finished; a failed cell is recorded and the rest goes on."""
+    """Run methods x scenarios x FMs x seeds, skipping what is finished; a failed cell is recorded, the rest goes on."""
     from fedbench.grid import Cell, EngineRunner, Outcome, load_grid, run_grid
     from fedbench.progress import ConsoleProgress
     from fedbench.registry import Registry
 
     registry = Registry(tuple(plugin or ()))
-    chosen = load_grid(grid).only(_names(methods), _names(scenarios), seeds)
+    chosen = load_grid(grid).only(_names(methods), _names(scenarios), seeds, fm)
     for method in chosen.methods:
         registry.find_method(method)
     for scenario in chosen.scenarios:
@@ -314,29 +318,45 @@ def table_command(
         Path | None, typer.Option(metavar="DIR", help="Folder with records; ./runs if it exists, else ./results.")
     ] = None,
     grid: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Rows and columns of this grid, missing cells visible.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Rows and columns of this grid, missing cells visible; beside them the figures it reports, if any.",
+        ),
     ] = None,
     format: Annotated[Format, typer.Option(help="How to print it.")] = Format.terminal,
     scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario; may be repeated.")] = None,
+    fm: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|ID|PATH", help="Only records of this FM, instead of the grid's."),
+    ] = None,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
+    from fedbench.fms import FMS
     from fedbench.grid import load_grid
     from fedbench.records import load_all
+    from fedbench.registry import nearest
     from fedbench.tables import compare, render, terminal
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():
         raise FedbenchError(f"--results {results}: no such folder")
-    chosen = load_grid(grid) if grid else None
+    chosen = load_grid(grid).only(fm=fm) if grid else None
     cells = chosen.cells() if chosen else None
     found = load_all(folder / "records")
+    if fm:
+        known = {*FMS, *(str(record.identity.get("fm")) for record in found)}
+        if fm not in known:
+            raise FedbenchError(f"--fm {fm}: {folder} has no records of it; {nearest(fm, known)}")
+        found = [record for record in found if record.identity.get("fm") == fm]
     if scenario:
         found = [record for record in found if record.identity["scenario"] in scenario]
         cells = [cell for cell in cells if cell.scenario in scenario] if cells is not None else None
     if not found and not cells:
-        what = f"records of {', '.join(scenario)}" if scenario else "records"
+        only = [*(scenario or ()), *([fm] if fm else ())]
+        what = f"records of {', '.join(only)}" if only else "records"
         raise FedbenchError(f"{folder}: there are no {what}; make some with `fedbench run`, or give --results DIR")
-    comparison = compare(found, cells, chosen.title if chosen else "")
+    comparison = compare(found, cells, chosen.title if chosen else "", chosen.reported if chosen else None)
     if format is Format.terminal:
         _console().print(terminal(comparison))
     else:

@@ -1,4 +1,4 @@
-"""Grids: methods x scenarios x seeds from one TOML file, run cell by cell, stoppable at any time.
+"""Grids: methods x scenarios x FMs x seeds from one TOML file, run cell by cell, stoppable at any time.
 
 A grid file:
 
@@ -6,11 +6,25 @@ A grid file:
     methods = ["head-only", "fedpft"]
     scenarios = ["agnews-noniid"]
     seeds = 3                           # 0, 1, 2; or a list
-    fm = "minilm-l6"                    # optional, default: each scenario's own
+    fms = ["minilm-l6", "bert-base"]    # optional, default: each scenario's own
 
     [[overrides]]                       # optional, in order; as --set would take them
     methods = ["fedpft"]                # optional, default: all; the same for scenarios
     set = { "federation.rounds" = 20, lr = 1e-3 }
+
+    [[variants]]                        # optional: each makes a row of its own of every method, "fedpft [t 5]"
+    label = "t 5"
+    set = { t = 5 }                     # after the overrides
+
+    [reported]                          # optional: what a publication reports, printed beside ours
+    source = "Authors (year), table 1"
+    notes = ["No deviation is reported."]
+    setting = { "federation.rounds" = 100, "methods.fedpft.t" = 10 }    # what differs from it in ours is said
+
+    [reported.figures.bert-base]        # accuracy in %, by FM, row and scenario; by test set where there are several
+    "fedpft [t 5]" = { agnews-noniid = 87.5, mnli-iid = { matched = 78.6, mismatched = 79.0 } }
+
+An FM of [reported.figures] with an empty table is one whose figures are not at hand: they print as "not available".
 
 A finished cell is one whose key has a complete record, so nothing but the records has to be kept for a grid to go on
 after Ctrl-C or SIGKILL.
@@ -19,16 +33,17 @@ after Ctrl-C or SIGKILL.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from fedbench.errors import FedbenchError
 from fedbench.records import SCHEMA, Record, load, record_key, record_path, save
@@ -52,8 +67,40 @@ class Overrides(BaseModel):
         )
 
 
+class Variant(BaseModel):
+    """Settings under which every method of the grid runs as well, in a row called `label`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str = Field(min_length=1)
+    set: dict[str, Any]
+
+
+Figure = Annotated[
+    dict[str, Annotated[float, Field(ge=0, le=100, strict=True)]],
+    Field(min_length=1),
+    BeforeValidator(lambda value: {"": value} if isinstance(value, (int, float)) else value),
+]
+"""Reported accuracy in %, by name of the test set; "" where there is only one."""
+
+
+class Reported(BaseModel):
+    """What a publication reports: `figures` by FM, row and scenario, and the `setting` they were measured under.
+
+    Keys and values of `setting` are as `--set` takes them; one that a run does not have is not compared. `notes` are
+    printed as they are.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(min_length=1)
+    notes: list[str] = Field(default_factory=list)
+    setting: dict[str, Any] = Field(default_factory=dict)
+    figures: dict[str, dict[str, dict[str, Figure]]] = Field(min_length=1)
+
+
 class Grid(BaseModel):
-    """What a grid file says. Orders of methods and scenarios are those of its tables."""
+    """What a grid file says. Orders of methods, scenarios and FMs are those of its tables."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,8 +108,10 @@ class Grid(BaseModel):
     methods: list[str] = Field(min_length=1)
     scenarios: list[str] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
-    fm: str | None = None
+    fms: list[str] = Field(default_factory=list)
     overrides: list[Overrides] = Field(default_factory=list)
+    variants: list[Variant] = Field(default_factory=list)
+    reported: Reported | None = None
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -70,22 +119,28 @@ class Grid(BaseModel):
         """A number N stands for the seeds 0 to N-1."""
         return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
 
-    @field_validator("methods", "scenarios", "seeds")
+    @field_validator("methods", "scenarios", "seeds", "fms", "variants")
     @classmethod
     def _once(cls, values: list[Any]) -> list[Any]:
-        for index, value in enumerate(values):
-            if value in values[:index]:
-                raise ValueError(f"{value!r} is there twice")
+        names = [value.label if isinstance(value, Variant) else value for value in values]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(f"{name!r} is there twice")
         if any(isinstance(value, int) and value < 0 for value in values):
             raise ValueError("seeds are 0 or larger")
         return values
 
     def only(
-        self, methods: Sequence[str] = (), scenarios: Sequence[str] = (), seeds: int | Sequence[int] | None = None
+        self,
+        methods: Sequence[str] = (),
+        scenarios: Sequence[str] = (),
+        seeds: int | Sequence[int] | None = None,
+        fm: str | None = None,
     ) -> Grid:
         """The part of the grid with these methods and scenarios (all where none are named), or with other seeds.
 
-        Raises FedbenchError for a name the grid does not have.
+        With `fm` every cell is there once, at that FM, whatever FMs the grid has. Raises FedbenchError for a name the
+        grid does not have.
         """
         chosen: dict[str, Any] = {}
         for what, names, known in (("methods", methods, self.methods), ("scenarios", scenarios, self.scenarios)):
@@ -93,38 +148,57 @@ class Grid(BaseModel):
                 if name not in known:
                     raise FedbenchError(f"--{what} {name}: the grid has no such {what[:-1]}; {nearest(name, known)}")
             chosen[what] = [name for name in known if name in names] if names else known
-        numbers = self.seeds if seeds is None else seeds
-        return Grid(**chosen, title=self.title, fm=self.fm, overrides=self.overrides, seeds=numbers)
+        chosen["seeds"] = self.seeds if seeds is None else seeds
+        chosen["fms"] = self.fms if fm is None else [fm]
+        return Grid(
+            **chosen, title=self.title, overrides=self.overrides, variants=self.variants, reported=self.reported
+        )
+
+    def rows(self) -> list[str]:
+        """The names of the rows of its tables: methods, each with every variant."""
+        return list(dict.fromkeys(cell.row for cell in self.cells()))
 
     def cells(self) -> list[Cell]:
-        """All cells: scenario by scenario, seed by seed, so that early results already compare all methods."""
+        """All cells: FM by FM, scenario by scenario, seed by seed, so that early results already compare all rows."""
+        fms: list[str | None] = [*self.fms] or [None]
+        variants: list[Variant | None] = [*self.variants] or [None]
         return [
-            Cell(method, scenario, seed, self.fm, self._settings(method, scenario))
-            for scenario in self.scenarios
-            for seed in self.seeds
-            for method in self.methods
+            Cell(
+                method, scenario, seed, fm, self._settings(method, scenario, variant), variant.label if variant else ""
+            )
+            for fm, scenario, seed, method, variant in itertools.product(
+                fms, self.scenarios, self.seeds, self.methods, variants
+            )
         ]
 
-    def _settings(self, method: str, scenario: str) -> dict[str, str]:
+    def _settings(self, method: str, scenario: str, variant: Variant | None) -> dict[str, str]:
         settings: dict[str, Any] = {}
         for entry in self.overrides:
             if entry.apply_to(method, scenario):
                 settings |= entry.set
+        settings |= variant.set if variant else {}
         return {key: _as_text(value) for key, value in settings.items()}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid; `settings` as `--set` takes them."""
+    """One run of a grid; `settings` as `--set` takes them, those of its variant among them."""
 
     method: str
     scenario: str
     seed: int
     fm: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    variant: str = ""
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.scenario}, seed {self.seed}"
+        at = f", {self.fm}" if self.fm else ""
+        return f"{self.row} on {self.scenario}{at}, seed {self.seed}"
+
+    @property
+    def row(self) -> str:
+        """The row of the grid's tables that it belongs to."""
+        return f"{self.method} [{self.variant}]" if self.variant else self.method
 
     @property
     def key(self) -> str:
@@ -288,16 +362,31 @@ def load_grid(name: str) -> Grid:
         grid = Grid.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        extra = f"; {nearest(place, Grid.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        place = ".".join(map(str, first["loc"])).rstrip(".")
+        extra = ""
+        if first["type"] == "extra_forbidden":
+            table = first["loc"][0] if len(first["loc"]) > 1 else ""
+            inner: dict[Any, type[BaseModel]] = {"overrides": Overrides, "variants": Variant, "reported": Reported}
+            extra = f"; {nearest(str(first['loc'][-1]), inner.get(table, Grid).model_fields)}"
         message = first["msg"].removeprefix("Value error, ")
         raise FedbenchError(f"{path}: {place}: {message[0].lower()}{message[1:]}{extra}") from None
     for entry in grid.overrides:
-        for names, known_names in ((entry.methods, grid.methods), (entry.scenarios, grid.scenarios)):
-            for chosen in names or ():
-                if chosen not in known_names:
-                    raise FedbenchError(f"{path}: overrides: {chosen!r} is not in the grid; known: {known_names}")
+        _known(f"{path}: overrides", entry.methods or (), grid.methods)
+        _known(f"{path}: overrides", entry.scenarios or (), grid.scenarios)
+    figures = grid.reported.figures if grid.reported else {}
+    _known(f"{path}: reported.figures", figures, grid.fms)
+    for fm, rows in figures.items():
+        _known(f"{path}: reported.figures.{fm}", rows, grid.rows())
+        for row, scenarios in rows.items():
+            _known(f"{path}: reported.figures.{fm}.{row}", scenarios, grid.scenarios)
     return grid
+
+
+def _known(place: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise FedbenchError for the first of `names` that the grid does not have."""
+    for name in names:
+        if name not in known:
+            raise FedbenchError(f"{place}: {name!r} is not in the grid; {nearest(name, known)}")
 
 
 def grid_names() -> list[str]:

@@ -25,7 +25,7 @@ from fedbench.records import Record, unpack_correct
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fedbench.grid import Cell
+    from fedbench.grid import Cell, Reported
 
 REFERENCES = ("zero-shot", "head-only", "centralised-lora")
 """Methods that mark floor and ceiling; tests between pairs of methods leave them out."""
@@ -65,11 +65,14 @@ class Row:
     """One line of a scenario's table: a method, in one of its settings where there are several.
 
     `runs` are the complete records by seed; `state` is what to print where no run has an accuracy: "missing",
-    "failed" or "not available". `expected` counts the seeds a grid asks for, None where there is no grid.
+    "failed" or "not available". `expected` counts the seeds a grid asks for, None where there is no grid. `name` is
+    the grid's row, `departures` what its runs do not share with the setting of the figures they stand beside.
     """
 
     method: str
     label: str
+    name: str = ""
+    departures: tuple[str, ...] = ()
     runs: dict[int, Record] = field(default_factory=dict)
     failed: int = 0
     expected: int | None = None
@@ -130,12 +133,31 @@ class Section:
         return f"{self.scenario}, {self.fm}" if self.fm else self.scenario
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Accuracy of our runs with `fm` over the figures a publication reports with `reported_fm`, rows by scenarios.
+
+    `figures` by row and scenario, then by test set, in %.
+    """
+
+    fm: str
+    reported_fm: str
+    figures: Mapping[tuple[str, str], Mapping[str, float]]
+    frame: pd.DataFrame
+    notes: list[str]
+
+    @property
+    def title(self) -> str:
+        return f"Accuracy in %: ours with {self.fm}, reported with {self.reported_fm}"
+
+
 @dataclass
 class Comparison:
-    """Everything the tables show: one section a scenario and FM."""
+    """Everything the tables show: one section a scenario and FM, and reported figures beside them if a grid has any."""
 
     sections: list[Section]
     title: str = ""
+    beside: list[Beside] = field(default_factory=list)
 
     def frame(self) -> pd.DataFrame:
         """One line a method and scenario, all measures as plain numbers (shares 0 to 1, megabytes, counts)."""
@@ -157,12 +179,34 @@ class Comparison:
                     found = row.summary(*path, scale=scale)
                     line[name] = found.mean if found else None
                     line[f"{name}_std"] = found.std if found else None
+                for test in _extra_tests(row):
+                    extra = row.summary(*_test_path(row, test))
+                    line[f"accuracy_{test}"] = extra.mean if extra else None
+                    line[f"accuracy_{test}_std"] = extra.std if extra else None
+                if self.beside:
+                    line |= self._reported(section, row)
                 lines.append(line)
         frame = pd.DataFrame(lines)
         for column in ("seeds_expected",):
             if column in frame:
                 frame[column] = frame[column].astype("Int64")
         return frame
+
+    def _reported(self, section: Section, row: Row) -> dict[str, Any]:
+        """The figures beside a row, as shares by the FM and test set they were reported of, and the row's scale."""
+        run = next(iter(row.runs.values()), None)
+        line: dict[str, Any] = {
+            "clients": run and _at(run, ("scenario", "split", "clients")),
+            "fraction": run and _at(run, ("scenario", "federation", "fraction")),
+            "rounds": run and _at(run, ("scenario", "federation", "rounds")),
+            "train_rows": run and _train_rows(run),
+            "not_as_reported": "; ".join(row.departures),
+        }
+        for beside in self.beside:
+            if beside.fm == section.fm:
+                for test, figure in beside.figures.get((row.name, section.scenario), {}).items():
+                    line["_".join(filter(None, ("reported", beside.reported_fm, test)))] = round(figure / 100, 6)
+        return line
 
 
 _MEASURES: tuple[tuple[str, tuple[str, ...], float], ...] = (
@@ -209,30 +253,42 @@ def _at(run: Record, path: Sequence[str]) -> float | None:
 # Building
 
 
-def compare(records: Iterable[Record], cells: Sequence[Cell] | None = None, title: str = "") -> Comparison:
+def compare(
+    records: Iterable[Record],
+    cells: Sequence[Cell] | None = None,
+    title: str = "",
+    reported: Reported | None = None,
+) -> Comparison:
     """Sort records into sections and rows.
 
     With the `cells` of a grid, rows and columns are the grid's and what is not there yet shows as missing; records
-    that do not belong to a cell are left out. Without, every record is shown.
+    that do not belong to a cell are left out. Without, every record is shown. `reported` figures stand beside the
+    cells of their FM; where no cell has one of their FMs, beside those of every FM.
     """
     records = list(records)
     if cells is not None:
         records = [record for record in records if any(_belongs(record, cell) for cell in cells)]
     by_section: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    scenarios = list(dict.fromkeys(cell.scenario for cell in cells)) if cells is not None else []
     for record in sorted(records, key=lambda r: (r.identity["scenario"], str(r.identity.get("fm")), r.key)):
         by_section[record.identity["scenario"], _fm(record, records)].append(record)
-    for scenario in scenarios:
-        if not any(name == scenario for name, _ in by_section):
-            by_section[scenario, ""] = []
-    order = {scenario: index for index, scenario in enumerate(scenarios)}
+    order: dict[tuple[str, str | None], int] = {}
+    for cell in cells or ():
+        order.setdefault((cell.scenario, cell.fm), len(order))
+        if cell.fm is not None:
+            by_section.setdefault((cell.scenario, cell.fm), [])
+        elif not any(scenario == cell.scenario for scenario, _ in by_section):
+            by_section[cell.scenario, ""] = []
+
+    def place(section: tuple[str, str]) -> tuple[int, tuple[str, str]]:
+        return order.get(section, order.get((section[0], None), 0)), section
+
     sections = []
-    for (scenario, fm), found in sorted(by_section.items(), key=lambda item: (order.get(item[0][0], 0), item[0])):
-        wanted = None if cells is None else [cell for cell in cells if cell.scenario == scenario]
-        sections.append(_section(scenario, fm, found, wanted))
+    for scenario, fm in sorted(by_section, key=place):
+        wanted = None if cells is None else [c for c in cells if c.scenario == scenario and c.fm in (None, fm)]
+        sections.append(_section(scenario, fm, by_section[scenario, fm], wanted))
     if cells is None:
         _add_absent(sections)
-    return Comparison(sections, title)
+    return Comparison(sections, title, _beside(sections, cells, reported) if cells and reported else [])
 
 
 def _fm(record: Record, records: Sequence[Record]) -> str:
@@ -249,51 +305,195 @@ def _belongs(record: Record, cell: Cell) -> bool:
     who = record.identity
     if (who["method"], who["scenario"], who["seed"]) != (cell.method, cell.scenario, cell.seed):
         return False
-    if cell.fm is not None and who.get("fm") not in (cell.fm, None):
+    if cell.fm is not None and who.get("fm") != cell.fm:
         return False
-    if record.status == "failed":
-        return True
+    return not _departures(record, cell.settings)
+
+
+def _departures(record: Record, settings: Mapping[str, Any]) -> list[str]:
+    """Which of `settings`, keys and values as `--set` takes them, are others in the record.
+
+    One that the record does not have is not compared: it belongs to another method, or the run failed before its
+    settings were resolved. Nor is one that the method changes by its nature (`method.planned`).
+    """
+    method, planned = record.identity["method"], record.method.get("planned") or ()
     have = {**_flat(record.scenario), **_flat(record.method.get("settings", {}))}
-    for key, value in cell.settings.items():
-        name = key.removeprefix("method.").removeprefix(f"methods.{cell.method}.")
+    out = []
+    for key, value in settings.items():
+        name = key.removeprefix("method.").removeprefix(f"methods.{method}.")
         name = "federation.rounds" if name == "rounds" else name
-        found = have.get(name, have.get(name.replace("-", "_")))
-        if found is not None and str(found) != value and not _equal_numbers(found, value):
-            return False
-    return True
+        name = name if name in have else name.replace("-", "_")
+        if name in have and name not in planned and not _equal(have[name], value):
+            wanted = value if isinstance(value, str) else str(value).lower()
+            out.append(f"{name} {_value(name, have[name])} instead of {wanted}")
+    return out
 
 
-def _equal_numbers(found: Any, text: str) -> bool:
+def _equal(found: Any, value: Any) -> bool:
+    """Whether a setting is `value`, which may be its text."""
     try:
-        return math.isclose(float(found), float(text), rel_tol=1e-8)
+        return math.isclose(float(found), float(value), rel_tol=1e-8)
     except (TypeError, ValueError):
-        return str(found).lower() == text.lower()
+        return str(found).lower() == str(value).lower()
 
 
 def _section(scenario: str, fm: str, records: list[Record], cells: Sequence[Cell] | None) -> Section:
     rows: list[Row] = []
-    asked: dict[str, int] = defaultdict(int)
-    for cell in cells or ():
-        asked[cell.method] += 1
-    methods = list(asked) if cells is not None else sorted({r.identity["method"] for r in records}, key=_method_order)
     conditions = _conditions(records)
-    for method in methods:
-        own = [r for r in records if r.identity["method"] == method]
+    # What a grid asks for, or what is there: name of the row -> method, variant, records, seeds expected.
+    asked: dict[str, tuple[str, str, list[Record], int | None]] = {}
+    if cells is None:
+        for method in sorted({r.identity["method"] for r in records}, key=_method_order):
+            asked[method] = method, "", [r for r in records if r.identity["method"] == method], None
+    else:
+        for name in dict.fromkeys(cell.row for cell in cells):
+            group = [cell for cell in cells if cell.row == name]
+            own = [r for r in records if any(_belongs(r, cell) for cell in group)]
+            asked[name] = group[0].method, group[0].variant, own, len(group)
+    for name, (method, variant, own, expected) in asked.items():
         complete = [r for r in own if r.status == "complete"]
         done = {r.identity["seed"] for r in complete}
         failed = {r.identity["seed"] for r in own if r.status == "failed"} - done
-        variants = _variants(complete, conditions)
-        for label, runs in variants or [("", [])]:
-            row = Row(method, f"{method} [{label}]" if label else method, expected=asked[method] if cells else None)
+        groups = _variants(complete, conditions)
+        for told, runs in groups or [("", [])]:
+            label = ", ".join(filter(None, (variant, told)))
+            row = Row(method, f"{method} [{label}]" if label else method, name, expected=expected)
             row.runs = {r.identity["seed"]: r for r in runs}
             rows.append(row)
-        # A failed seed has no settings worth telling apart; it is shown with the method's first row.
-        rows[-max(1, len(variants))].failed = len(failed)
+        # A failed seed has no settings worth telling apart; it is shown with the first row of its name.
+        rows[-max(1, len(groups))].failed = len(failed)
     section = Section(scenario, fm, rows)
     _flag(section, conditions)
     _describe(section)
     _differences(section)
     return section
+
+
+def _beside(sections: Sequence[Section], cells: Sequence[Cell], reported: Reported) -> list[Beside]:
+    """One table for each FM of the publication, beside our runs with the same FM if the grid has it."""
+    fms = [fm for fm in dict.fromkeys(cell.fm for cell in cells) if fm is not None]
+    pairs = [(fm, fm) for fm in reported.figures if fm in fms]
+    pairs = pairs or [(fm, theirs) for theirs in reported.figures for fm in fms]
+    for row in (row for section in sections for row in section.rows if row.runs):
+        row.departures = tuple(_departures(next(iter(row.runs.values())), reported.setting))
+    names = list(dict.fromkeys(cell.row for cell in cells))
+    scenarios = list(dict.fromkeys(cell.scenario for cell in cells))
+    out = []
+    for fm, theirs in pairs:
+        shown, several = {}, False
+        for section in sections:
+            for name in names if section.fm == fm else ():
+                rows = [row for row in section.rows if row.name == name]
+                shown[name, section.scenario] = min(rows, key=lambda r: (len(r.departures), -len(r.scored), r.label))
+                several |= len(rows) > 1
+        figures = {
+            (name, scenario): figure
+            for name, given in reported.figures[theirs].items()
+            for scenario, figure in given.items()
+            if (name, scenario) in shown
+        }
+        tests = {
+            scenario: _tests(
+                scenario,
+                [row for (_, s), row in shown.items() if s == scenario],
+                [figure for (_, s), figure in figures.items() if s == scenario],
+            )
+            for scenario in scenarios
+        }
+        lines = []
+        for name in names:
+            lines.append([name, *(accuracy_text(shown[name, s], tests[s]) for s in scenarios)])
+            lines.append(["  reported", *(_figure_text(figures.get((name, s), {}), tests[s]) for s in scenarios)])
+        notes = [f"reported: {reported.source}", *reported.notes]
+        notes += [f"{scenario}: test sets {' / '.join(each)}" for scenario, each in tests.items() if len(each) > 1]
+        notes += _scale_notes(fm, theirs, shown)
+        if several:
+            notes.append("where a cell has runs in several settings, those nearest to the reported one are shown here")
+        out.append(Beside(fm, theirs, figures, pd.DataFrame(lines, columns=["method", *scenarios]), notes))
+    return out
+
+
+def _tests(scenario: str, rows: Sequence[Row], figures: Sequence[Mapping[str, float]]) -> list[str]:
+    """The test sets to print of a scenario, as reported figures name them, else as records do; "" for the only one.
+
+    Raises FedbenchError where the records do not have a test set that a figure is reported of.
+    """
+    runs = [run for row in rows for run in row.scored.values()]
+    have = list(dict.fromkeys(test for row in rows for test in _extra_tests(row)))
+    have = [str(runs[0].accuracy["test_name"]), *have] if have else [""]
+    named = list(dict.fromkeys(test for figure in figures for test in figure))
+    for test in named:
+        if runs and test and test not in have:
+            raise FedbenchError(
+                f"reported.figures: {scenario} has no test set {test!r}; "
+                f"its records have {', '.join(filter(None, have)) or 'one without a name'}"
+            )
+    return named or have
+
+
+def _extra_tests(row: Row) -> list[str]:
+    """The names of further test sets that the row's runs were scored on."""
+    return list(dict.fromkeys(test for run in row.scored.values() for test in run.accuracy.get("extra_tests") or ()))
+
+
+def _test_path(row: Row, test: str) -> tuple[str, ...]:
+    """Where a record holds the accuracy on a test set; "" is the first one, whatever its name."""
+    extra = ("extra_tests", test) if test in _extra_tests(row) else ()
+    return ("accuracy", *extra, "plug_in", "accuracy")
+
+
+def _train_rows(run: Record) -> int:
+    return sum(run.partition.get("sizes") or ())
+
+
+def _scale_notes(fm: str, theirs: str, shown: Mapping[tuple[str, str], Row]) -> list[str]:
+    """At what FM and scale the runs in a table were made, and in what that is not the reported setting."""
+    runs = {place: list(row.scored.values()) for place, row in shown.items() if row.scored}
+    if not runs:
+        return [f"ours: no results with {fm} yet"]
+    scales: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    rows: dict[str, set[int]] = defaultdict(set)
+    departures: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for place, found in runs.items():
+        scales[_scale(found[0])].append(place)
+        rows[place[1]] |= {_train_rows(run) for run in found}
+        for departure in shown[place].departures:
+            departures[departure].append(place)
+    notes = [f"ours: {fm}, {scale}{_where(places, runs)}" for scale, places in scales.items()]
+    seeds = sorted({run.identity["seed"] for found in runs.values() for run in found})
+    trained = ", ".join(f"{name} {' or '.join(f'{n:,}' for n in sorted(sizes))}" for name, sizes in rows.items())
+    notes.append(f"ours: seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}; training rows: {trained}")
+    told: dict[str, list[str]] = defaultdict(list)
+    if fm != theirs:
+        told[""].append(f"FM {fm} instead of {theirs}")
+    for departure, places in departures.items():
+        told[_where(places, runs)].append(departure)
+    return notes + [f"not as reported{where}: {'; '.join(texts)}" for where, texts in told.items()]
+
+
+def _scale(run: Record) -> str:
+    """Clients, share sampled, rounds and local work of a run; what a record does not say is left out."""
+    split, federation = run.scenario.get("split", {}), run.scenario.get("federation", {})
+    epochs, steps = federation.get("local_epochs"), federation.get("max_steps")
+    parts = [f"{split['clients']} clients" if "clients" in split else ""]
+    parts.append(f"{federation['fraction']:.0%} of them a round" if "fraction" in federation else "")
+    parts.append(f"{federation['rounds']} rounds" if "rounds" in federation else "")
+    parts.append(f"{epochs} local epoch{'' if epochs == 1 else 's'}" if epochs else "")
+    parts.append(f"of at most {steps} steps" if steps else "")
+    return ", ".join(filter(None, parts)).replace(", of at most", " of at most")
+
+
+def _where(places: Sequence[tuple[str, str]], among: Iterable[tuple[str, str]]) -> str:
+    """Which cells (row, scenario) are meant, in few words; nothing where it is all of them."""
+    chosen, every = set(places), set(among)
+    rows, scenarios = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
+    if chosen == every:
+        return ""
+    if chosen == {place for place in every if place[1] in scenarios}:
+        return f" on {', '.join(scenarios)}"
+    if chosen == {place for place in every if place[0] in rows}:
+        return f" in {', '.join(rows)}"
+    return f" in {', '.join(f'{row} on {scenario}' for row, scenario in places)}"
 
 
 def _add_absent(sections: list[Section]) -> None:
@@ -626,14 +826,21 @@ def overview_frame(comparison: Comparison) -> pd.DataFrame:
     return frame.rename_axis("method").reset_index()
 
 
-def accuracy_text(row: Row) -> str:
-    """87.3 ± 0.4 (3), in per cent; (2/3) where a grid expects more; or why there is none."""
-    found = row.summary("accuracy", "plug_in", "accuracy", scale=100)
-    if found is None:
+def accuracy_text(row: Row, tests: Sequence[str] = ("",)) -> str:
+    """87.3 ± 0.4 (3), in per cent; (2/3) where a grid expects more; or why there is none. Several test sets: a / b."""
+    found = [summary for test in tests if (summary := row.summary(*_test_path(row, test), scale=100))]
+    if not found:
         return row.state
-    deviation = "" if found.std is None else f" ± {found.std:.1f}"
-    of = f"/{row.expected}" if row.expected and row.expected != found.n else ""
-    return f"{found.mean:.1f}{deviation} ({found.n}{of})"
+    scores = (f"{each.mean:.1f}" + ("" if each.std is None else f" ± {each.std:.1f}") for each in found)
+    of = f"/{row.expected}" if row.expected and row.expected != found[0].n else ""
+    return f"{' / '.join(scores)} ({found[0].n}{of})"
+
+
+def _figure_text(figure: Mapping[str, float], tests: Sequence[str]) -> str:
+    """Reported accuracies by test set: a / b."""
+    if not figure:
+        return "not available"
+    return " / ".join(f"{figure[test]:.1f}" if test in figure else "–" for test in tests)
 
 
 def comments(section: Section) -> list[str]:
@@ -664,9 +871,9 @@ def render(comparison: Comparison, form: str) -> str:
 
 
 def _tables(comparison: Comparison) -> list[tuple[str, pd.DataFrame, list[str]]]:
-    """Title, table and comments of each table to print; accuracy over scenarios first where there are several."""
-    out: list[tuple[str, pd.DataFrame, list[str]]] = []
-    if len(comparison.sections) > 1:
+    """Title, table and comments of each table to print; accuracy over scenarios first, reported figures beside it."""
+    out = [(beside.title, beside.frame, beside.notes) for beside in comparison.beside]
+    if len(comparison.sections) > 1 and not out:
         out.append(("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
     return out + [(section.title, section_frame(section), comments(section)) for section in comparison.sections]
 
@@ -731,9 +938,6 @@ def terminal(comparison: Comparison) -> RenderableType:
     styles = {"missing": "dim", "failed": "red", "not available": "dim"}
     for title, frame, notes in _tables(comparison):
         table = Table(
-            title=Text(title),
-            title_justify="left",
-            title_style="bold",
             box=None,
             padding=(0, 2, 0, 0),
             pad_edge=False,
@@ -744,7 +948,8 @@ def terminal(comparison: Comparison) -> RenderableType:
             table.add_column(Text(header), justify="left" if left else "right", no_wrap=not left, overflow="fold")
         for line in frame.itertuples(index=False):
             table.add_row(*(Text(str(text), style=styles.get(str(text), "")) for text in line))
-        parts += [Text(""), table]
+        # Not as the table's own title, which would wrap at the width of a narrow table.
+        parts += [Text(""), Text(title, style="bold"), table]
         parts += [Padding(Text(note), (0, 0, 0, 2)) for note in notes]
     parts += [Text(""), *(Text(line, style="dim") for line in LEGEND)]
     return Group(*parts)

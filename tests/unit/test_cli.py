@@ -80,6 +80,8 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
         (["check", "fedpft", "--plugin", "no/such.py"], "--plugin no/such.py: no such"),
         (["grid", "no-such-grid"], "no-such-grid"),
         (["table", "--results", "no/such/folder"], "no/such/folder"),
+        (["table", "--grid", "paper-iid", "--fm", "minilm"], "has no records of it; did you mean minilm-l6?"),
+        (["table", "--grid", "paper-idd"], "there is no grid 'paper-idd'; did you mean paper-iid"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(invoke: Invoke, arguments: Sequence[str], message: str) -> None:
@@ -163,6 +165,34 @@ def test_run_writes_a_record_and_again_compares(invoke: Invoke, tmp_path: Path, 
     code, out, _ = invoke("table", "--results", tmp_path, "--format", "csv", "--scenario", "tweets-noniid")
     assert code == 0
     assert "," in out.splitlines()[0]
+
+
+def test_a_table_beside_reported_figures_without_any_record(invoke: Invoke, tmp_path: Path) -> None:
+    code, out, err = invoke("table", "--grid", "paper-iid", "--results", tmp_path, "--scenario", "mnli-iid")
+    assert code == 0, err
+    assert "80.7 / 81.6" in out
+    assert "missing" in out
+    assert "qnli" not in out
+    code, out, err = invoke("table", "--grid", "paper-ablation", "--results", tmp_path, "--fm", "minilm-l6")
+    assert code == 0, err
+    assert "ours with minilm-l6, reported with roberta-base" in out
+
+
+def test_a_grid_at_another_fm_runs_every_cell_once(invoke: Invoke, tmp_path: Path, tiny_bert: Path) -> None:
+    grid = tmp_path / "two.toml"
+    grid.write_text(
+        'methods = ["head-only"]\nscenarios = ["tweets-iid"]\nseeds = 1\nfms = ["bert-base", "roberta-base"]\n'
+    )
+    code, out, err = invoke(
+        "grid", grid, "--fm", tiny_bert, "--profile", "smoke", "--device", "cpu", "--results", tmp_path / "runs"
+    )
+    assert code == 0, out + err
+    assert "1 of 1 cells finished, 0 failed" in out
+    (path,) = (tmp_path / "runs").glob("records/tweets-iid/head-only/*.json")
+    assert json.loads(path.read_text())["identity"]["fm"] == str(tiny_bert)
+    code, out, _ = invoke("table", "--results", tmp_path / "runs", "--grid", grid, "--fm", tiny_bert, "--format", "csv")
+    assert code == 0
+    assert out.splitlines()[1].split(",")[4] == "complete"
 
 
 def test_run_stopped_by_the_keyboard(

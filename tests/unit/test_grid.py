@@ -11,8 +11,11 @@ import pytest
 from _records import make_record
 
 from fedbench.errors import FedbenchError
+from fedbench.fms import FMS
 from fedbench.grid import Cell, Grid, Outcome, grid_names, load_grid, run_grid
 from fedbench.records import Record, load, load_all, record_key, save
+from fedbench.registry import Registry
+from fedbench.scenario import load_scenario
 
 
 def write(folder: Path, text: str) -> str:
@@ -62,6 +65,107 @@ def test_narrowing(tmp_path: Path) -> None:
         grid.only(methods=["fedptf"])
 
 
+STUDY = """
+methods = ["fedot", "fedpft"]
+scenarios = ["qnli-iid"]
+fms = ["bert-base", "roberta-base"]
+seeds = 2
+
+[[overrides]]
+methods = ["fedpft"]
+set = { t = 3, r = 96 }
+
+[[variants]]
+label = "t 5"
+set = { t = 5 }
+
+[[variants]]
+label = "whole"
+set = { }
+
+[reported]
+source = "A paper (2024)"
+setting = { "federation.rounds" = 100, "methods.fedpft.t" = 10 }
+
+[reported.figures.bert-base]
+"fedpft [t 5]" = { qnli-iid = 87 }
+"fedot [whole]" = { qnli-iid = { matched = 80.5, mismatched = 81 } }
+"""
+
+
+def test_fms_are_an_axis_and_variants_are_rows(tmp_path: Path) -> None:
+    grid = load_grid(write(tmp_path, STUDY))
+    cells = grid.cells()
+    assert [(c.fm, c.seed, c.row) for c in cells[:5]] == [
+        ("bert-base", 0, "fedot [t 5]"),
+        ("bert-base", 0, "fedot [whole]"),
+        ("bert-base", 0, "fedpft [t 5]"),
+        ("bert-base", 0, "fedpft [whole]"),
+        ("bert-base", 1, "fedot [t 5]"),
+    ]
+    assert len(cells) == 2 * 2 * 4
+    assert {c.fm for c in cells[8:]} == {"roberta-base"}
+    # A variant's settings come after the overrides.
+    assert [dict(c.settings) for c in cells[:4]] == [{"t": "5"}, {}, {"t": "5", "r": "96"}, {"t": "3", "r": "96"}]
+    assert str(cells[2]) == "fedpft [t 5] on qnli-iid, bert-base, seed 0"
+    assert grid.rows() == ["fedot [t 5]", "fedot [whole]", "fedpft [t 5]", "fedpft [whole]"]
+    assert len({c.key for c in cells}) == len(cells)
+
+
+def test_another_fm_takes_the_place_of_all_of_them(tmp_path: Path) -> None:
+    part = load_grid(write(tmp_path, STUDY)).only(fm="minilm-l6")
+    assert len(part.cells()) == 2 * 4
+    assert {cell.fm for cell in part.cells()} == {"minilm-l6"}
+    assert part.reported is not None
+    assert [*part.reported.figures] == ["bert-base"]
+    assert {cell.fm for cell in load_grid("quickstart").only(fm="minilm-l6").cells()} == {"minilm-l6"}
+
+
+def test_reported_figures_are_numbers_by_test_set(tmp_path: Path) -> None:
+    reported = load_grid(write(tmp_path, STUDY)).reported
+    assert reported is not None
+    assert reported.figures["bert-base"] == {
+        "fedpft [t 5]": {"qnli-iid": {"": 87.0}},
+        "fedot [whole]": {"qnli-iid": {"matched": 80.5, "mismatched": 81.0}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (
+            ("figures.bert-base", "figures.bert-bse"),
+            r"reported\.figures: 'bert-bse' is not in the grid; did you mean bert",
+        ),
+        (
+            ('"fedpft [t 5]" =', '"fedpft [t 6]" ='),
+            r"figures\.bert-base: 'fedpft \[t 6\]' is not in .*did you mean fedpft \[",
+        ),
+        (('"fedpft [t 5]" =', "fedptf ="), r"reported\.figures\.bert-base: 'fedptf' is not in the grid"),
+        (
+            ("{ qnli-iid = 87 }", "{ qnli-idd = 87 }"),
+            r"bert-base\.fedpft \[t 5\]: 'qnli-idd' is not .*did you mean qnli-iid",
+        ),
+        (("= 87 }", "= 870 }"), r"reported\.figures\.bert-base\.fedpft \[t 5\]\.qnli-iid: .*less than or equal to 100"),
+        (("= 87 }", "= '87' }"), r"qnli-iid: input should be a valid dictionary"),
+        (("= 87 }", "= {} }"), r"qnli-iid: dictionary should have at least 1 item"),
+        (("source", "sorce"), r"reported\.so?u?rce: "),
+        (("setting =", "settings ="), r"reported\.settings: .*did you mean setting\?"),
+        (('label = "whole"', 'label = "t 5"'), r"variants: 't 5' is there twice"),
+        (('label = "whole"', 'labl = "whole"'), r"variants\.1\.label: field required"),
+        (('"bert-base", "roberta-base"', '"bert-base", "bert-base"'), r"fms: 'bert-base' is there twice"),
+        (("fms = [", "fm = ["), r"fm: extra inputs are not permitted; did you mean fms\?"),
+    ],
+)
+def test_a_mistake_in_fms_variants_or_figures_is_named(tmp_path: Path, edit: tuple[str, str], complaint: str) -> None:
+    assert edit[0] in STUDY
+    name = write(tmp_path, STUDY.replace(*edit))
+    with pytest.raises(FedbenchError, match=complaint) as caught:
+        load_grid(name)
+    assert str(caught.value).startswith(name)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -97,6 +201,72 @@ def test_built_in_grids() -> None:
     assert set(agnews.methods) == {"head-only", "fedot", "fedpft", "fedavg-lora", "centralised-lora", "zero-shot"}
     assert (agnews.scenarios, agnews.seeds) == (["agnews-noniid"], [0, 1, 2])
     assert len(load_grid("quickstart").cells()) == 3
+
+
+PAPER = ("paper-iid", "paper-dirichlet", "paper-ablation", "paper-parameters", "paper-vision")
+
+
+def test_the_papers_grids_and_one_figure_of_each_table() -> None:
+    assert set(PAPER) <= set(grid_names())
+    figures = {}
+    for name in PAPER:
+        grid = load_grid(name)
+        assert grid.reported is not None
+        assert "2404.11536" in grid.reported.source
+        assert "the paper reports no deviation" in grid.reported.notes
+        assert [*grid.reported.figures] == grid.fms
+        figures[name] = grid.reported.figures
+    iid, skew = figures["paper-iid"], figures["paper-dirichlet"]
+    assert iid["bert-base"]["fedpft"]["mnli-iid"] == {"matched": 78.6, "mismatched": 79.0}
+    assert iid["roberta-base"]["fedavg-lora"]["qqp-iid"] == {"": 88.3}
+    assert skew["bert-base"]["fedot"]["sst2-dir5"] == {"": 89.9}
+    assert skew["roberta-base"]["fedpft"]["qnli-dir10"] == {"": 88.1}
+    assert figures["paper-ablation"]["roberta-base"]["fedpft-n"]["qnli-iid"] == {"": 78.9}
+    assert figures["paper-parameters"]["bert-base"]["fedpft [t 20]"]["qnli-iid"] == {"": 87.1}
+    assert figures["paper-parameters"]["roberta-base"]["fedpft [p 0.3]"]["qnli-iid"] == {"": 87.8}
+    assert figures["paper-vision"] == {"vit-base": {}}
+    # Every cell of the text tables has a figure.
+    for name in PAPER[:-1]:
+        grid = load_grid(name)
+        for rows in figures[name].values():
+            assert {row: list(scenarios) for row, scenarios in rows.items()} == dict.fromkeys(
+                grid.rows(), grid.scenarios
+            )
+
+
+@pytest.mark.parametrize("name", grid_names())
+def test_every_cell_of_a_built_in_grid_resolves(name: str) -> None:
+    from fedbench.engine import RunRequest, make_method, parse_values, scenario_settings, split_settings
+
+    registry, grid = Registry(), load_grid(name)
+    # At another seed only the seed is another.
+    for cell in grid.only(seeds=1).cells():
+        kind = registry.load_method(cell.method)
+        path, split = registry.find_scenario(cell.scenario)
+        mine, rest = split_settings(cell.settings, list(kind.model_fields), cell.method)
+        for profile in (None, "small") if name in PAPER else (None,):
+            scenario = load_scenario(path, split, profile, rest)
+            given = {key: value for key, (value, _) in scenario_settings(kind, scenario).items()}
+            method = make_method(kind, given | parse_values(mine), RunRequest(cell.method, cell.scenario))
+            assert (scenario.name, method.name) == (cell.scenario, cell.method)
+            if cell.fm:
+                assert cell.fm in FMS
+            if name in PAPER:
+                # In full the paper's federation, and in small not.
+                assert grid.reported is not None
+                resolved = {
+                    "split": scenario.split.model_dump(), "federation": scenario.federation.model_dump(),
+                    "dataset": scenario.dataset.model_dump(),
+                }  # fmt: skip
+                stated = {k: v for k, v in grid.reported.setting.items() if k.split(".")[0] in resolved}
+                assert len(stated) >= 6
+                differ = [
+                    key
+                    for key, value in stated.items()
+                    if resolved[key.split(".")[0]][key.split(".")[1]] != (None if value == "none" else value)
+                ]
+                assert ("federation.rounds" in differ) == (profile == "small")
+                assert profile == "small" or differ == []
 
 
 @dataclass(frozen=True)

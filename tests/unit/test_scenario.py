@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from pathlib import Path
 
@@ -77,6 +78,24 @@ def test_the_papers_splits_do_not_touch_the_others(path: Path) -> None:
         assert (scenario.federation.rounds, scenario.federation.fraction) == (100, 0.1)
     others = [load_scenario(path, split).federation.rounds for split in ("iid", "noniid")]
     assert max(others) < 100
+
+
+def test_the_papers_splits_of_sst2_have_its_federation_and_its_settings() -> None:
+    path = next(p for p in FILES if p.stem == "sst2")
+    assert load_scenario(path, "paper-iid").split.kind == "iid"
+    for split in ("paper-iid", "dir1", "dir5", "dir10"):
+        whole, small = load_scenario(path, split), load_scenario(path, split, "small")
+        f = whole.federation
+        assert (whole.split.clients, f.fraction, f.rounds, f.local_epochs, f.max_steps) == (100, 0.1, 100, 1, None)
+        fedpft = FedPFT(**whole.methods["fedpft"])
+        assert (fedpft.lr, fedpft.lora_dropout, fedpft.t, fedpft.retained(12)) == (8e-4, 0.1, 10, (0, 11))
+        assert (small.federation.rounds, small.federation.max_steps) == (15, 10)
+    # The paper's settings do not reach the short splits, in whatever profile.
+    for split, profile in itertools.product(("iid", "noniid"), (None, "small")):
+        short = load_scenario(path, split, profile)
+        assert (short.federation.rounds, short.federation.max_steps, short.evaluation.every) == (15, 10, 5)
+        fedpft = FedPFT(**short.methods["fedpft"])
+        assert (fedpft.lr, fedpft.lora_dropout, fedpft.t, fedpft.distil_steps) == (2e-3, 0.0, 5, 100)
 
 
 def test_layers_win_in_order_and_say_where_a_value_came_from(file: Path) -> None:

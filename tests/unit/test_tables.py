@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 
 from fedbench import report, tables
 from fedbench.errors import FedbenchError
-from fedbench.grid import Grid
+from fedbench.grid import Grid, load_grid
 from fedbench.records import Record, save
 from fedbench.tables import Summary, accuracy_text, bootstrap, compare, holm, paired_test, render
 
@@ -223,6 +223,165 @@ def test_a_grid_takes_only_the_records_of_its_cells() -> None:
     assert [accuracy_text(row) for row in section.rows] == ["70.0 (1)"]
 
 
+SHORT = {"fraction": 0.1, "rounds": 15, "local_epochs": 1, "max_steps": 10}
+FULL = {**SHORT, "rounds": 100, "max_steps": None}
+
+
+def with_mismatched(record: Record, accuracy: float) -> Record:
+    extra = {"mismatched": {"plug_in": {"accuracy": accuracy, "rows": 10}, "proxy": None}}
+    scores = {**record.accuracy, "test_name": "matched", "extra_tests": extra}
+    return record.model_copy(update={"accuracy": scores})
+
+
+def beside_the_paper(fm: str | None = None) -> tables.Comparison:
+    """paper-iid with records of BERT in full and of MiniLM in small, and most cells missing."""
+    bert = {"lr": 8e-4, "t": 10, "p": 0.5}
+    records = [
+        *(make_record("fedpft", s, 0.8 + s / 10, scenario="qnli-iid", fm="bert-base", federation=FULL, settings=bert)
+          for s in range(3)),
+        with_mismatched(make_record("fedpft", 0, 0.7, scenario="mnli-iid", fm="bert-base", settings=bert), 0.6),
+        make_record("fedot", 0, None, status="failed", scenario="qqp-iid", fm="bert-base", settings={"lr": 1}),
+        make_record("fedpft", 0, 0.6, scenario="qnli-iid", federation=SHORT, settings={"lr": 6e-3, "t": 5, "p": 0.5}),
+        make_record("fedavg-lora", 1, 0.5, scenario="qnli-iid", federation=SHORT, settings={"lr": 6e-3}),
+        make_record("fedavg-lora", 0, None, scenario="sst2-paper-iid", unavailable="no reason"),
+    ]  # fmt: skip
+    grid = load_grid("paper-iid").only(fm=fm)
+    return compare(records, grid.cells(), grid.title, grid.reported)
+
+
+def test_reported_figures_stand_under_ours_of_the_same_fm() -> None:
+    comparison = beside_the_paper()
+    bert, roberta = comparison.beside
+    assert [bert.title, roberta.title] == [
+        "Accuracy in %: ours with bert-base, reported with bert-base",
+        "Accuracy in %: ours with roberta-base, reported with roberta-base",
+    ]
+    assert bert.frame.to_numpy().tolist() == [
+        ["fedavg-lora", "missing", "missing", "missing", "missing"],
+        ["  reported", "91.6", "88.4", "80.7 / 81.6", "87.8"],
+        ["fedot", "missing", "missing", "missing", "failed"],
+        ["  reported", "90.4", "83.9", "74.9 / 74.9", "81.6"],
+        ["fedpft", "missing", "90.0 ± 10.0 (3)", "70.0 / 60.0 (1/3)", "missing"],
+        ["  reported", "91.6", "87.5", "78.6 / 79.0", "86.3"],
+    ]
+    assert "ours: no results with roberta-base yet" in roberta.notes
+    # The tables of each scenario stay, one for each FM; records of an FM outside the grid have no place in it.
+    assert [section.title for section in comparison.sections] == [
+        f"{scenario}, {fm}"
+        for fm in ("bert-base", "roberta-base")
+        for scenario in ("sst2-paper-iid", "qnli-iid", "mnli-iid", "qqp-iid")
+    ]
+
+
+def test_scale_and_what_is_not_as_reported_are_said() -> None:
+    notes = beside_the_paper().beside[0].notes
+    assert notes[1:3] == ["the paper reports no deviation", "mnli-iid: test sets matched / mismatched"]
+    assert "ours: bert-base, 50 clients, 10% of them a round, 100 rounds, 1 local epoch on qnli-iid" in notes
+    assert "ours: seeds 0, 1, 2; training rows: qnli-iid 30, mnli-iid 30" in notes
+    assert "not as reported: split.clients 50 instead of 100" in notes
+    assert "not as reported on mnli-iid: federation.rounds 15 instead of 100" in notes
+    assert not any("lr" in note for note in notes[3:])
+    small = beside_the_paper("minilm-l6").beside
+    assert [table.title for table in small] == [
+        "Accuracy in %: ours with minilm-l6, reported with bert-base",
+        "Accuracy in %: ours with minilm-l6, reported with roberta-base",
+    ]
+    assert small[0].frame["qnli-iid"].tolist() == ["50.0 (1/3)", "88.4", "missing", "83.9", "60.0 (1/3)", "87.5"]
+    assert small[0].frame["sst2-paper-iid"].tolist()[:2] == ["not available", "91.6"]
+    assert small[1].frame["qnli-iid"].tolist()[1::2] == ["90.8", "85.3", "88.7"]
+    assert (
+        "ours: minilm-l6, 50 clients, 10% of them a round, 15 rounds, 1 local epoch of at most 10 steps"
+        in small[0].notes
+    )
+    assert small[0].notes[-2:] == [
+        "not as reported: FM minilm-l6 instead of bert-base; split.clients 50 instead of 100; "
+        "federation.rounds 15 instead of 100; federation.max_steps 10 instead of none; lr 0.006 instead of 0.0008",
+        "not as reported in fedpft: t 5 instead of 10",
+    ]
+    # One of the paper's FMs stands beside its own figures only.
+    assert [table.reported_fm for table in beside_the_paper("roberta-base").beside] == ["roberta-base"]
+
+
+@pytest.mark.parametrize("fm", [None, "minilm-l6"])
+def test_reported_figures_in_every_format(fm: str | None) -> None:
+    comparison = beside_the_paper(fm)
+    name = fm or "bert-base"
+    title = f"ours with {name}, reported with bert-base"
+    text = shown(tables.terminal(comparison))
+    assert max(map(len, text.splitlines())) <= 120
+    for rendered in (text, render(comparison, "markdown"), render(comparison, "latex")):
+        assert title in rendered
+        for words in ("missing", "78.6 / 79.0", "training rows", "the paper reports no deviation", "not as reported"):
+            assert words in rendered
+    latex = render(comparison, "latex")
+    assert latex.count("\\begin{table}") == len(comparison.beside) + len(comparison.sections)
+    assert not set("±†−–…") & set(latex)
+    frame = pd.read_csv(io.StringIO(render(comparison, "csv")))
+    line = frame[(frame.scenario == "qnli-iid") & (frame.fm == name) & (frame.method == "fedpft")].iloc[0]
+    assert line["reported_bert-base"] == 0.875
+    assert (line["clients"], line["rounds"], line["train_rows"]) == (50, 15 if fm else 100, 30)
+    assert ("lr 0.006 instead of 0.0008" in line["not_as_reported"]) == (fm is not None)
+    line = frame[(frame.scenario == "mnli-iid") & (frame.fm == name) & (frame.method == "fedpft")].iloc[0]
+    assert (line["reported_bert-base_matched"], line["reported_bert-base_mismatched"]) == (0.786, 0.79)
+    if fm:
+        assert line["state"] == "missing"
+        assert line["reported_roberta-base_mismatched"] == 0.832
+    else:
+        assert (line["accuracy"], line["accuracy_mismatched"]) == (0.7, 0.6)
+        assert np.isnan(line["reported_roberta-base_matched"])
+
+
+def test_figures_that_are_not_at_hand_are_not_available() -> None:
+    grid = load_grid("paper-vision")
+    (beside,) = compare([], grid.cells(), grid.title, grid.reported).beside
+    assert set(beside.frame.iloc[1::2, 1:].to_numpy().ravel()) == {"not available"}
+    assert set(beside.frame.iloc[::2, 1:].to_numpy().ravel()) == {"missing"}
+    assert "the paper's figures for vision are not at hand" in beside.notes
+
+
+def test_variants_of_a_grid_are_rows_with_their_own_records() -> None:
+    settings = [{"t": t, "p": p} for t, p in ((5, 0.5), (10, 0.5), (10, 0.8), (7, 0.5))]
+    records = [
+        make_record("fedpft", 0, 0.1 * i, scenario="qnli-iid", fm="bert-base", settings=s)
+        for i, s in enumerate(settings, 1)
+    ]
+    failed = make_record(
+        "fedpft", 1, None, status="failed", scenario="qnli-iid", fm="bert-base", settings={"t": "20", "p": "0.5"}
+    )
+    grid = load_grid("paper-parameters")
+    comparison = compare([*records, failed], grid.cells(), "", grid.reported)
+    assert {row.label: accuracy_text(row) for row in comparison.sections[0].rows} == {
+        "fedpft [t 5]": "10.0 (1/3)",
+        "fedpft [t 10, p 0.5]": "20.0 (1/3)",
+        "fedpft [t 20]": "failed",
+        "fedpft [p 0.3]": "missing",
+        "fedpft [p 0.8]": "30.0 (1/3)",
+    }
+    assert comparison.beside[0].frame["qnli-iid"].tolist()[:4] == ["10.0 (1/3)", "87.3", "20.0 (1/3)", "87.5"]
+
+
+def test_of_several_settings_the_nearest_to_the_reported_one_is_shown() -> None:
+    settings = {"lr": 8e-4, "t": 10, "p": 0.5}
+    records = [
+        make_record("fedpft", 0, 0.9, scenario="qnli-iid", fm="bert-base", federation=FULL, settings=settings),
+        *(make_record("fedpft", s, 0.5, scenario="qnli-iid", fm="bert-base", federation=SHORT, settings=settings)
+          for s in range(3)),
+    ]  # fmt: skip
+    grid = load_grid("paper-iid")
+    comparison = compare(records, grid.cells(), "", grid.reported)
+    assert comparison.beside[0].frame["qnli-iid"].tolist()[4] == "90.0 (1/3)"
+    assert any("nearest to the reported one" in note for note in comparison.beside[0].notes)
+    assert len(comparison.sections[1].rows) == 4
+
+
+def test_a_reported_test_set_that_the_records_do_not_have_is_an_error() -> None:
+    record = with_mismatched(make_record("fedpft", 0, 0.7, scenario="mnli-iid", fm="bert-base"), 0.6)
+    record.accuracy["test_name"] = "other"
+    grid = load_grid("paper-iid")
+    with pytest.raises(FedbenchError, match="mnli-iid has no test set 'matched'; its records have other, mismatched"):
+        compare([record], grid.cells(), "", grid.reported)
+
+
 def test_measures_by_hand() -> None:
     frame = compare([make_record("fedpft", 0, 0.8, proxy=0.75), make_record("fedpft", 1, 0.9, proxy=0.75)]).frame()
     (line,) = frame.to_dict("records")
@@ -317,6 +476,9 @@ def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
         "import sys; from pathlib import Path; from rich.console import Console\n"
         "from fedbench import grid, records, report, tables\n"
         "found = records.load_all(Path(sys.argv[1]))\n"
+        "chosen = grid.load_grid('paper-iid')\n"
+        "comparison = tables.compare(found, chosen.cells(), '', chosen.reported)\n"
+        "[tables.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
         "comparison = tables.compare(found, grid.load_grid('agnews').cells())\n"
         "[tables.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
         "Console().print(tables.terminal(comparison), report.summary(found[0]))\n"
