@@ -40,7 +40,7 @@ from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario import DatasetSettings, PublicSettings, Scenario, load_scenario
 from fedbench.sources import data_folder
-from fedbench.training import execute, execute_all
+from fedbench.training import execute, execute_all, step_flops
 from fedbench.transport import SETUP_KINDS, Ledger, Transport
 from fedbench.workers import choose_workers, one_thread
 
@@ -324,6 +324,7 @@ class Run:
         self.rounds: list[dict[str, Any]] = []
         self.points: list[dict[str, Any]] = []
         self.steps = 0
+        self.step_flops: int | None = None
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
         context = ServerContext(
@@ -367,6 +368,9 @@ class Run:
             # A client that drops out has still received, and is charged for, what it was sent.
             tasks = {cid: self.client(cid).task(round, inbox, self.rows[cid]) for cid, inbox in delivered}
             results = self._train(round, {cid: tasks[cid] for cid in staying})
+        if self.step_flops is None and staying:
+            with self.time("flops"):
+                self.step_flops = step_flops(tasks[staying[0]], self.p.device)
         self.steps += sum(r.steps for r in results.values())
         with self.time("upload"):
             for cid, result in results.items():
@@ -509,6 +513,7 @@ class Run:
             "rounds": self.rounds,
             "points": self.points,
             "steps": self.steps,
+            "step_flops": self.step_flops,
             "ledger": self.transport.ledger.to_json(),
             "refused": self.transport.refused,
             "seconds": dict(self.time.seconds),
@@ -537,7 +542,8 @@ class Run:
         if about["best"]:
             score, round, block = about["best"]
             self.best = (score, round, dict(get(block).tensors))
-        self.rounds, self.points, self.steps = about["rounds"], about["points"], about["steps"]
+        self.rounds, self.points = about["rounds"], about["points"]
+        self.steps, self.step_flops = about["steps"], about["step_flops"]
         self.transport.ledger = Ledger.from_json(about["ledger"])
         self.transport.refused = [(r, c, why) for r, c, why in about["refused"]]
         self.time = Stopwatch(about["seconds"])
@@ -631,6 +637,7 @@ class Run:
                 "trainable_parameters": trainable,
                 "resident_parameters": self.modules.resident or None,
                 "local_steps": self.steps,
+                "step_flops": self.step_flops,
                 "peak_memory_bytes": provenance.peak_memory(p.device),
                 "seconds": {name: round(s, 3) for name, s in sorted(self.time.seconds.items())},
             },

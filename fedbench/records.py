@@ -14,7 +14,7 @@ null where a number does not exist):
     gradient_error  points: round, phase, restricted, zero_filled, lora, head, layers; start, mean, final
     distillation    one entry a layer: hidden, weight, hidden_before, weight_before
     exposure        verbatim, within_1_percent: all, without_embeddings
-    compute         trainable_parameters, resident_parameters, local_steps, peak_memory_bytes, seconds
+    compute         trainable_parameters, resident_parameters, local_steps, step_flops, peak_memory_bytes, seconds
     rounds          round, cohort, arrived, refused, loss, plug_in_validation, proxy_validation, bytes_up, bytes_down
     partition       hash, sizes, label_counts, skew, attempts
     provenance      versions, platform, hardware, git commit, data notes, FM's origin, executor, threads, time

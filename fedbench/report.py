@@ -101,10 +101,10 @@ def _cost(compute: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = []
     trained, held = compute.get("trainable_parameters"), compute.get("resident_parameters")
     if held:
-        steps = compute.get("local_steps")
-        lines.append(
-            ("client", f"{held / MEGA:.2f} M parameters, {(trained or 0) / MEGA:.3f} M trained; {steps:,} steps")
-        )
+        steps = f"{compute.get('local_steps'):,} steps"
+        if flops := compute.get("step_flops"):
+            steps += f" of {flops / 1e9:.1f} GFLOP"
+        lines.append(("client", f"{held / MEGA:.2f} M parameters, {(trained or 0) / MEGA:.3f} M trained; {steps}"))
     seconds = compute.get("seconds") or {}
     longest = sorted(seconds.items(), key=lambda item: -item[1])[:4]
     split = ", ".join(f"{name} {value:.0f}" for name, value in longest if value >= 0.5)

@@ -231,6 +231,7 @@ _MEASURES: tuple[tuple[str, tuple[str, ...], float], ...] = (
     ("trainable_parameters", ("compute", "trainable_parameters"), 1.0),
     ("resident_parameters", ("compute", "resident_parameters"), 1.0),
     ("local_steps", ("compute", "local_steps"), 1.0),
+    ("gflop_per_step", ("compute", "step_flops"), 1e-9),
     ("peak_memory_mb", ("compute", "peak_memory_bytes"), 1 / MEGA),
 )
 

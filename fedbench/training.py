@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -179,6 +179,18 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
         # Each result owns its memory, on the CPU: the next client trains in the same module.
         tuned = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
     return result_of(tuned, torch.stack(losses).cpu(), seen)
+
+
+def step_flops(task: LocalTask, device: torch.device) -> int:
+    """Floating-point operations of one local step: forward and backward pass over the task's first batch, padded.
+
+    Products and attention are counted, by torch; what goes element by element is not.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with packing(False), FlopCounterMode(display=False) as counter:
+        execute(replace(task, batches=task.batches[:1], observers={}), device)
+    return int(counter.get_total_flops())
 
 
 def execute_all(

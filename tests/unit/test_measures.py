@@ -5,16 +5,41 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_fm, train_rows
 
-from fedbench.api import Source
+from fedbench.api import AdamW, Frozen, LocalTask, Source
 from fedbench.evaluate import Evaluation, per_client
 from fedbench.exposure import Exposure
 from fedbench.gradient import compare, gradient_error
+from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.rng import Streams
+from fedbench.training import step_flops
 
 
 def t(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def test_floating_point_operations_of_a_step_by_hand() -> None:
+    """Of a BERT whose head alone is tuned: three layers of width 16 with 2 heads and FFN 24, three classes."""
+    fm = tiny_fm()
+    model = fm.build(None, torch.device("cpu"))
+    data = train_rows(8)
+    rows, width = 4, 3
+    batches = [np.arange(rows), np.arange(rows, 2 * rows)]
+    length = max(len(tokens) for tokens in (data.tokens or ())[:rows])
+    task = LocalTask(
+        frozen=Frozen("m", model),
+        tunables={name: torch.zeros_like(p) for name, p in model.named_parameters() if name.startswith("classifier")},
+        data=data,
+        batches=batches,
+        optimiser=AdamW(lr=0.1),
+        loss=cross_entropy,
+    )
+    tokens = rows * length
+    projections, attention, ffn = 4 * 16 * 16, 2 * length * 16, 2 * 16 * 24
+    forward = 3 * 2 * tokens * (projections + attention + ffn) + 2 * rows * 16 * 16 + 2 * rows * 16 * width
+    assert step_flops(task, torch.device("cpu")) == forward + 2 * rows * 16 * width, "backward: the classifier's weight"
 
 
 def test_relative_error_and_cosine_by_hand() -> None:
