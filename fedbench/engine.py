@@ -325,6 +325,7 @@ class Run:
         self.points: list[dict[str, Any]] = []
         self.steps = 0
         self.step_flops: int | None = None
+        self.example: LocalTask | None = None  # of the round before, for counting its operations
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
         context = ServerContext(
@@ -368,9 +369,7 @@ class Run:
             # A client that drops out has still received, and is charged for, what it was sent.
             tasks = {cid: self.client(cid).task(round, inbox, self.rows[cid]) for cid, inbox in delivered}
             results = self._train(round, {cid: tasks[cid] for cid in staying})
-        if self.step_flops is None and staying:
-            with self.time("flops"):
-                self.step_flops = step_flops(tasks[staying[0]], self.p.device)
+        self.example = tasks[staying[0]] if staying else None
         self.steps += sum(r.steps for r in results.values())
         with self.time("upload"):
             for cid, result in results.items():
@@ -482,6 +481,9 @@ class Run:
         )
         for round in range(start, self.federation.rounds):
             self.round(round)
+            if self.step_flops is None and self.example is not None:
+                with self.time("flops"):
+                    self.step_flops = step_flops(self.example, self.p.device)
             if checkpoints is not None and round + 1 < self.federation.rounds:
                 with self.time("checkpoint"):
                     self.checkpoint(checkpoints)
