@@ -32,6 +32,7 @@ from fedbench.files import load_tensors, save_tensors
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
 from fedbench.loading import load_data
+from fedbench.memory import peak_memory, reset_peak
 from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.packing import packing
 from fedbench.partition import Partition, partition
@@ -640,7 +641,7 @@ class Run:
                 "resident_parameters": self.modules.resident or None,
                 "local_steps": self.steps,
                 "step_flops": self.step_flops,
-                "peak_memory_bytes": provenance.peak_memory(p.device),
+                "peak_memory_bytes": peak_memory(p.device),
                 "seconds": {name: round(s, 3) for name, s in sorted(self.time.seconds.items())},
             },
             rounds=self.rounds,
@@ -673,6 +674,7 @@ def run(prepared: Prepared, progress: Progress | None = None) -> Record:
 
 
 def _run(prepared: Prepared, progress: Progress) -> Record:
+    reset_peak(prepared.device)
     this, folder = Run(prepared, progress), checkpoint_folder(prepared)
     if prepared.unavailable:
         nothing = {"plug_in": None, "proxy": None, "unavailable": prepared.unavailable}

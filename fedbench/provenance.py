@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -122,21 +121,3 @@ def git_state(package: Path) -> dict[str, Any] | None:
         return None
     changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
     return {"commit": commit, "dirty": bool(changes)}
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Peak memory in bytes: on CUDA allocated by torch on `device`, on a CPU the largest resident set of a process.
-
-    That is this one or a worker, whose resident set counts the pages it shares with this one. Both are since the
-    process began, so in a grid a cell's peak includes that of the cells before it.
-    """
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 
 from fedbench.errors import FedbenchError
+from fedbench.memory import note_worker, own_peak
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -98,6 +99,7 @@ def fork_map(
             except Exception as error:
                 answer = (index, None, _portable(error))
             connection.send_bytes(pickle.dumps(answer, protocol=5))
+        connection.send_bytes(pickle.dumps((None, own_peak(), None)))
         connection.close()
 
     running = {}
@@ -129,6 +131,9 @@ def fork_map(
                     continue
                 if error is not None:
                     raise error
+                if index is None:
+                    note_worker(result)
+                    continue
                 left -= 1
                 yield index, result
         assert left == 0

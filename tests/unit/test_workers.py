@@ -18,6 +18,7 @@ from fedbench.api import AdamW, Frozen, LocalTask
 from fedbench.errors import FedbenchError
 from fedbench.evaluate import evaluate
 from fedbench.gradient import gradients
+from fedbench.memory import own_peak, peak_memory, reset_peak
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
 from fedbench.models import LoraSpec, Parts, get_tensors, initial_tunables, set_tensors, tunable_names
@@ -103,3 +104,21 @@ def test_training_evaluation_and_gradients_are_equal_to_the_bit(tmp_path: Path) 
     assert np.array_equal(one.predicted, two.predicted)
     one_g, two_g = (gradients(model, names, rows, CPU, 5, workers=n) for n in (1, 2))
     assert all(torch.equal(one_g[n], two_g[n]) for n in names)
+
+
+def test_peak_memory_is_that_of_the_run_and_of_its_workers() -> None:
+    def use(megabytes: int) -> int:
+        return len(np.ones(megabytes << 17))  # each a float64
+
+    use(400)
+    before = peak_memory(CPU)
+    reset_peak(CPU)
+    after = peak_memory(CPU)
+    assert before is not None
+    assert after is not None
+    assert after < before - (300 << 20), "what an earlier run took is forgotten"
+    more = (after >> 20) + 100
+    list(fork_map(use, [1, more, 1], 2))
+    used = peak_memory(CPU)
+    assert used is not None
+    assert own_peak() < more << 20 < used, "it was a worker that took it"
