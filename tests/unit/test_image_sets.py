@@ -165,14 +165,18 @@ def test_image_folders_go_by_class_name_or_number(tmp_path: Path) -> None:
         load_data(CIFAR10, None, tmp_path / "named")
 
 
-def test_cifar100_reads_the_fine_labels(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-100-python"
+def cifar100(folder: Path, train: int) -> None:
+    """Fine labels in turn, coarse labels all 0; 100 test images."""
     folder.mkdir()
-    for name, n in (("train", 120), ("test", 100)):
+    for name, n in (("train", train), ("test", 100)):
         rows = images(n, n)
         content = pickle.loads(batch(rows, [i % 100 for i in range(n)], b"fine_labels"))
         content[b"coarse_labels"] = [0] * n
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+
+
+def test_cifar100_reads_the_fine_labels(tmp_path: Path) -> None:
+    cifar100(tmp_path / "cifar-100-python", 120)
     data = load_data(DatasetSettings(name="cifar100", validation=20), None, tmp_path)
     assert (len(data.train), len(data.class_names)) == (100, 100)
     assert data.test.labels.tolist() == [*range(100)]
@@ -289,16 +293,23 @@ def test_flowers_in_class_folders(tmp_path: Path) -> None:
     assert any("204 images (train, valid) and 102 (test)" in note for note in data.notes)
 
 
-def test_a_run_on_colour_images(tmp_path: Path) -> None:
-    """32 pixels in the files, 8 in the model; the public corpus is grey."""
-    folder = cifar10(tmp_path / "cifar-10-batches-py")
-    for i in range(1, 6):
-        (folder / f"data_batch_{i}").write_bytes(batch(images(20, i), [*range(10)] * 2, b"labels"))
-    asked = smoke_request(tmp_path, "fedpft", "cifar10-dir", save_tiny("vit", tmp_path / "vit"))
-    prepared = prepare(asked)
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102"])
+def test_a_run_on_colour_images(tmp_path: Path, name: str) -> None:
+    """Larger in the files than in the model, which takes 8 pixels; the public corpus is grey."""
+    if name == "cifar10":
+        folder = cifar10(tmp_path / "cifar-10-batches-py")
+        for i in range(1, 6):
+            (folder / f"data_batch_{i}").write_bytes(batch(images(20, i), [*range(10)] * 2, b"labels"))
+    elif name == "cifar100":
+        cifar100(tmp_path / "cifar-100-python", 500)
+    else:
+        flowers(tmp_path / "flowers-102")
+    scenario = {"flowers102": "flowers102-iid"}.get(name, f"{name}-dir")
+    prepared = prepare(smoke_request(tmp_path, "fedpft", scenario, save_tiny("vit", tmp_path / "vit")))
     pixels = prepared.loaded.train.pixels
     assert pixels is not None
-    assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (60, 3, 8, 8))
+    train, test = {"cifar10": (60, 10), "cifar100": (400, 60), "flowers102": (164, 60)}[name]
+    assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (train, 3, 8, 8))
     accuracy = run(prepared).accuracy
-    assert accuracy["plug_in"]["rows"] == 10
+    assert accuracy["plug_in"]["rows"] == test
     assert "extra_tests" not in accuracy

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import save_tiny_bert, smoke_request
+from helpers import WORDS, save_tiny_bert, smoke_request
 
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
@@ -347,3 +347,34 @@ def test_both_test_sets_reach_the_record(tmp_path: Path, method: str) -> None:
     assert scores["plug_in"]["rows"] == 2
     assert scores["plug_in"]["accuracy"] in (0, 0.5, 1)
     assert (scores["proxy"] is None) == (method == "head-only")
+
+
+def official(root: Path, name: str) -> None:
+    """100 training and 8 test rows, as the set's authors or GLUE distribute it."""
+    for split, n in (("train", 100), ("test" if name == "agnews" else "dev", 8)):
+        words = [f"{WORDS[i % len(WORDS)]} {WORDS[(3 * i) % len(WORDS)]}" for i in range(n)]
+        if name == "agnews":
+            text = "".join(f'"{i % 4 + 1}","{w}","the {w}"\n' for i, w in enumerate(words))
+            write(root / "ag_news_csv" / f"{split}.csv", text)
+            continue
+        head, row, labels = {
+            "sst2": ("sentence\tlabel", "{w}\t{y}", ("0", "1")),
+            "qnli": ("index\tquestion\tsentence\tlabel", "{i}\t{w}?\t{w}\t{y}", ("entailment", "not_entailment")),
+            "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "{i}\t1\t2\t{w}?\tis {w}?\t{y}", ("0", "1")),
+        }[name]
+        lines = [row.format(i=i, w=w, y=labels[i % 2]) for i, w in enumerate(words)]
+        write(root / {"sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP"}[name] / f"{split}.tsv", "\n".join([head, *lines]))
+
+
+@pytest.mark.parametrize(
+    ("name", "scenario"),
+    [("sst2", "sst2-paper-iid"), ("agnews", "agnews-noniid"), ("qnli", "qnli-dir1"), ("qqp", "qqp-dir10")],
+)
+def test_a_run_from_official_files(tmp_path: Path, name: str, scenario: str) -> None:
+    official(tmp_path, name)
+    prepared = prepare(smoke_request(tmp_path, "fedpft", scenario, save_tiny_bert(tmp_path / "bert")))
+    assert (prepared.loaded.train.segments is not None) == (name in ("qnli", "qqp"))
+    record = run(prepared)
+    assert (record.status, record.accuracy["plug_in"]["rows"]) == ("complete", 8)
+    assert sum(record.partition["sizes"]) == 60, "40 of the 100 rows are for validation"
+    assert record.gradient_error is not None
