@@ -28,7 +28,7 @@ from fedbench.errors import FedbenchError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.export import adapter_path, keep_adapter
 from fedbench.exposure import Exposure
-from fedbench.files import load_tensors, save_tensors
+from fedbench.files import load_tensors, save_tensors, write_text
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
 from fedbench.loading import load_data
@@ -306,6 +306,19 @@ class Stopwatch:
             self.seconds[phase] += time.perf_counter() - start
 
 
+INDEX = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint holds a tensor as it was at `version`. The tensor is kept, so that its id stays its own."""
+
+    tensor: Tensor
+    version: int
+    file: str
+    name: str
+
+
 class Run:
     """The state of one run between rounds, and the loop over them."""
 
@@ -324,6 +337,7 @@ class Run:
         self.clients: dict[ClientId, Client] = {}
         self.rounds: list[dict[str, Any]] = []
         self.points: list[dict[str, Any]] = []
+        self.written: dict[int, _Place] = {}
         self.steps = 0
         self.step_flops: int | None = None
         self.example: LocalTask | None = None  # of the round before, for counting its operations
@@ -471,8 +485,8 @@ class Run:
         self.points.append({"round": round, "phase": phase, **block})
         return reference
 
-    def loop(self, checkpoints: Path | None) -> None:
-        """All rounds that are left, with a checkpoint after each."""
+    def loop(self, checkpoints: Path | None, until: int | None = None) -> None:
+        """All rounds that are left, or those up to `until`, with a checkpoint after each but the last of all."""
         start = len(self.rounds)
         if start == 0 and self.federation.rounds:
             self._gradient_error(-1, "start")
@@ -480,7 +494,7 @@ class Run:
         self.progress.phase(
             "federated rounds", total=(self.federation.rounds - start) * size, detail=self.p.method.name
         )
-        for round in range(start, self.federation.rounds):
+        for round in range(start, self.federation.rounds if until is None else until):
             self.round(round)
             if self.step_flops is None and self.example is not None:
                 with self.time("flops"):
@@ -490,28 +504,35 @@ class Run:
                     self.checkpoint(checkpoints)
 
     def checkpoint(self, folder: Path) -> None:
-        """Write everything needed to go on after this round, atomically: one safetensors file."""
-        tensors: dict[str, Tensor] = {}
-        store: dict[int, str] = {}
+        """Write everything needed to go on after this round; at any moment `folder` holds one whole checkpoint.
+
+        There is one after each round. A tensor is written once for as long as it stays the same, so that an FM which
+        clients hold is not written in every round: each checkpoint adds a file with what is new, and an index names all
+        tensors with their files.
+        """
+        file = f"round-{len(self.rounds)}.safetensors"
+        places: dict[int, _Place] = {}
+        new: dict[str, Tensor] = {}
 
         def put(state: State) -> dict[str, Any]:
             names = {}
             for name, tensor in state.tensors.items():
-                # Clients share the tensors of a sub-FM; each is written once.
-                names[name] = store.setdefault(id(tensor), f"t{len(store)}")
-                tensors[names[name]] = tensor
+                place = places.get(id(tensor)) or self.written.get(id(tensor))
+                if place is None or place.version != tensor._version:
+                    place = _Place(tensor, tensor._version, file, f"t{len(new)}")
+                    new[place.name] = tensor.detach().clone()  # two names may share a storage, which files cannot
+                places[id(tensor)] = place
+                names[name] = [place.file, place.name]
             return {"tensors": names, "values": dict(state.values)}
 
         best = None
         if self.best is not None:
             best = [self.best[0], self.best[1], put(State(self.best[2], self.server.state().values))]
-        states = {cid: client.state() for cid, client in sorted(self.clients.items())}
-        server, exposure = self.server.state(), State(self.exposure.state())
         about = {
             "key": self.p.key,
-            "server": put(server),
-            "exposure": put(exposure),
-            "clients": {str(cid): put(state) for cid, state in states.items()},
+            "server": put(self.server.state()),
+            "exposure": put(State(self.exposure.state())),
+            "clients": {str(cid): put(client.state()) for cid, client in sorted(self.clients.items())},
             "best": best,
             "rounds": self.rounds,
             "points": self.points,
@@ -521,22 +542,31 @@ class Run:
             "refused": self.transport.refused,
             "seconds": dict(self.time.seconds),
         }
-        # Copies: two names may share one storage, which the format refuses.
-        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        save_tensors(folder / "checkpoint.safetensors", copies, {"fedbench": json.dumps(about)})
+        save_tensors(folder / file, new, {})
+        write_text(folder / INDEX, json.dumps(about))
+        self.written = places
+        used = {place.file for place in places.values()}
+        for path in folder.glob("round-*.safetensors"):
+            if path.name not in used:
+                path.unlink()
 
     def resume(self, folder: Path) -> bool:
         """Become the run that wrote the checkpoint in `folder`; False where there is none for this key."""
-        path = folder / "checkpoint.safetensors"
+        path = folder / INDEX
         if not path.exists():
             return False
-        tensors, metadata = load_tensors(path)
-        about = json.loads(metadata["fedbench"])
+        about = json.loads(path.read_text(encoding="utf-8"))
         if about["key"] != self.p.key:
             return False
+        files: dict[str, dict[str, Tensor]] = {}
 
         def get(block: Mapping[str, Any]) -> State:
-            return State({name: tensors[t] for name, t in block["tensors"].items()}, block["values"])
+            tensors = {}
+            for name, (file, place) in block["tensors"].items():
+                if file not in files:
+                    files[file] = load_tensors(folder / file)[0]
+                tensors[name] = files[file][place]
+            return State(tensors, block["values"])
 
         self.server.restore(get(about["server"]))
         self.exposure.restore(dict(get(about["exposure"]).tensors))

@@ -29,8 +29,6 @@ import binascii
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +38,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedbench.errors import FedbenchError
+from fedbench.files import write_text
 
 SCHEMA = 1
 SIGNIFICANT_DIGITS = 9
@@ -149,20 +148,7 @@ def save(record: Record, root: Path) -> Path:
     Atomic: at any moment, power cuts included, the path holds the old record, the new one, or nothing.
     """
     path = path_of(record, root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = dumps(record.to_json())
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide a committed record from other readers
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    write_text(path, dumps(record.to_json()))
     return path
 
 
@@ -293,15 +279,3 @@ def _fill(items: list[str], prefix: str) -> str:
             line = f"{line} {text}" if line else text
     lines.append(prefix + line)
     return "\n".join(lines)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the platform can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows cannot open folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

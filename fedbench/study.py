@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,14 +124,11 @@ class _Reference(Run):
     def __init__(self, prepared: Prepared, progress: Progress) -> None:
         super().__init__(prepared, progress)
         self.trace = Trace()
+        self._note()
 
     def _note(self) -> None:
         fm = self.server.plug_in()
         self.trace.values.append(get_tensors(fm, tunable_names(fm)))
-
-    def loop(self, checkpoints: Path | None) -> None:
-        self._note()
-        super().loop(checkpoints)
 
     def round(self, round: int) -> None:
         super().round(round)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from fedbench.files import write_text
 from fedbench.records import dumps, plain
 from fedbench.study import Block, Study
 
@@ -181,11 +182,10 @@ def save(studies: Sequence[Study], results: Path) -> Path:
     """Write tables (.md), picture (.png) and each study (.json) under <results>/studies; return the tables' path."""
     about = studies[0].about
     folder = results / "studies" / about["scenario"]["name"]
-    folder.mkdir(parents=True, exist_ok=True)
     for study in studies:
         name = f"{study.method}-s{about['seed']}-{study.about['key'][:12]}.json"
-        (folder / name).write_text(dumps(plain(study.to_json())), encoding="utf-8")
+        write_text(folder / name, dumps(plain(study.to_json())))
     path = folder / f"{'-'.join(s.method for s in studies)}-s{about['seed']}.md"
-    path.write_text(markdown(studies), encoding="utf-8")
+    write_text(path, markdown(studies))
     plot(studies, path.with_suffix(".png"))
     return path

@@ -141,9 +141,7 @@ def resumed_same_record(prepared: Prepared) -> None:
         whole.loop(None)
         stopped = Run(prepared, Silent())
         if stopped.federation.rounds > 1:
-            stopped._gradient_error(-1, "start")
-            stopped.round(0)
-            stopped.checkpoint(Path(folder))
+            stopped.loop(Path(folder), until=1)
             stopped = Run(prepared, Silent())
             require(stopped.resume(Path(folder)), "the checkpoint was not taken")
         stopped.loop(None)

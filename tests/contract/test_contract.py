@@ -180,7 +180,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_identical_record(fm: str, tmp
     command += ["--results", str(tmp_path / "killed")]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     limit = time.monotonic() + 60
-    while not list((tmp_path / "killed").glob("checkpoints/*/checkpoint.safetensors")):
+    while not list((tmp_path / "killed").glob("checkpoints/*/checkpoint.json")):
         assert time.monotonic() < limit, "no checkpoint was ever written"
         assert running.poll() is None, "the run ended before it wrote a checkpoint"
         time.sleep(0.01)
