@@ -336,7 +336,8 @@ def table_command(
     from fedbench.grid import load_grid
     from fedbench.records import load_all
     from fedbench.registry import nearest
-    from fedbench.tables import compare, render, terminal
+    from fedbench.render import render, terminal
+    from fedbench.tables import compare
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():

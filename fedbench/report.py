@@ -10,8 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fedbench.formats import MEGA, megabytes, signed
 from fedbench.records import Record
-from fedbench.tables import MEGA, binomial_standard_error, megabytes, signed
+from fedbench.statistics import binomial_standard_error
 
 
 def summary(record: Record) -> RenderableType:

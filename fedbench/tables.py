@@ -1,17 +1,15 @@
-"""Tables: what records say, methods beside each other. Pure functions of records, without torch.
+"""Comparisons: what records say, methods beside each other. Pure functions of records, without torch.
 
 Numbers of several seeds are mean ± sample standard deviation with their count n; with one seed there is no
-deviation. Seeds are paired: one seed is one partition, one series of cohorts and one initialisation for all methods.
-Differences between methods carry a bootstrap interval over shared seeds and the shared test rows.
+deviation. Differences between methods carry a bootstrap interval over shared seeds and the shared test rows.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +18,19 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedbench.errors import FedbenchError
+from fedbench.formats import MEGA, seeds_text
 from fedbench.records import Record, unpack_correct
+from fedbench.statistics import (
+    SEEDS_FOR_TEST,
+    Difference,
+    Summary,
+    binomial_standard_error,
+    bootstrap,
+    holm,
+    paired_test,
+)
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from fedbench.grid import Cell, Reported
 
 REFERENCES = ("zero-shot", "head-only", "centralised-lora")
@@ -33,31 +39,7 @@ REFERENCES = ("zero-shot", "head-only", "centralised-lora")
 CEILING, FLOOR = "fedavg-lora", "head-only"
 """A scenario can rank methods only where the first clearly beats the second: its headroom."""
 
-SEEDS_FOR_TEST = 6
-"""With fewer paired seeds no exact two-sided test can pass 0.05 once Holm has been applied to anything."""
-
-RESAMPLES = 2000
-LEVEL = 0.95
-MEGA = 1e6
 FLAG = "†"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Mean, sample standard deviation (null for fewer than two values) and count of a measure over seeds."""
-
-    mean: float
-    std: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Summary | None:
-        """Of the values that exist; None if there are none."""
-        found = [float(value) for value in values if value is not None]
-        if not found:
-            return None
-        # Exact arithmetic: equal values have that mean and a deviation of 0, not of 1e-17.
-        return cls(statistics.mean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
 
 
 @dataclass
@@ -94,29 +76,6 @@ class Row:
         return Summary.of(None if value is None else value * scale for value in values)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Accuracy of method `a` minus that of `b` in points, over shared seeds and test rows.
-
-    `low` to `high` is the bootstrap interval; `p` is the paired test's, after Holm, where there were seeds enough.
-    """
-
-    a: str
-    b: str
-    mean: float
-    low: float
-    high: float
-    seeds: int
-    p: float | None = None
-
-    def __str__(self) -> str:
-        test = "" if self.p is None else f", p {_p_value(self.p)}"
-        return (
-            f"{self.a} minus {self.b}: {signed(self.mean)} points, {LEVEL:.0%} interval {signed(self.low)} to "
-            f"{signed(self.high)} ({_seeds(self.seeds)}){test}"
-        )
-
-
 @dataclass
 class Section:
     """All rows of one scenario with one FM."""
@@ -137,13 +96,14 @@ class Section:
 class Beside:
     """Accuracy of our runs with `fm` over the figures a publication reports with `reported_fm`, rows by scenarios.
 
-    `figures` by row and scenario, then by test set, in %.
+    `cells` and `figures` by row and scenario; figures in % by test set. `tests`: the test sets to show of a scenario.
     """
 
     fm: str
     reported_fm: str
+    cells: Mapping[tuple[str, str], Row]
     figures: Mapping[tuple[str, str], Mapping[str, float]]
-    frame: pd.DataFrame
+    tests: Mapping[str, Sequence[str]]
     notes: list[str]
 
     @property
@@ -180,7 +140,7 @@ class Comparison:
                     line[name] = found.mean if found else None
                     line[f"{name}_std"] = found.std if found else None
                 for test in _extra_tests(row):
-                    extra = row.summary(*_test_path(row, test))
+                    extra = row.summary(*test_path(row, test))
                     line[f"accuracy_{test}"] = extra.mean if extra else None
                     line[f"accuracy_{test}_std"] = extra.std if extra else None
                 if self.beside:
@@ -401,16 +361,12 @@ def _beside(sections: Sequence[Section], cells: Sequence[Cell], reported: Report
             )
             for scenario in scenarios
         }
-        lines = []
-        for name in names:
-            lines.append([name, *(accuracy_text(shown[name, s], tests[s]) for s in scenarios)])
-            lines.append(["  reported", *(_figure_text(figures.get((name, s), {}), tests[s]) for s in scenarios)])
         notes = [f"reported: {reported.source}", *reported.notes]
         notes += [f"{scenario}: test sets {' / '.join(each)}" for scenario, each in tests.items() if len(each) > 1]
         notes += _scale_notes(fm, theirs, shown)
         if several:
             notes.append("where a cell has runs in several settings, those nearest to the reported one are shown here")
-        out.append(Beside(fm, theirs, figures, pd.DataFrame(lines, columns=["method", *scenarios]), notes))
+        out.append(Beside(fm, theirs, shown, figures, tests, notes))
     return out
 
 
@@ -437,7 +393,7 @@ def _extra_tests(row: Row) -> list[str]:
     return list(dict.fromkeys(test for run in row.scored.values() for test in run.accuracy.get("extra_tests") or ()))
 
 
-def _test_path(row: Row, test: str) -> tuple[str, ...]:
+def test_path(row: Row, test: str) -> tuple[str, ...]:
     """Where a record holds the accuracy on a test set; "" is the first one, whatever its name."""
     extra = ("extra_tests", test) if test in _extra_tests(row) else ()
     return ("accuracy", *extra, "plug_in", "accuracy")
@@ -619,7 +575,7 @@ def _describe(section: Section) -> None:
         reasons = sorted({str(run.accuracy["unavailable"]) for run in row.runs.values() if not _plug_in(run)})
         section.notes += [f"{row.label}: not available: {reason}" for reason in reasons]
         if row.failed:
-            section.notes.append(f"{row.label}: {_seeds(row.failed)} failed; the tracebacks are in the records")
+            section.notes.append(f"{row.label}: {seeds_text(row.failed)} failed; the tracebacks are in the records")
 
 
 def _budget(section: Section) -> list[str]:
@@ -639,79 +595,6 @@ def _budget(section: Section) -> list[str]:
 
 def _plug_in(run: Record) -> Any:
     return run.accuracy.get("plug_in")
-
-
-# Statistics
-
-
-def binomial_standard_error(accuracy: float, rows: int) -> float:
-    """Standard deviation of the accuracy on `rows` independent test rows: sqrt(a (1 - a) / n)."""
-    return math.sqrt(accuracy * (1 - accuracy) / rows)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (Holm 1979): family-wise error, valid under any dependence."""
-    m = len(p_values)
-    adjusted = [0.0] * m
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(m), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (m - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
-
-
-def paired_test(differences: Sequence[float]) -> float:
-    """Two-sided p of the paired permutation (sign-flip) test on the mean difference; exact up to 16 pairs."""
-    from scipy.stats import permutation_test
-
-    values = np.asarray(differences, dtype=np.float64)
-    if not values.any():
-        return 1.0
-    result = permutation_test(
-        (values,),
-        lambda x, axis: np.mean(x, axis=axis),
-        permutation_type="samples",
-        n_resamples=2**16,
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    )
-    return float(result.pvalue)
-
-
-def bootstrap(
-    correct: Mapping[str, Mapping[int, NDArray[np.bool_]]], pairs: Sequence[tuple[str, str]], resamples: int = RESAMPLES
-) -> list[Difference]:
-    """Difference in accuracy of each pair, with a percentile interval over shared seeds and shared test rows.
-
-    `correct[method][seed]` says for each test row [n] whether it was answered rightly. In every resample the rows are
-    drawn once for all runs, because all runs face the same rows, and then the seeds that both of a pair have; with a
-    single seed only the rows vary. Resamples come from a fixed stream: the same records give the same interval.
-    """
-    runs = [(method, seed) for method, seeds in correct.items() for seed in sorted(seeds)]
-    if not runs:
-        return []
-    answers = np.stack([correct[method][seed] for method, seed in runs], axis=1).astype(np.float32)  # [n, runs]
-    rows = len(answers)
-    rng = np.random.default_rng(0)
-    scores = np.empty((resamples, len(runs)))
-    chunk = max(1, 4_000_000 // rows)
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        drawn = rng.integers(rows, size=(size, rows)) + np.arange(size)[:, None] * rows
-        weights = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows).astype(np.float32)
-        scores[start : start + size] = weights @ answers / rows
-    place = {run: index for index, run in enumerate(runs)}
-    out = []
-    for a, b in pairs:
-        shared = sorted(correct[a].keys() & correct[b].keys())
-        mine, theirs = [place[a, s] for s in shared], [place[b, s] for s in shared]
-        each = scores[:, mine] - scores[:, theirs]  # [resamples, seeds]
-        seeds = rng.integers(len(shared), size=each.shape)
-        means = np.take_along_axis(each, seeds, axis=1).mean(axis=1)
-        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        observed = float((answers[:, mine].mean(axis=0) - answers[:, theirs].mean(axis=0)).mean())
-        out.append(Difference(a, b, 100 * observed, 100 * float(low), 100 * float(high), len(shared)))
-    return out
 
 
 def _differences(section: Section) -> None:
@@ -752,232 +635,3 @@ def _differences(section: Section) -> None:
         d = found[i]
         found[i] = Difference(d.a, d.b, d.mean, d.low, d.high, d.seeds, p)
     section.differences = found
-
-
-# Rendering
-
-_HEADERS = (
-    "method", "accuracy %", "proxy %", "gap", "MB up", "MB down", "MB set-up", "grad. error", "exposed %",
-    "trained M", "held M",
-)  # fmt: skip
-
-LEGEND = (
-    "accuracy: FM with the tuned parameters plugged in, on the test set, mean ± standard deviation (n seeds)",
-    "proxy, gap: the model clients train, and plug-in minus proxy, in points; – where clients train the FM itself",
-    "MB: 10^6 bytes of payload, a run's total over all clients; down is without set-up (first download of a model)",
-    "grad. error: proxy against FM, relative norm, at the start / mean of the run; exposed: share of the FM's weights",
-    "a client ends up with, verbatim / within 1%; trained, held: 10^6 parameters at a client",
-)
-
-
-def _columns() -> list[tuple[str, Callable[[Row], str]]]:
-    """Headers with how each is written, after the method and its accuracy."""
-
-    def value(*path: str, scale: float = 1.0, form: Callable[[float], str]) -> Callable[[Row], str]:
-        def text(row: Row) -> str:
-            found = row.summary(*path, scale=scale)
-            return form(found.mean) if found else "–"
-
-        return text
-
-    def both(a: Callable[[Row], str], b: Callable[[Row], str]) -> Callable[[Row], str]:
-        def text(row: Row) -> str:
-            return "–" if (x := a(row)) == (y := b(row)) == "–" else f"{x} / {y}"
-
-        return text
-
-    one, two = "{:.1f}".format, "{:.2f}".format
-    writers = (
-        value("accuracy", "proxy", "accuracy", scale=100, form=one),
-        value("accuracy", "gap", scale=100, form=signed),
-        value("communication", "up", "bytes", scale=1 / MEGA, form=three_digits),
-        value("communication", "down_after_setup", scale=1 / MEGA, form=three_digits),
-        value("communication", "setup_bytes", scale=1 / MEGA, form=three_digits),
-        both(value("gradient_error", "start", form=two), value("gradient_error", "mean", form=two)),
-        both(
-            value("exposure", "verbatim", "all", scale=100, form=one),
-            value("exposure", "within_1_percent", "all", scale=100, form=one),
-        ),
-        value("compute", "trainable_parameters", scale=1 / MEGA, form=three_digits),
-        value("compute", "resident_parameters", scale=1 / MEGA, form=three_digits),
-    )
-    return list(zip(_HEADERS[2:], writers, strict=True))
-
-
-def section_frame(section: Section) -> pd.DataFrame:
-    """A scenario's table as text: one line a method."""
-    lines = []
-    for row in section.rows:
-        line = {"method": row.label + (f" {FLAG}" if row.flag else ""), "accuracy %": accuracy_text(row)}
-        line |= {header: write(row) if row.scored else "–" for header, write in _columns()}
-        lines.append(line)
-    return pd.DataFrame(lines, columns=list(_HEADERS))
-
-
-def overview_frame(comparison: Comparison) -> pd.DataFrame:
-    """Accuracy as text, methods x scenarios."""
-    columns: dict[str, dict[str, str]] = {}
-    rows = [row for section in comparison.sections for row in section.rows]
-    order = list(dict.fromkeys(row.method for row in rows))
-    labels = dict.fromkeys(row.label for row in sorted(rows, key=lambda row: order.index(row.method)))
-    for section in comparison.sections:
-        texts = {row.label: accuracy_text(row) + (f" {FLAG}" if row.flag else "") for row in section.rows}
-        columns[section.title] = {label: texts.get(label, "–") for label in labels}
-    frame = pd.DataFrame(columns, index=list(labels))
-    return frame.rename_axis("method").reset_index()
-
-
-def accuracy_text(row: Row, tests: Sequence[str] = ("",)) -> str:
-    """87.3 ± 0.4 (3), in per cent; (2/3) where a grid expects more; or why there is none. Several test sets: a / b."""
-    found = [summary for test in tests if (summary := row.summary(*_test_path(row, test), scale=100))]
-    if not found:
-        return row.state
-    scores = (f"{each.mean:.1f}" + ("" if each.std is None else f" ± {each.std:.1f}") for each in found)
-    of = f"/{row.expected}" if row.expected and row.expected != found[0].n else ""
-    return f"{' / '.join(scores)} ({found[0].n}{of})"
-
-
-def _figure_text(figure: Mapping[str, float], tests: Sequence[str]) -> str:
-    """Reported accuracies by test set: a / b."""
-    if not figure:
-        return "not available"
-    return " / ".join(f"{figure[test]:.1f}" if test in figure else "–" for test in tests)
-
-
-def comments(section: Section) -> list[str]:
-    """The lines under a scenario's table: headroom, differences, notes."""
-    out = []
-    if section.headroom:
-        verdict = "" if section.headroom.low > 0 else "; the interval holds 0: this scenario cannot rank methods"
-        out.append(f"headroom, {section.headroom}{verdict}")
-    elif any(row.scored for row in section.rows):
-        out.append(f"headroom: unknown; it takes complete runs of {CEILING} and {FLOOR} with a shared seed")
-    out += map(str, section.differences)
-    if section.differences and all(d.p is None for d in section.differences):
-        out.append(f"no test of these differences: it takes {SEEDS_FOR_TEST} shared seeds")
-    elif section.differences:
-        out.append("p: paired permutation test over shared seeds, with Holm's correction")
-    return out + section.notes
-
-
-def render(comparison: Comparison, form: str) -> str:
-    """The comparison as "markdown", "latex" or "csv"."""
-    if form == "csv":
-        return comparison.frame().to_csv(index=False)
-    if form == "markdown":
-        return _markdown(comparison)
-    if form == "latex":
-        return _latex(comparison)
-    raise FedbenchError(f"--format {form}: unknown; use terminal, markdown, latex or csv")
-
-
-def _tables(comparison: Comparison) -> list[tuple[str, pd.DataFrame, list[str]]]:
-    """Title, table and comments of each table to print; accuracy over scenarios first, reported figures beside it."""
-    out = [(beside.title, beside.frame, beside.notes) for beside in comparison.beside]
-    if len(comparison.sections) > 1 and not out:
-        out.append(("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
-    return out + [(section.title, section_frame(section), comments(section)) for section in comparison.sections]
-
-
-def _markdown(comparison: Comparison) -> str:
-    parts = [f"# {comparison.title}"] if comparison.title else []
-    for title, frame, notes in _tables(comparison):
-        align = ["left"] + ["right"] * (len(frame.columns) - 1)
-        # Text is printed as it is: tabulate would read "87.30" as a number and print 87.3.
-        table = frame.to_markdown(index=False, disable_numparse=True, colalign=align if len(frame) else None)
-        parts += [f"## {title}", str(table)]
-        if notes:
-            parts.append("\n".join(f"- {note}" for note in notes))
-    parts.append("\n".join(f"{line}  " for line in LEGEND).rstrip())
-    return "\n\n".join(parts) + "\n"
-
-
-def _latex(comparison: Comparison) -> str:
-    """Tables for booktabs, each with its notes under it; the legend comes once, at the end."""
-    from tabulate import tabulate
-
-    parts = []
-    for title, frame, notes in _tables(comparison):
-        body = tabulate(
-            frame.values.tolist(),
-            headers=list(frame.columns),
-            tablefmt="latex_booktabs",
-            disable_numparse=True,
-            colalign=["left"] + ["right"] * (len(frame.columns) - 1) if len(frame) else None,
-        )
-        lines = ["\\begin{table}", "\\centering\\small", f"\\caption{{{_symbols(_escape(title))}}}", _symbols(body)]
-        if notes:
-            lines.append("\\par\\medskip\\raggedright\\footnotesize")
-            lines.append("\\\\\n".join(_symbols(_escape(note)) for note in notes))
-        parts.append("\n".join([*lines, "\\end{table}"]))
-    parts.append(_symbols(_escape("\n".join(LEGEND))))
-    return "\n\n".join(parts) + "\n"
-
-
-def _escape(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, "\\" + character)
-    return text.replace("^", "\\textasciicircum{}")
-
-
-def _symbols(text: str) -> str:
-    for character, command in (("±", "$\\pm$"), (FLAG, "$\\dagger$"), ("−", "$-$"), ("–", "--")):
-        text = text.replace(character, command)
-    return text
-
-
-def terminal(comparison: Comparison) -> RenderableType:
-    """The comparison for a terminal; fits in 120 columns."""
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    parts: list[RenderableType] = [Text(comparison.title, style="bold")] if comparison.title else []
-    if not comparison.sections:
-        return Text("no records")
-    styles = {"missing": "dim", "failed": "red", "not available": "dim"}
-    for title, frame, notes in _tables(comparison):
-        table = Table(
-            box=None,
-            padding=(0, 2, 0, 0),
-            pad_edge=False,
-            header_style="bold",
-        )
-        for index, header in enumerate(frame.columns):
-            left = index == 0
-            table.add_column(Text(header), justify="left" if left else "right", no_wrap=not left, overflow="fold")
-        for line in frame.itertuples(index=False):
-            table.add_row(*(Text(str(text), style=styles.get(str(text), "")) for text in line))
-        # Not as the table's own title, which would wrap at the width of a narrow table.
-        parts += [Text(""), Text(title, style="bold"), table]
-        parts += [Padding(Text(note), (0, 0, 0, 2)) for note in notes]
-    parts += [Text(""), *(Text(line, style="dim") for line in LEGEND)]
-    return Group(*parts)
-
-
-def signed(value: float) -> str:
-    """One decimal with its sign, as differences in points are written."""
-    text = f"{value:+.1f}"
-    return text.replace("-", "−") if float(text) else "0.0"
-
-
-def three_digits(value: float) -> str:
-    """About three significant digits, without an exponent."""
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(digits, 4)}f}"
-
-
-def megabytes(size: float) -> str:
-    """Bytes in units of 10^6."""
-    return three_digits(size / MEGA)
-
-
-def _p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _seeds(n: int) -> str:
-    return f"{n} seed" + ("" if n == 1 else "s")

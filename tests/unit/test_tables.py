@@ -18,7 +18,9 @@ from fedbench import report, tables
 from fedbench.errors import FedbenchError
 from fedbench.grid import Grid, load_grid
 from fedbench.records import Record, save
-from fedbench.tables import Summary, accuracy_text, bootstrap, compare, holm, paired_test, render
+from fedbench.render import accuracy_text, beside_frame, comments, overview_frame, render, terminal
+from fedbench.statistics import Summary, binomial_standard_error, bootstrap, holm, paired_test
+from fedbench.tables import compare
 
 
 def shown(renderable: RenderableType, width: int = 120) -> str:
@@ -67,7 +69,7 @@ def test_paired_test_is_exact() -> None:
 
 
 def test_binomial_standard_error() -> None:
-    assert tables.binomial_standard_error(0.9, 900) == pytest.approx(0.01)  # sqrt(0.09 / 900)
+    assert binomial_standard_error(0.9, 900) == pytest.approx(0.01)  # sqrt(0.09 / 900)
 
 
 def test_bootstrap_over_seeds_by_hand() -> None:
@@ -96,16 +98,16 @@ def test_headroom_uses_shared_seeds_only() -> None:
     assert section.headroom is not None
     assert section.headroom.mean == pytest.approx(11.0)
     assert section.headroom.seeds == 2
-    line = tables.comments(section)[0]
+    line = comments(section)[0]
     assert line.startswith("headroom, fedavg-lora minus head-only: +11.0 points, 95% interval +")
     assert "cannot rank" not in line
 
 
 def test_headroom_that_holds_zero_says_so_and_missing_headroom_is_said() -> None:
     (section,) = compare([*accuracies("fedavg-lora", [0.8]), *accuracies("head-only", [0.8])]).sections
-    assert "cannot rank methods" in tables.comments(section)[0]
+    assert "cannot rank methods" in comments(section)[0]
     (section,) = compare(accuracies("fedpft", [0.8])).sections
-    assert "headroom: unknown" in tables.comments(section)[0]
+    assert "headroom: unknown" in comments(section)[0]
 
 
 def test_tests_only_from_six_seeds_with_holm() -> None:
@@ -113,7 +115,7 @@ def test_tests_only_from_six_seeds_with_holm() -> None:
     better = [value + 0.05 for value in five]
     (section,) = compare([*accuracies("fedpft", better), *accuracies("fedot", five)]).sections
     assert [d.p for d in section.differences] == [None]
-    assert any("it takes 6 shared seeds" in line for line in tables.comments(section))
+    assert any("it takes 6 shared seeds" in line for line in comments(section))
     records = [
         *accuracies("fedpft", [*better, 0.90]),
         *accuracies("fedot", [*five, 0.85]),
@@ -143,10 +145,10 @@ def test_missing_failed_and_unavailable_are_visible() -> None:
     assert texts == {"zero-shot": "not available", "fedot": "failed", "fedpft": "80.0 (1/3)", "head-only": "missing"}
     assert list(texts) == grid.methods
     assert {accuracy_text(row) for row in second.rows} == {"missing"}
-    notes = "\n".join(tables.comments(first))
+    notes = "\n".join(comments(first))
     assert "zero-shot: not available: minilm-l6 has no head trained for this task" in notes
     assert "fedpft: 1 seed failed" in notes
-    text = shown(tables.terminal(comparison))
+    text = shown(terminal(comparison))
     for word in ("A grid", "missing", "failed", "not available", "80.0 (1/3)"):
         assert word in text
     assert list(comparison.frame()["state"])[:4] == ["not available", "failed", "complete", "missing"]
@@ -154,7 +156,7 @@ def test_missing_failed_and_unavailable_are_visible() -> None:
 
 def test_without_a_grid_a_method_absent_from_a_scenario_is_missing() -> None:
     comparison = compare([make_record("fedpft"), make_record("fedot"), make_record("fedot", scenario="sst2-iid")])
-    overview = tables.overview_frame(comparison).set_index("method")
+    overview = overview_frame(comparison).set_index("method")
     assert overview.loc["fedpft"].tolist() == ["80.0 (1)", "missing"]
 
 
@@ -191,7 +193,7 @@ def test_rows_that_are_not_comparable_are_flagged_and_left_out_of_differences() 
         "fedot": "data_hash eeeeeeee instead of dddddddd, federation.rounds 30 instead of 15",
     }
     assert [(d.a, d.b) for d in section.differences] == [("fedpft", "fedavg-lora")]
-    for text in (shown(tables.terminal(compare(records))), render(compare(records), "markdown")):
+    for text in (shown(terminal(compare(records))), render(compare(records), "markdown")):
         assert "fedot †" in text
         assert "not comparable" in text
     assert compare(records).frame().set_index("method").loc["fedot", "not_comparable"] == flags["fedot"]
@@ -256,7 +258,7 @@ def test_reported_figures_stand_under_ours_of_the_same_fm() -> None:
         "Accuracy in %: ours with bert-base, reported with bert-base",
         "Accuracy in %: ours with roberta-base, reported with roberta-base",
     ]
-    assert bert.frame.to_numpy().tolist() == [
+    assert beside_frame(bert).to_numpy().tolist() == [
         ["fedavg-lora", "missing", "missing", "missing", "missing"],
         ["  reported", "91.6", "88.4", "80.7 / 81.6", "87.8"],
         ["fedot", "missing", "missing", "missing", "failed"],
@@ -286,9 +288,16 @@ def test_scale_and_what_is_not_as_reported_are_said() -> None:
         "Accuracy in %: ours with minilm-l6, reported with bert-base",
         "Accuracy in %: ours with minilm-l6, reported with roberta-base",
     ]
-    assert small[0].frame["qnli-iid"].tolist() == ["50.0 (1/3)", "88.4", "missing", "83.9", "60.0 (1/3)", "87.5"]
-    assert small[0].frame["sst2-paper-iid"].tolist()[:2] == ["not available", "91.6"]
-    assert small[1].frame["qnli-iid"].tolist()[1::2] == ["90.8", "85.3", "88.7"]
+    assert beside_frame(small[0])["qnli-iid"].tolist() == [
+        "50.0 (1/3)",
+        "88.4",
+        "missing",
+        "83.9",
+        "60.0 (1/3)",
+        "87.5",
+    ]
+    assert beside_frame(small[0])["sst2-paper-iid"].tolist()[:2] == ["not available", "91.6"]
+    assert beside_frame(small[1])["qnli-iid"].tolist()[1::2] == ["90.8", "85.3", "88.7"]
     assert (
         "ours: minilm-l6, 50 clients, 10% of them a round, 15 rounds, 1 local epoch of at most 10 steps"
         in small[0].notes
@@ -307,7 +316,7 @@ def test_reported_figures_in_every_format(fm: str | None) -> None:
     comparison = beside_the_paper(fm)
     name = fm or "bert-base"
     title = f"ours with {name}, reported with bert-base"
-    text = shown(tables.terminal(comparison))
+    text = shown(terminal(comparison))
     assert max(map(len, text.splitlines())) <= 120
     for rendered in (text, render(comparison, "markdown"), render(comparison, "latex")):
         assert title in rendered
@@ -334,8 +343,8 @@ def test_reported_figures_in_every_format(fm: str | None) -> None:
 def test_figures_that_are_not_at_hand_are_not_available() -> None:
     grid = load_grid("paper-vision")
     (beside,) = compare([], grid.cells(), grid.title, grid.reported).beside
-    assert set(beside.frame.iloc[1::2, 1:].to_numpy().ravel()) == {"not available"}
-    assert set(beside.frame.iloc[::2, 1:].to_numpy().ravel()) == {"missing"}
+    assert set(beside_frame(beside).iloc[1::2, 1:].to_numpy().ravel()) == {"not available"}
+    assert set(beside_frame(beside).iloc[::2, 1:].to_numpy().ravel()) == {"missing"}
     assert "the paper's figures for vision are not at hand" in beside.notes
 
 
@@ -357,7 +366,7 @@ def test_variants_of_a_grid_are_rows_with_their_own_records() -> None:
         "fedpft [p 0.3]": "missing",
         "fedpft [p 0.8]": "30.0 (1/3)",
     }
-    assert comparison.beside[0].frame["qnli-iid"].tolist()[:4] == ["10.0 (1/3)", "87.3", "20.0 (1/3)", "87.5"]
+    assert beside_frame(comparison.beside[0])["qnli-iid"].tolist()[:4] == ["10.0 (1/3)", "87.3", "20.0 (1/3)", "87.5"]
 
 
 def test_of_several_settings_the_nearest_to_the_reported_one_is_shown() -> None:
@@ -369,7 +378,7 @@ def test_of_several_settings_the_nearest_to_the_reported_one_is_shown() -> None:
     ]  # fmt: skip
     grid = load_grid("paper-iid")
     comparison = compare(records, grid.cells(), "", grid.reported)
-    assert comparison.beside[0].frame["qnli-iid"].tolist()[4] == "90.0 (1/3)"
+    assert beside_frame(comparison.beside[0])["qnli-iid"].tolist()[4] == "90.0 (1/3)"
     assert any("nearest to the reported one" in note for note in comparison.beside[0].notes)
     assert len(comparison.sections[1].rows) == 4
 
@@ -419,7 +428,7 @@ def many_records() -> list[Record]:
 
 
 def test_terminal_fits_in_120_columns_with_every_cell_whole() -> None:
-    text = shown(tables.terminal(compare(many_records())))
+    text = shown(terminal(compare(many_records())))
     assert max(map(len, text.splitlines())) <= 120
     line = next(line for line in text.splitlines() if line.startswith("fedpft") and "60.0" in line)
     assert " ".join(line.split()) == (
@@ -458,7 +467,7 @@ def test_csv_can_be_read_back() -> None:
 def test_unknown_format_and_no_records() -> None:
     with pytest.raises(FedbenchError, match="markdown, latex or csv"):
         render(compare([]), "html")
-    assert shown(tables.terminal(compare([]))).strip() == "no records"
+    assert shown(terminal(compare([]))).strip() == "no records"
     assert render(compare([]), "markdown")
 
 
@@ -474,14 +483,14 @@ def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
         save(record, tmp_path)
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from fedbench import grid, records, report, tables\n"
+        "from fedbench import grid, records, render, report, tables\n"
         "found = records.load_all(Path(sys.argv[1]))\n"
         "chosen = grid.load_grid('paper-iid')\n"
         "comparison = tables.compare(found, chosen.cells(), '', chosen.reported)\n"
-        "[tables.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
+        "[render.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
         "comparison = tables.compare(found, grid.load_grid('agnews').cells())\n"
-        "[tables.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
-        "Console().print(tables.terminal(comparison), report.summary(found[0]))\n"
+        "[render.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
+        "Console().print(render.terminal(comparison), report.summary(found[0]))\n"
         "sys.exit(','.join(sorted({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))) or None)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
