@@ -7,7 +7,7 @@ on the same probe batch, dropout off, in fp32.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,24 @@ def compare(proxy: Mapping[str, Tensor], fm: Mapping[str, Tensor]) -> dict[str, 
         "error": (difference / reference) ** 0.5,
         "cosine": product / (reference * own) ** 0.5 if own > 0.0 else None,
     }
+
+
+def aggregation_error(tunables: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> float | None:
+    """|| mean(B_i A_i) - mean(B_i) mean(A_i) ||_F / || mean(B_i A_i) ||_F over all LoRA pairs of some clients.
+
+    What averaging the factors of LoRA loses against averaging their products, with these weights. None where there is
+    no LoRA, or nothing to lose: B is zero.
+    """
+    shares = [w / sum(weights) for w in weights]
+    lost = whole = 0.0
+    for name in (n for n in tunables[0] if ".lora_A." in n):
+        a = [t[name].double() for t in tunables]
+        b = [t[name.replace(".lora_A.", ".lora_B.")].double() for t in tunables]
+        products = torch.stack([s * (y @ x) for s, x, y in zip(shares, a, b, strict=True)]).sum(0)
+        means = [torch.stack([s * x for s, x in zip(shares, each, strict=True)]).sum(0) for each in (b, a)]
+        lost += float((products - means[0] @ means[1]).square().sum())
+        whole += float(products.square().sum())
+    return (lost / whole) ** 0.5 if whole > 0.0 else None
 
 
 def gradient_error(

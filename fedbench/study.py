@@ -9,6 +9,7 @@ with the same seed, cohorts, batches and local optimiser, which differs in nothi
 - the error of the update: what a client's local training (its epochs, at most `max_steps`) changes from the reference's
   values, on the proxy against on the FM, mean over the round's clients;
 - the drift: how far the aggregated values are from the reference's, relative to how far those came from the start;
+- the error of aggregation: what averaging the two factors of LoRA loses against averaging their products;
 - the residuals of distillation, by layer.
 
 Each is a block as in a record's gradient error: restricted to the proxy's tunables and zero-filled, LoRA and head, and
@@ -29,7 +30,7 @@ from fedbench import provenance
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Method
 from fedbench.engine import Prepared, Progress, Run, Silent
 from fedbench.errors import FedbenchError
-from fedbench.gradient import gradient_error, gradients
+from fedbench.gradient import aggregation_error, gradient_error, gradients
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.models import Parts, get_tensors, set_tensors, tunable_names
 from fedbench.packing import packing
@@ -56,7 +57,8 @@ class Study:
     """One method's run against the reference.
 
     points: gradient errors by round and phase (round -1 is the start), each with its block along the method's own path
-    and, under "common", at the reference's values. updates, drift: blocks by round. residuals: of distillation, by
+    and, under "common", at the reference's values. updates, drift: blocks by round, the latter with the error of
+    aggregation. residuals: of distillation, by
     layer of the FM.
     """
 
@@ -153,6 +155,7 @@ class _Studied(Run):
         self.trace = Trace()
         self.updates: list[Block] = []
         self.drift: list[Block] = []
+        self.aggregation: float | None = None
 
     def follow(self, trace: Trace) -> None:
         """Compare with this run from now on."""
@@ -172,7 +175,7 @@ class _Studied(Run):
         start, theirs = self.trace.values[0], self.trace.values[round + 1]
         now = get_tensors(self.server.plug_in(), list(self.server.fm_names().values()))
         moved, expected = ({n: v - start[n] for n, v in values.items()} for values in (now, theirs))
-        self.drift.append({"round": round, **self._block(moved, expected)})
+        self.drift.append({"round": round, "aggregation": self.aggregation, **self._block(moved, expected)})
 
     def _train(self, round: int, tasks: Mapping[ClientId, LocalTask]) -> dict[ClientId, LocalResult]:
         values, names = self.trace.values[round], self.server.fm_names()
@@ -191,7 +194,10 @@ class _Studied(Run):
         ]
         if blocks:
             self.updates.append({"round": round, "clients": len(blocks), **mean_block(blocks)})
-        return super()._train(round, tasks)
+        results = super()._train(round, tasks)
+        weights = [len(self.rows[cid]) for cid in results]
+        self.aggregation = aggregation_error([r.tunables for r in results.values()], weights) if results else None
+        return results
 
     def _gradient_error(self, round: int, phase: str, reference: Tensors | None = None) -> Tensors | None:
         own = super()._gradient_error(round, phase, reference)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 LEGEND = (
     "own path: gradient error at the method's own values; common: at those of fedavg-lora's run with the same seed,",
     "batches and optimiser. Relative norms, zero-filled (restricted: over the proxy's tunables); cos: cosine.",
-    "update: of local training from the common values; drift: of the aggregate, relative to how far the FM's run came.",
+    "update: of local training from the common values; drift: of the aggregate, relative to how far the FM's run came;",
+    "aggregation: lost by averaging LoRA's factors instead of their products, relative.",
 )
 PHASES = {"start": "start", "round": "", "before_alignment": "before alignment", "after_alignment": "after alignment"}
 
@@ -48,6 +49,7 @@ def points_frame(study: Study) -> pd.DataFrame:
                 "update cos": _at(update, "zero_filled", "cosine"),
                 "drift": _at(drifted, "zero_filled", "error"),
                 "drift cos": _at(drifted, "zero_filled", "cosine"),
+                "aggregation": drifted and drifted["aggregation"],
             }
         )
     return pd.DataFrame(lines)

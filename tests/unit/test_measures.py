@@ -10,7 +10,7 @@ from helpers import tiny_fm, train_rows
 from fedbench.api import AdamW, Frozen, LocalTask, Source
 from fedbench.evaluate import Evaluation, per_client
 from fedbench.exposure import Exposure
-from fedbench.gradient import compare, gradient_error
+from fedbench.gradient import aggregation_error, compare, gradient_error
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.rng import Streams
 from fedbench.training import step_flops
@@ -46,6 +46,18 @@ def test_relative_error_and_cosine_by_hand() -> None:
     assert compare({"w": t(3, 4)}, {"w": t(3, 4)}) == {"error": 0.0, "cosine": pytest.approx(1.0)}
     assert compare({"w": t(0, 5)}, {"w": t(5, 0)}) == {"error": pytest.approx(2**0.5), "cosine": pytest.approx(0.0)}
     assert compare({"w": t(-1, 0)}, {"w": t(1, 0)}) == {"error": pytest.approx(2.0), "cosine": pytest.approx(-1.0)}
+
+
+def test_averaging_factors_by_hand() -> None:
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+    clients = [{"q.lora_A.w": a, "q.lora_B.w": b}, {"q.lora_A.w": -a, "q.lora_B.w": -b}]
+    # Both products are the same matrix, and the factors cancel: everything is lost.
+    assert aggregation_error(clients, [1, 1]) == pytest.approx(1.0)
+    # With shares 3/4 and 1/4 the mean factors are halves, and their product a quarter.
+    assert aggregation_error(clients, [3, 1]) == pytest.approx(0.75)
+    assert aggregation_error([clients[0], clients[0]], [2, 5]) == pytest.approx(0.0)
+    assert aggregation_error([{"head": a}], [1]) is None
+    assert aggregation_error([{"q.lora_A.w": a, "q.lora_B.w": 0 * b}], [1]) is None
 
 
 def test_what_the_proxy_lacks_counts_as_zero_only_when_zero_filled() -> None:

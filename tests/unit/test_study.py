@@ -62,6 +62,7 @@ def test_a_proxy_that_is_the_fm_has_no_error_anywhere() -> None:
         for block in (point, point["common"]):
             assert block["zero_filled"]["error"] == pytest.approx(0, abs=1e-5)
             assert block["restricted"]["cosine"] == pytest.approx(1)
+    assert all(0 < block["aggregation"] < 1 for block in found.drift)
     for block in (*found.updates, *found.drift):
         assert block["zero_filled"]["error"] == pytest.approx(0, abs=1e-4)
 
