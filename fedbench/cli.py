@@ -361,7 +361,7 @@ def table_command(
     if format is Format.terminal:
         _console().print(terminal(comparison))
     else:
-        print(render(comparison, format.value))
+        print(render(comparison, format.value), end="")
 
 
 @app.command("gradient", epilog="Example: fedbench gradient --method fedpft --method fedot --scenario tweets-noniid")
