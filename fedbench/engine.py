@@ -384,7 +384,7 @@ class Run:
             # A client that drops out has still received, and is charged for, what it was sent.
             tasks = {cid: self.client(cid).task(round, inbox, self.rows[cid]) for cid, inbox in delivered}
             results = self._train(round, {cid: tasks[cid] for cid in staying})
-        self.example = tasks[staying[0]] if staying else None
+        self.example = next((tasks[cid] for cid in staying if tasks[cid].batches), None)
         self.steps += sum(r.steps for r in results.values())
         with self.time("upload"):
             for cid, result in results.items():
