@@ -1,6 +1,6 @@
 """One fixed federated workload, run by fedbench, by a bare PyTorch loop and by other frameworks, side by side.
 
-    python tests/benchmarks/race.py --data-dir DIR [--runners fedbench,bare,flower] [--rounds 5] [--cycles 3]
+    python tests/benchmarks/race.py --data-dir DIR [--runners fedbench,bare,flower,pfl] [--rounds 5] [--cycles 3]
 
 Local training and aggregation of some rounds of FedAvg on LoRA: MiniLM-L6, r 8 on query, key, value and attention
 output, and head; fp32; 4,000 rows of SST-2 over 100 clients (Dirichlet 1.0), 10 a round, one epoch in batches of 8,
@@ -14,6 +14,7 @@ not installed is left out, with a note.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -30,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -213,17 +215,91 @@ def run_flower(work: Workload) -> tuple[float, Values]:
     return out["end"] - out["start"], dict(out["values"])
 
 
+def run_pfl(work: Workload) -> tuple[float, Values]:
+    """pfl's FederatedAveraging on its simulated backend: one process of two threads."""
+    os.environ["PFL_PYTORCH_DEVICE"] = "cpu"
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.aggregate.weighting import WeightByDatapoints
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.data.dataset import Dataset
+    from pfl.data.federated_dataset import FederatedDataset
+    from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.model.pytorch import PyTorchModel
+
+    torch.set_num_threads(THREADS)
+    model, parameters = stock_model(work.init)
+
+    class Net(torch.nn.Module):
+        """The model with the methods pfl calls."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def loss(self, **batch: torch.Tensor) -> torch.Tensor:
+            self.train()
+            return self.model(**batch).loss
+
+        def metrics(self, **_: torch.Tensor) -> dict[str, Any]:
+            return {}
+
+    class Rows(Dataset):
+        """A client's rows in one round; pfl's own `iter` would want arrays of equal length."""
+
+        def iter(self, _: int) -> Iterator[dict[str, torch.Tensor]]:
+            client, round = self.user_id.split("-")
+            return work.batches(int(client), int(round))
+
+    class Fixed(FederatedAveraging):
+        """Without evaluation, which pfl makes of every client at the start."""
+
+        def get_next_central_contexts(self, *arguments: Any, **named: Any) -> Any:
+            contexts, *rest = super().get_next_central_contexts(*arguments, **named)
+            if contexts is not None:
+                contexts = tuple(dataclasses.replace(c, do_evaluation=False) for c in contexts)
+            return contexts, *rest
+
+    clients = iter([(c, round) for round in range(work.rounds + 1) for c in work.cohort(round)])
+    data = FederatedDataset(
+        lambda who: Rows(raw_data=[np.arange(work.size(who[0]))], user_id=f"{who[0]}-{who[1]}"), lambda: next(clients)
+    )
+    wrapped = PyTorchModel(
+        Net(),
+        local_optimizer_create=lambda ps, lr: torch.optim.AdamW(
+            [p for p in ps if p.requires_grad], lr=lr, weight_decay=0.0
+        ),
+        central_optimizer=torch.optim.SGD(parameters.values(), lr=1.0),
+    )
+    start = time.perf_counter()
+    Fixed().run(
+        algorithm_params=NNAlgorithmParams(
+            central_num_iterations=work.rounds,
+            evaluation_frequency=10**9,
+            train_cohort_size=len(work.cohort(0)),
+            val_cohort_size=None,
+        ),
+        backend=SimulatedBackend(training_data=data, val_data=data, postprocessors=[WeightByDatapoints()]),
+        model=wrapped,
+        model_train_params=NNTrainHyperParams(local_num_epochs=1, local_learning_rate=LR, local_batch_size=8),
+        model_eval_params=NNEvalHyperParams(local_batch_size=64),
+        callbacks=[],
+    )
+    return time.perf_counter() - start, {n: p.detach().clone() for n, p in parameters.items()}
+
+
 RUNNERS: dict[str, tuple[Callable[[Workload], tuple[float, Values]], tuple[str, ...]]] = {
     "fedbench": (run_fedbench, ()),
     "bare": (run_bare, ()),
     "flower": (run_flower, ("flwr", "ray")),
+    "pfl": (run_pfl, ("pfl",)),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     out.add_argument("--data-dir", type=Path, help="folder with SST-2 on disk, else the hub or its cache")
-    out.add_argument("--runners", default="fedbench,bare,flower")
+    out.add_argument("--runners", default="fedbench,bare,flower,pfl")
     out.add_argument("--rounds", type=int, default=5, help="federated rounds in each run")
     out.add_argument("--cycles", type=int, default=3, help="how often the runners take turns")
     out.add_argument("--workers", type=int, help="worker processes of fedbench; default: one per core")
