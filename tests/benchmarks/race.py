@@ -1,6 +1,6 @@
 """One fixed federated workload, run by fedbench, by a bare PyTorch loop and by other frameworks, side by side.
 
-    python tests/benchmarks/race.py --data-dir DIR [--runners fedbench,bare,flower,pfl] [--rounds 5] [--cycles 3]
+    python tests/benchmarks/race.py --data-dir DIR [--runners fedbench,bare,flower,fedml,pfl] [--rounds 5] [--cycles 3]
 
 Local training and aggregation of some rounds of FedAvg on LoRA: MiniLM-L6, r 8 on query, key, value and attention
 output, and head; fp32; 4,000 rows of SST-2 over 100 clients (Dirichlet 1.0), 10 a round, one epoch in batches of 8,
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
@@ -288,10 +287,69 @@ def run_pfl(work: Workload) -> tuple[float, Values]:
     return time.perf_counter() - start, {n: p.detach().clone() for n, p in parameters.items()}
 
 
+def run_fedml(work: Workload) -> tuple[float, Values]:
+    """FedML's single-process simulation, which takes its trainer and its cohorts only by replacing parts of it."""
+    import fedml
+    import fedml.simulation.sp.fedavg.fedavg_api as api
+    from fedml.core import ClientTrainer
+
+    torch.set_num_threads(THREADS)
+    model, parameters = stock_model(work.init)
+    under_way = [0]
+
+    class Trainer(ClientTrainer):
+        def get_model_params(self) -> Values:
+            return {n: p.detach().clone() for n, p in parameters.items()}
+
+        def set_model_params(self, values: Values) -> None:
+            set_values(parameters, values)
+
+        def train(self, client: int, device: Any, args: Any) -> None:
+            train_plainly(model, parameters, work, client, under_way[0])
+
+        def test(self, *_: Any) -> dict[str, float]:
+            return {"test_correct": 1, "test_total": 1, "test_loss": 0.0}
+
+    def cohort(_: Any, round: int, *__: Any) -> list[int]:
+        under_way[0] = round
+        return work.cohort(round)
+
+    api.create_model_trainer = lambda *_: Trainer(model, None)
+    api.FedAvgAPI._client_sampling = cohort
+    number = 100
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "fedml.yaml"
+        settings.write_text(
+            f"""
+common_args: {{training_type: simulation, random_seed: 0, scenario: horizontal, using_mlops: false}}
+data_args: {{dataset: sst2, data_cache_dir: {folder}, partition_method: hetero, partition_alpha: 1.0}}
+model_args: {{model: bert}}
+train_args: {{federated_optimizer: FedAvg, client_id_list: "[]", client_num_in_total: {number},
+  client_num_per_round: 10, comm_round: {work.rounds}, epochs: 1, batch_size: 8, client_optimizer: adam,
+  learning_rate: {LR}, weight_decay: 0.0}}
+validation_args: {{frequency_of_the_test: 1000}}
+device_args: {{worker_num: 1, using_gpu: false, gpu_id: 0}}
+comm_args: {{backend: sp}}
+tracking_args: {{enable_wandb: false, enable_tracking: false, log_file_dir: {folder}}}
+"""
+        )
+        sys.argv = [sys.argv[0], "--cf", str(settings)]
+        arguments = fedml.init()
+        # What FedML takes for a client's data is the client's number; the trainer makes its batches.
+        clients = {c: c for c in range(number)}
+        sizes = {c: work.size(c) for c in clients}
+        data = [sum(sizes.values()), 0, None, None, sizes, clients, clients, 2]
+        runner = fedml.FedMLRunner(arguments, torch.device("cpu"), data, model)
+        start = time.perf_counter()
+        runner.run()
+        return time.perf_counter() - start, {n: p.detach().clone() for n, p in parameters.items()}
+
+
 RUNNERS: dict[str, tuple[Callable[[Workload], tuple[float, Values]], tuple[str, ...]]] = {
     "fedbench": (run_fedbench, ()),
     "bare": (run_bare, ()),
     "flower": (run_flower, ("flwr", "ray")),
+    "fedml": (run_fedml, ("fedml",)),
     "pfl": (run_pfl, ("pfl",)),
 }
 
@@ -299,7 +357,7 @@ RUNNERS: dict[str, tuple[Callable[[Workload], tuple[float, Values]], tuple[str, 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     out.add_argument("--data-dir", type=Path, help="folder with SST-2 on disk, else the hub or its cache")
-    out.add_argument("--runners", default="fedbench,bare,flower,pfl")
+    out.add_argument("--runners", default="fedbench,bare,flower,fedml,pfl")
     out.add_argument("--rounds", type=int, default=5, help="federated rounds in each run")
     out.add_argument("--cycles", type=int, default=3, help="how often the runners take turns")
     out.add_argument("--workers", type=int, help="worker processes of fedbench; default: one per core")
@@ -314,12 +372,12 @@ def parse(arguments: list[str]) -> tuple[Path | None, int, int | None]:
 
 
 def one(name: str, out: Path) -> None:
-    """Run one runner in this process; weights go to the file `out`, seconds to the output."""
+    """Run one runner in this process; weights, first weights and seconds go to files called like `out`."""
     work = Workload(*parse(sys.argv[1:]))
     seconds, values = RUNNERS[name][0](work)
     save_file({n: v.contiguous() for n, v in values.items()}, out)
     save_file(work.init, out.with_suffix(".init"))
-    print("RESULT " + json.dumps({"seconds": seconds}), flush=True)
+    out.with_suffix(".seconds").write_text(repr(seconds))  # not printed: FedML turns prints into log lines
 
 
 def difference(values: Values, reference: Values, init: Values) -> float:
@@ -350,11 +408,11 @@ def main() -> None:
             for name in names if cycle % 2 == 0 else reversed(names):
                 out = Path(folder) / f"{name}.safetensors"
                 command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--out", str(out)]
+                out.with_suffix(".seconds").unlink(missing_ok=True)
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
-                line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-                if done.returncode or line is None:
+                if done.returncode or not out.with_suffix(".seconds").exists():
                     sys.exit(f"race: {name} failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-                seconds[name].append(json.loads(line.removeprefix("RESULT "))["seconds"])
+                seconds[name].append(float(out.with_suffix(".seconds").read_text()))
                 weights[name] = load_file(out)
                 print(f"cycle {cycle + 1}  {name:9} {seconds[name][-1]:7.2f} s", flush=True)
         init = load_file(Path(folder) / f"{names[0]}.init")
