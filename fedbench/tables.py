@@ -571,11 +571,23 @@ def _describe(section: Section) -> None:
         if any((run.scenario.get("public") or {}).get("in_domain") for run in scored):
             section.notes.append("the public corpus is in-domain, which flatters proxies")
         section.notes += _budget(section)
+        section.notes.append(f"made with {', '.join(_sources(scored))}")
     for row in section.rows:
         reasons = sorted({str(run.accuracy["unavailable"]) for run in row.runs.values() if not _plug_in(run)})
         section.notes += [f"{row.label}: not available: {reason}" for reason in reasons]
         if row.failed:
             section.notes.append(f"{row.label}: {seeds_text(row.failed)} failed; the tracebacks are in the records")
+
+
+def _sources(runs: Sequence[Record]) -> list[str]:
+    """What code the runs were made with: commits, a changed source told from a clean one; else the version."""
+    found = set()
+    for run in runs:
+        about = run.provenance
+        git = about.get("git")
+        dirty = " with changes" if git and git["dirty"] else ""
+        found.add(f"commit {git['commit'][:7]}{dirty}" if git else f"fedbench {about.get('fedbench')}")
+    return sorted(found)
 
 
 def _budget(section: Section) -> list[str]:

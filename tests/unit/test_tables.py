@@ -417,6 +417,17 @@ def test_unequal_budgets_and_an_in_domain_corpus_are_said() -> None:
     assert any("parameters held at a client: fedot 16,800,000, fedpft 16,400,000" in note for note in notes)
 
 
+def test_the_code_that_made_the_runs_is_named() -> None:
+    def made_by(seed: int, git: dict[str, object] | None) -> Record:
+        record = make_record("fedot", seed, 0.8)
+        return record.model_copy(update={"provenance": {**record.provenance, "git": git}})
+
+    clean, dirty = ({"commit": c * 40, "dirty": c == "b"} for c in "ab")
+    notes = compare([made_by(0, clean), made_by(1, dirty), made_by(2, clean)]).sections[0].notes
+    assert "made with commit aaaaaaa, commit bbbbbbb with changes" in notes
+    assert "made with fedbench 0.1.0" in compare([made_by(0, None)]).sections[0].notes
+
+
 def many_records() -> list[Record]:
     return [
         *(make_record("fedpft", s, 0.80 + s / 50, proxy=0.79, rows=100) for s in range(3)),
