@@ -93,7 +93,7 @@ def test_the_papers_splits_of_sst2_have_its_federation_and_its_settings() -> Non
     # The paper's settings do not reach the short splits, in whatever profile.
     for split, profile in itertools.product(("iid", "noniid"), (None, "small")):
         short = load_scenario(path, split, profile)
-        assert (short.federation.rounds, short.federation.max_steps, short.evaluation.every) == (15, 10, 5)
+        assert (short.federation.rounds, short.federation.max_steps, short.evaluation.every) == (12, 6, 4)
         fedpft = FedPFT(**short.methods["fedpft"])
         assert (fedpft.lr, fedpft.lora_dropout, fedpft.t, fedpft.distil_steps) == (2e-3, 0.0, 5, 100)
 
