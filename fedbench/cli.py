@@ -93,6 +93,12 @@ class Executor(StrEnum):
     reference = "reference"
 
 
+class Precision(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class Format(StrEnum):
     """How a table is rendered."""
 
@@ -100,6 +106,16 @@ class Format(StrEnum):
     markdown = "markdown"
     latex = "latex"
     csv = "csv"
+
+
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        "--precision",
+        help="Of training and evaluation; auto takes bf16 on CUDA devices that have it, else fp32. On CPUs with "
+        "instructions for bf16 ([bold]fedbench doctor[/bold] says so) it is faster than fp32.",
+    ),
+]
 
 
 def main() -> None:
@@ -140,6 +156,7 @@ def run_command(
     settings: Settings = None,
     profile: Profile = None,
     device: Device = "auto",
+    precision: PrecisionOption = Precision.auto,
     data_dir: DataDir = None,
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where the record goes.")] = Path("runs"),
     cache: CacheDir = None,
@@ -172,7 +189,7 @@ def run_command(
         request = _request(
             method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
             device=device, data_dir=data_dir, results=results, cache=cache, plugins=plugin,
-            executor=executor.value, workers=workers,
+            executor=executor.value, precision=precision.value, workers=workers,
         )  # fmt: skip
         prepared = engine.prepare(request)
     for note in prepared.notes:
@@ -269,6 +286,7 @@ def grid_command(
         typer.Option(metavar="NAME|ID|PATH", help="Run every cell once, at this FM instead of the grid's."),
     ] = None,
     device: Device = "auto",
+    precision: PrecisionOption = Precision.auto,
     data_dir: DataDir = None,
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where the records go.")] = Path("runs"),
     cache: CacheDir = None,
@@ -300,7 +318,7 @@ def grid_command(
         with ConsoleProgress(console) as progress:
             runner = EngineRunner(
                 results, progress, device=device, data_dir=data_dir, cache=cache, profile=profile,
-                plugins=tuple(plugin or ()), workers=workers,
+                plugins=tuple(plugin or ()), precision=precision.value, workers=workers,
             )  # fmt: skip
             outcomes = run_grid(cells, runner, results / "records", before, after)
     except KeyboardInterrupt:
@@ -374,6 +392,7 @@ def gradient_command(
     settings: Settings = None,
     profile: Profile = None,
     device: Device = "auto",
+    precision: PrecisionOption = Precision.auto,
     data_dir: DataDir = None,
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where tables, picture and numbers go.")] = Path("runs"),
     cache: CacheDir = None,
@@ -399,7 +418,8 @@ def gradient_command(
         asked = partial(
             _request,
             scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile, device=device,
-            data_dir=data_dir, results=results, cache=cache, plugins=plugin, workers=workers,
+            data_dir=data_dir, results=results, cache=cache, plugins=plugin, precision=precision.value,
+            workers=workers,
         )  # fmt: skip
         prepared = [engine.prepare(asked(method=name)) for name in dict.fromkeys(method)]
     for note in prepared[0].notes:

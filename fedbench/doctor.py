@@ -34,9 +34,12 @@ def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[t
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
+    from fedbench.linear import cpu_has_bf16
+
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
     if not torch.cuda.is_available():
-        yield "device", "cpu; runs are in fp32"
+        fast = "bf16 (--precision bf16) is faster" if cpu_has_bf16() else "no instructions for bf16"
+        yield "device", f"cpu; runs are in fp32; {fast}"
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)

@@ -57,6 +57,7 @@ class RunRequest:
     settings: Mapping[str, str] = field(default_factory=dict)
     profile: str | None = None
     device: str = "auto"
+    precision: str = "auto"
     data_dir: Path | None = None
     results: Path = Path("runs")
     cache: Path | None = None
@@ -133,6 +134,22 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision called `name`; "auto" is bf16 on CUDA devices that have it, else fp32.
+
+    On a CPU bf16 has to be asked for: it has other rounding, and not every CPU is faster in it. Raises FedbenchError
+    for bf16 on a CUDA device without it, and for a name that is none of auto, fp32 and bf16.
+    """
+    if name not in ("auto", "fp32", "bf16"):
+        raise FedbenchError(f"--precision {name}: no such precision; use auto, fp32 or bf16")
+    lacking = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    if name == "bf16" and lacking:
+        raise FedbenchError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp32")
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and not lacking else "fp32"
+    return name
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Data and FM, loaded and encoded; `extra_tests` by name, in order."""
@@ -201,7 +218,7 @@ def prepare(request: RunRequest) -> Prepared:
     given = {name: value for name, (value, _) in scenario_settings(kind, scenario).items()}
     method = make_method(kind, {**given, **parse_values(mine)}, request)
     device = choose_device(request.device)
-    precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    precision = choose_precision(request.precision, device)
     fm_name = request.fm or scenario.fm
     folder = data_folder(request.data_dir)
     loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request.cache), folder)

@@ -70,7 +70,7 @@ def evaluate(
     predicted = np.empty(len(data), dtype=np.int64)
     losses = [0.0] * len(batches)
     costs = [float(data.lengths[b].sum()) for b in batches]
-    with reordered(model):
+    with reordered(model, precision=precision):
         for i, (classes, loss) in fork_map(answer, batches, workers, costs):
             predicted[batches[i]] = classes
             losses[i] = loss

@@ -361,7 +361,7 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
     curve: list[Tensor] = []
     k = 0
     with (
-        reordered(module, gradients=True),
+        reordered(module, gradients=True, precision=precision),
         _stacked(module, under_way),
         observing(module, tasks, under_way.real) as seen,
     ):

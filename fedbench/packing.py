@@ -199,12 +199,16 @@ def _attention(
     if layout.gather is not None:
         tokens = [x.index_select(0, layout.gather) for x in tokens]
     # Split, not sliced: the gradient of each slice would be as large as the whole.
+    if query.device.type == "cpu":
+        # The kernel for a CPU takes seven times as long for gradients in bf16.
+        tokens = [x.float() if x.dtype is torch.bfloat16 else x for x in tokens]
     parts = [x.split([b.rows * b.length for b in layout.buckets]) for x in tokens]
     out = []
-    for b, *qkv in zip(layout.buckets, *parts, strict=True):
-        q, k, v = (x.unflatten(0, (b.rows, b.length)).transpose(1, 2) for x in qkv)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=b.mask, dropout_p=dropout, scale=scaling)
-        out.append(mixed.transpose(1, 2).reshape(b.rows * b.length, heads, width))
+    with torch.autocast("cpu", enabled=False):
+        for b, *qkv in zip(layout.buckets, *parts, strict=True):
+            q, k, v = (x.unflatten(0, (b.rows, b.length)).transpose(1, 2) for x in qkv)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=b.mask, dropout_p=dropout, scale=scaling)
+            out.append(mixed.transpose(1, 2).reshape(b.rows * b.length, heads, width))
     joined = torch.cat(out) if len(out) > 1 else out[0]
     return (joined if layout.scatter is None else joined.index_select(0, layout.scatter))[None], None
 

@@ -580,13 +580,14 @@ def _describe(section: Section) -> None:
 
 
 def _sources(runs: Sequence[Record]) -> list[str]:
-    """What code the runs were made with: commits, a changed source told from a clean one; else the version."""
+    """What the runs were made with: commits, a changed source told from a clean one, or the version; and not fp32."""
     found = set()
     for run in runs:
         about = run.provenance
         git = about.get("git")
         dirty = " with changes" if git and git["dirty"] else ""
-        found.add(f"commit {git['commit'][:7]}{dirty}" if git else f"fedbench {about.get('fedbench')}")
+        code = f"commit {git['commit'][:7]}{dirty}" if git else f"fedbench {about.get('fedbench')}"
+        found.add(f"{code} in {precision}" if (precision := run.identity.get("precision")) != "fp32" else code)
     return sorted(found)
 
 

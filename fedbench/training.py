@@ -133,7 +133,7 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
 
     with (
         fork,
-        reordered(module, gradients=True),
+        reordered(module, gradients=True, precision=precision),
         packing(not (stock.get() or task.observe_padding)),  # a packed batch has no padding to observe
         tunable(module, task.tunables) as parameters,
         observing(module, [task], real) as (seen,),
@@ -214,7 +214,7 @@ def execute_all(
     elif device.type == "cpu" and len(tasks) > 1:
         costs = [float(sum(task.data.lengths[rows].sum() for rows in task.batches)) for task in tasks]
         # Here rather than in the workers, which then all use one copy.
-        with reordered(*(task.frozen.module for task in tasks), gradients=True):
+        with reordered(*(task.frozen.module for task in tasks), gradients=True, precision=precision):
             for index, (tunables, steps, loss, observed, tokens) in fork_map(train, tasks, workers, costs):
                 yield index, LocalResult(_tensors(tunables), steps, loss, _tensors(observed), tokens)
     else:

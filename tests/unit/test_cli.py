@@ -178,6 +178,26 @@ def test_a_table_beside_reported_figures_without_any_record(invoke: Invoke, tmp_
     assert "ours with minilm-l6, reported with roberta-base" in out
 
 
+def test_precision_is_part_of_the_key_and_named_under_the_table(
+    invoke: Invoke, tmp_path: Path, tiny_bert: Path
+) -> None:
+    code, _, err = invoke(*run_arguments(tmp_path, tiny_bert), "--precision", "bf16")
+    assert code == 0, err
+    (half,) = tmp_path.glob("records/tweets-noniid/fedavg-lora/s0-*.json")
+    assert json.loads(half.read_text())["identity"]["precision"] == "bf16"
+    assert "in bf16" in invoke("table", "--results", tmp_path)[1]
+    invoke(*run_arguments(tmp_path, tiny_bert))
+    paths = set(tmp_path.glob("records/tweets-noniid/fedavg-lora/s0-*.json"))
+    assert len(paths) == 2
+    (full,) = paths - {half}
+    assert json.loads(full.read_text())["identity"]["precision"] == "fp32"
+    code, _, err = invoke(*run_arguments(tmp_path, tiny_bert), "--precision", "fp16")
+    assert code == 2
+    assert "fp16" in err
+    with pytest.raises(FedbenchError, match="--precision fp16: no such precision"):
+        engine.choose_precision("fp16", engine.choose_device("cpu"))
+
+
 def test_a_grid_at_another_fm_runs_every_cell_once(invoke: Invoke, tmp_path: Path, tiny_bert: Path) -> None:
     grid = tmp_path / "two.toml"
     grid.write_text(

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbench.linear import FrozenLinear, _available, reordered
+from fedbench.linear import FrozenLinear, _available, cpu_has_bf16, reordered
 from fedbench.packing import packing
+from fedbench.training import autocast
 
 
 def frozen(n_in: int = 24, n_out: int = 40, seed: int = 0) -> FrozenLinear:
@@ -85,9 +86,34 @@ def test_only_a_frozen_fp32_weight_in_a_block_is_reordered() -> None:
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
-def test_a_tuned_bias_gets_its_gradient() -> None:
+@pytest.mark.skipif(not cpu_has_bf16(), reason="a CPU without bf16")
+def test_under_autocast_the_copies_are_in_bf16() -> None:
+    layer = frozen()
+    x = torch.randn(3, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = layer(x)
+        (gradient,) = torch.autograd.grad(stock.float().square().sum(), x)
+        with reordered(layer, precision="bf16"):
+            assert layer.copy(False).dtype is layer.copy(True).dtype is torch.bfloat16
+            y = layer(x)
+            (found,) = torch.autograd.grad(y.float().square().sum(), x)
+        with reordered(layer):
+            assert layer.copy(False).dtype is torch.float32
+            assert torch.equal(layer(x), stock), "copies in fp32 are of no use under autocast"
+    assert y.dtype is stock.dtype is torch.bfloat16
+    assert found.dtype is torch.float32
+    # bf16 has 8 bits of mantissa, and kernels sum in orders of their own.
+    assert torch.allclose(y.float(), stock.float(), rtol=2**-7, atol=1e-2)
+    assert torch.allclose(found, gradient, rtol=2**-5, atol=5e-2)
+    with reordered(layer, precision="bf16"):
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)), "without autocast: fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_tuned_bias_gets_its_gradient(precision: str) -> None:
     layer = frozen()
     layer.bias.requires_grad_(True)
-    with reordered(layer):
+    with reordered(layer, precision=precision), autocast(torch.device("cpu"), precision):
         layer(torch.randn(2, 5, 24)).sum().backward()
+    assert layer.bias.grad.dtype is torch.float32
     assert torch.allclose(layer.bias.grad, torch.full((40,), 10.0))

@@ -95,6 +95,21 @@ def test_local_training_packed_equals_reference(dtype: torch.dtype, tolerance: f
         assert torch.equal(results[0].observed[path], results[1].observed[path])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_bf16_is_fp32_to_its_rounding(packed: bool) -> None:
+    built = model(torch.float32)
+    start = get_tensors(built, tunable_names(built))
+    with packing(packed):
+        full, half = (execute(task(built, tunables=start), CPU, precision) for precision in ("fp32", "bf16"))
+        scores = [evaluate(built, train_rows(40), 16, CPU, precision).loss for precision in ("fp32", "bf16")]
+    assert half.loss != full.loss, "nothing was computed in bf16"
+    assert half.loss == pytest.approx(full.loss, rel=0.02)
+    assert scores[1] == pytest.approx(scores[0], rel=0.02)
+    a, b = (torch.cat([(r.tunables[n] - start[n]).flatten() for n in start]) for r in (full, half))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+    assert all(t.dtype is torch.float32 for t in half.tunables.values())
+
+
 def test_training_leaves_the_backbone_alone_and_is_repeatable() -> None:
     built = model(torch.float32)
     before = {n: t.clone() for n, t in frozen_state(built).items()}
