@@ -4,7 +4,7 @@ Two thirds of a local step are products with frozen weights. oneDNN is some 15% 
 reordered beforehand into the blocks its kernels read, which pays only where a weight stays as it is: in training,
 evaluation and distillation alike a frozen weight is used thousands of times. The backward pass needs the transposed
 weight, kept in the same way. Under bf16 autocast the copies are in bf16, which spares casts of the weight; with
-AVX512-BF16 such a product takes half the time. On a CPU, inside a `reordered` block; everywhere else this is `nn.Linear`.
+AVX512-BF16 such a product takes half the time. On a CPU, inside a `reordered` block; elsewhere this is `nn.Linear`.
 """
 
 from __future__ import annotations
