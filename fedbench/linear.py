@@ -44,6 +44,10 @@ class FrozenLinear(nn.Linear):
         """Make `linear` one of these, in place; its parameters stay the same objects."""
         linear.__class__ = cls
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the reordered copies: torch can neither copy nor pickle them, so neither a model that holds them."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("live", "_copies")}
+
     @property
     def usable(self) -> bool:
         """Whether reordered copies can stand in for the weight."""

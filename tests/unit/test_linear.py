@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -107,6 +109,16 @@ def test_under_autocast_the_copies_are_in_bf16() -> None:
     assert torch.allclose(found, gradient, rtol=2**-5, atol=5e-2)
     with reordered(layer, precision="bf16"):
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)), "without autocast: fp32"
+
+
+def test_a_layer_that_was_in_a_block_can_be_copied_and_pickled() -> None:
+    layer, x = frozen(), torch.randn(3, 24)
+    with reordered(layer, gradients=True):
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert twin.live is None
+            with reordered(twin):
+                assert torch.equal(twin(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
