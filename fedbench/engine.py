@@ -33,7 +33,7 @@ from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
 from fedbench.loading import load_data
 from fedbench.memory import peak_memory, reset_peak
-from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
+from fedbench.models import ModuleCache, Parts, frozen_state, state_digest, tunable_names
 from fedbench.packing import packing
 from fedbench.partition import Partition, partition
 from fedbench.records import SCHEMA, Record, record_key, save
@@ -367,6 +367,7 @@ class Run:
             self.server: Server = p.method.server(p.loaded.fm, p.loaded.public, context)
         self.exposure = Exposure(p.loaded.fm.state, p.loaded.fm.family.embeddings)
         self.observed: Message | None = None
+        self.observed_alignments: set[str] = set()
         # The probe is drawn from the validation rows by a stream of its own: the same for every method.
         size = min(self.evaluation.probe_size, len(p.loaded.validation))
         self.probe = p.loaded.validation.select(
@@ -479,8 +480,11 @@ class Run:
             if message.kind in SETUP_KINDS and message is not self.observed:
                 self.exposure.observe(message.tensors, self.server.fm_sources())
                 self.observed = message
-        if any(m.kind == "alignment" for m in messages) and (proxy := self.server.proxy()) is not None:
+        # Comparing a proxy with the FM takes some percent of a round, and the same alignment is sent for many rounds.
+        alignments = {state_digest(m.tensors) for m in messages if m.kind == "alignment"}
+        if not alignments <= self.observed_alignments and (proxy := self.server.proxy()) is not None:
             self.exposure.observe(frozen_state(proxy), self.server.fm_sources())
+            self.observed_alignments |= alignments
 
     def _gradient_error(
         self, round: int, phase: str, reference: Mapping[str, Tensor] | None = None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import save_tiny_bert, smoke_request
 
+from fedbench.api import Message
 from fedbench.engine import INDEX, Run, Silent, prepare
+from fedbench.exposure import Exposure
 from fedbench.files import load_tensors, save_tensors, write_text
+from fedbench.models import frozen_state, state_digest
 
 
 def run_of(folder: Path, method: str = "fedpft") -> Run:
@@ -98,3 +103,36 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     tensors, metadata = load_tensors(path.with_name("t.safetensors"))
     assert torch.equal(tensors["a"], torch.arange(6).view(2, 3).T)
     assert metadata == {"k": "v"}
+
+
+def test_exposure_by_alignments_is_that_of_every_round_though_one_is_compared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"t": "3", "r": "6", "rounds": "9", "lr": "1e-2", "split.clients": "12"}
+    request = smoke_request(tmp_path, "fedpft", "tweets-noniid", save_tiny_bert(tmp_path / "bert"), **settings)
+    run = Run(prepare(request), Silent())
+    reference = Exposure(run.p.loaded.fm.state, run.p.loaded.fm.family.embeddings)
+    sent: list[set[str]] = []
+    compared: list[bool] = []
+    observe, observed = Run._observe, Exposure.observe
+
+    def in_every_round(self: Run, delivered: Sequence[tuple[int, Sequence[Message]]]) -> None:
+        observe(self, delivered)
+        messages = [m for _, inbox in delivered for m in inbox]
+        for message in (m for m in messages if m.kind == "sub_fm"):
+            observed(reference, message.tensors, self.server.fm_sources())
+        if alignments := {state_digest(m.tensors) for m in messages if m.kind == "alignment"}:
+            sent.append(alignments)
+            observed(reference, frozen_state(self.server.proxy()), self.server.fm_sources())
+
+    def counted(self: Exposure, *arguments: Any) -> None:
+        compared.append(isinstance(arguments[0], dict))  # the proxy's own tensors, not those of a message
+        observed(self, *arguments)
+
+    monkeypatch.setattr(Run, "_observe", in_every_round)
+    monkeypatch.setattr(Exposure, "observe", counted)
+    run.loop(None)
+    assert run.exposure.block() == reference.block()
+    assert all(torch.equal(mask, run.exposure.state()[name]) for name, mask in reference.state().items())
+    # Compared are the rounds in which some alignment is sent for the first time.
+    assert sum(compared) == sum(not now <= set().union(*sent[:i]) for i, now in enumerate(sent)) < len(sent)
