@@ -5,6 +5,7 @@ Seeds are paired: one seed is one partition, one series of cohorts and one initi
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -103,8 +104,8 @@ def bootstrap(
     """Difference in accuracy of each pair, with a percentile interval over shared seeds and shared test rows.
 
     `correct[method][seed]` says for each test row [n] whether it was answered rightly. In every resample the rows are
-    drawn once for all runs, because all runs face the same rows, and then the seeds that both of a pair have; with a
-    single seed only the rows vary. Resamples come from a fixed stream: the same records give the same interval.
+    drawn once for all runs, because all runs face the same rows, and so are the seeds that both of a pair have; with a
+    single seed only the rows vary. An interval depends on the runs of its pair alone: not on other methods in a table.
     """
     runs = [(method, seed) for method, seeds in correct.items() for seed in sorted(seeds)]
     if not runs:
@@ -125,9 +126,20 @@ def bootstrap(
         shared = sorted(correct[a].keys() & correct[b].keys())
         mine, theirs = [place[a, s] for s in shared], [place[b, s] for s in shared]
         each = scores[:, mine] - scores[:, theirs]  # [resamples, seeds]
-        seeds = rng.integers(len(shared), size=each.shape)
-        means = np.take_along_axis(each, seeds, axis=1).mean(axis=1)
+        means = np.take_along_axis(each, _seeds_drawn(len(shared), resamples), axis=1).mean(axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         observed = float((answers[:, mine].mean(axis=0) - answers[:, theirs].mean(axis=0)).mean())
         out.append(Difference(a, b, 100 * observed, 100 * float(low), 100 * float(high), len(shared)))
     return out
+
+
+def _seeds_drawn(seeds: int, resamples: int) -> NDArray[np.int64]:
+    """Which of so many seeds each resample has, [resamples, seeds].
+
+    Few seeds have few resamples of their own (27 for three), and an interval's end can lie at the edge of one. So all
+    of them are taken in turn where that is possible, which leaves nothing to the draw.
+    """
+    if seeds**seeds <= resamples:
+        every = np.array(list(itertools.product(range(seeds), repeat=seeds)), dtype=np.int64)
+        return every[np.arange(resamples) % len(every)]
+    return np.random.default_rng(seeds).integers(seeds, size=(resamples, seeds))

@@ -98,7 +98,7 @@ def _frames(studies: Sequence[Study]) -> list[tuple[str, pd.DataFrame]]:
 def _as_text(value: Any) -> str:
     if isinstance(value, (str, int)):
         return str(value)
-    return "–" if pd.isna(value) else f"{value:.2f}"
+    return "–" if pd.isna(value) else f"{round(value, 2) + 0.0:.2f}"  # no -0.00
 
 
 def terminal(studies: Sequence[Study]) -> RenderableType:
@@ -134,7 +134,7 @@ def plot(studies: Sequence[Study], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, ((errors, cosines), (paths, layers)) = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure, ((errors, cosines), (paths, layers)) = pyplot.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     for i, study in enumerate(studies):
         colour, points = f"C{i}", points_frame(study)
         for axes, own, common in ((errors, "own path", "common"), (cosines, "cos", "common cos")):
@@ -164,7 +164,8 @@ def plot(studies: Sequence[Study], path: Path) -> None:
         axes.set(title=title, ylabel=unit, xlabel="layer" if axes is layers else "rounds")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        # Below, one row for each method: inside it would hide points.
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3 if axes is layers else 2)
         axes.set_ylim(min(0.0, axes.get_ylim()[0]), None)
     about = studies[0].about
     where = f"{about['scenario']['name']}, {about['fm']}, seed {about['seed']}"

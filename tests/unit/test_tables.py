@@ -92,6 +92,26 @@ def test_bootstrap_over_rows_matches_the_normal_interval() -> None:
     assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 3, 6])
+def test_an_interval_depends_on_its_own_pair_alone(seeds: int) -> None:
+    rng = np.random.default_rng(seeds)
+    runs = {name: {s: rng.random(50) < rng.uniform(0.5, 0.9) for s in range(seeds)} for name in "abcd"}
+    (alone,) = bootstrap({name: runs[name] for name in "cd"}, [("c", "d")])
+    *others, among = bootstrap(runs, [("a", "b"), ("d", "c"), ("c", "d")])
+    assert among == alone
+    assert (others[1].low, others[1].high) == (pytest.approx(-alone.high), pytest.approx(-alone.low))
+
+
+def test_bootstrap_takes_the_draws_of_few_seeds_equally_often() -> None:
+    # Rows do not vary here. Of 27 draws of three seeds one has seed 0 alone, which is more than a fortieth.
+    right, wrong = np.ones(20, dtype=bool), np.zeros(20, dtype=bool)
+    runs = {"a": {0: right, 1: wrong, 2: wrong}, "b": dict.fromkeys(range(3), wrong)}
+    (found,) = bootstrap(runs, [("a", "b")])
+    assert (found.low, found.high) == (0.0, 100.0)
+    (same,) = bootstrap(runs, [("a", "b")], resamples=2011)
+    assert (same.low, same.high) == (0.0, 100.0)
+
+
 def test_headroom_uses_shared_seeds_only() -> None:
     records = [*accuracies("fedavg-lora", [0.90, 0.92, 0.10]), *accuracies("head-only", [0.80, 0.80])]
     (section,) = compare(records).sections
