@@ -28,12 +28,13 @@ class Exposure:
         self._embeddings = embeddings + "."
         self._verbatim = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self._fm.items()}
         self._near = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self._fm.items()}
+        self._whole: set[str] = set()  # tensors of which every element is out: nothing can be added to them
 
     def observe(self, sent: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
         """Compare each frozen tensor in a client's hands with the place in the FM it was taken from."""
         for name, tensor in sent.items():
             source = sources.get(name, Source(name))
-            if source.name not in self._fm:
+            if source.name not in self._fm or source.name in self._whole:
                 continue
             whole = self._fm[source.name]
             index = torch.arange(whole.shape[source.dim]) if source.index is None else source.index.cpu()
@@ -46,6 +47,8 @@ class Exposure:
             for masks, found in ((self._verbatim, same), (self._near, near)):
                 mask = masks[source.name]
                 mask.index_copy_(source.dim, index, mask.index_select(source.dim, index) | found)
+            if bool(self._verbatim[source.name].all() and self._near[source.name].all()):
+                self._whole.add(source.name)
 
     def _share(self, masks: Mapping[str, Tensor], embeddings: bool) -> float:
         names = [n for n in masks if embeddings or not n.startswith(self._embeddings)]
@@ -66,3 +69,4 @@ class Exposure:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._verbatim = {n: state[f"verbatim.{n}"] for n in self._fm}
         self._near = {n: state[f"near.{n}"] for n in self._fm}
+        self._whole = set()
