@@ -74,13 +74,13 @@ class FrozenLinear(nn.Linear):
     def copy(self, transposed: bool) -> Tensor:
         """The weight, or its transpose, in oneDNN's blocks, in the dtype that is live."""
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        weight = self.weight.detach().to(self.live or self.weight.dtype)
+        dtype = self.live or self.weight.dtype
         if self._copies is None:
-            self._copies = (reorder(weight), None)
+            self._copies = (reorder(self.weight.detach().to(dtype)), None)
         if not transposed:
             return self._copies[0]
         if (turned := self._copies[1]) is None:
-            turned = reorder(weight.t().contiguous())
+            turned = reorder(self.weight.detach().to(dtype).t().contiguous())
             self._copies = (self._copies[0], turned)
         return turned
 
