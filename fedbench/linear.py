@@ -72,16 +72,17 @@ class FrozenLinear(nn.Linear):
 
     @torch.no_grad()
     def copy(self, transposed: bool) -> Tensor:
-        """The weight, or its transpose, in oneDNN's blocks, in the dtype that is live."""
+        """The weight, or its transpose, in oneDNN's blocks: both in the dtype that was live for the first of them."""
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        dtype = self.live or self.weight.dtype
+        weight = self.weight.detach()
         if self._copies is None:
-            self._copies = (reorder(self.weight.detach().to(dtype)), None)
+            self._copies = (reorder(weight.to(self.live or weight.dtype)), None)
+        kept, turned = self._copies
         if not transposed:
-            return self._copies[0]
-        if (turned := self._copies[1]) is None:
-            turned = reorder(self.weight.detach().to(dtype).t().contiguous())
-            self._copies = (self._copies[0], turned)
+            return kept
+        if turned is None:
+            turned = reorder(weight.t().to(kept.dtype).contiguous())
+            self._copies = (kept, turned)
         return turned
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every method on a device that is not the CPU: tensors never meet across devices, and results are the same."""
+"""Methods on a device that is not the CPU: tensors never meet across devices, and results are the same."""
 
 from __future__ import annotations
 
