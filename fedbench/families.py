@@ -12,11 +12,12 @@ class Family:
     """Paths of a family's parts, as in the transformers class `architecture`.
 
     layers, embeddings: from the model. attention (query, key, value, output), ffn_*: from a layer. ffn_activation: the
-    module whose output is the FFN's activation. ffn_norm: the LayerNorm behind the FFN, None in pre-norm models.
-    residual: the module that adds a layer's input (its second argument) to the attention's output, None where the layer
-    does so itself. head: what is trained with the adapters. dropout: the configuration's fields that turn all dropout
-    off. layer_count, ffn_width: the configuration's fields. token_types: whether the model reads segment ids, which
-    pairs then carry. position_offset: position of a row's first token; None where positions cannot be given.
+    module whose output is the FFN's activation. attention_norm, ffn_norm: the LayerNorms behind attention and FFN, None
+    in pre-norm models. residual: the module that adds a layer's input (its second argument) to the attention's output,
+    None where the layer does so itself. head: what is trained with the adapters. dropout: the configuration's fields
+    that turn all dropout off. activation, layer_count, ffn_width: the configuration's fields. token_types: whether the
+    model reads segment ids, which pairs then carry. position_offset: position of a row's first token; None where
+    positions cannot be given.
     """
 
     architecture: str
@@ -30,7 +31,9 @@ class Family:
     ffn_norm: str | None
     head: tuple[str, ...]
     dropout: Mapping[str, float | None]
+    attention_norm: str | None = None
     residual: str | None = None
+    activation: str = "hidden_act"
     layer_count: str = "num_hidden_layers"
     ffn_width: str = "intermediate_size"
     token_types: bool = False
@@ -48,6 +51,7 @@ _BERT = Family(
     ffn_out="output.dense",
     ffn_norm="output.LayerNorm",
     head=("classifier",),
+    attention_norm="attention.output.LayerNorm",
     residual="attention.output",
     dropout={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": None},
     token_types=True,
@@ -75,7 +79,9 @@ FAMILIES: dict[str, Family] = {
         ffn_out="ffn.lin2",
         ffn_norm="output_layer_norm",
         head=("pre_classifier", "classifier"),
+        attention_norm="sa_layer_norm",
         dropout={"dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0, "seq_classif_dropout": 0.0},
+        activation="activation",
         layer_count="n_layers",
         ffn_width="hidden_dim",
         position_offset=0,

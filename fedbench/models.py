@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fedbench.api import Frozen
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES, Family
-from fedbench.linear import FrozenLinear
+from fedbench.linear import AdaptedLinear, FrozenLinear
 from fedbench.rng import Streams
 
 PROJECTIONS = ("query", "key", "value", "output")
@@ -194,6 +194,8 @@ def build(spec: ModelSpec) -> nn.Module:
         settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
         with torch.random.fork_rng([]):  # peft draws initial values we overwrite; nobody else's draws may move
             inject_adapter_in_model(settings, model)
+        for path in targets:
+            AdaptedLinear.adopt(model.get_submodule(path))
     with torch.no_grad():
         for p in model.parameters():
             p.requires_grad_(False)

@@ -1,10 +1,13 @@
 """Packed execution: a text batch without its padding.
 
-The rows of a batch are sorted by length, laid end to end into one row [1, N], and attention runs within each row, in a
-few buckets of like length. FFNs, projections and LayerNorms, which treat tokens one by one, never notice; they just no
-longer see most of the padding. Within a bucket rows are padded to its longest, so attention is a view of the packed
-tensors; a bucket is closed where that padding would exceed `SLACK`. (Where several clients share a pass in segments of
-equal size, `Layout.of_segments`, attention gathers its buckets instead.)
+The rows of a batch are sorted by length, laid end to end into one row [1, N], and attention runs within each row. FFNs,
+projections and LayerNorms, which treat tokens one by one, never notice; they just no longer see most of the padding.
+
+Attention runs in buckets of rows of like length, padded to the longest, which makes them views of the packed tensors; a
+bucket is closed where that padding would exceed `SLACK`. On a CPU, rows of up to `SHORT` tokens form blocks instead:
+end to end without any padding, each token scored against all of its block, and scores between rows removed. That takes
+few calls, on products large enough to be worth one. (Where several clients share a pass in segments of equal size,
+`Layout.of_segments`, attention gathers its buckets.)
 
 A head reads the first token of each row, so whatever follows the attention of the last layer is computed for first
 tokens only: an eighth of a model of six layers, which nothing would have read.
@@ -16,7 +19,7 @@ batch, to rounding (tests hold the two together), in a half to a quarter of the 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -26,25 +29,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fedbench.attention import Bucket, attend, attend_backward
 from fedbench.data import Batch
+from fedbench.encoder import whole_layers
 from fedbench.linear import stock
 from fedbench.models import Parts, family_of
 
 NAME = "fedbench_packed"
 SLACK = 0.15
 """A row joins a bucket if it is at most this share shorter than the bucket's longest."""
+BLOCK = 64
+"""Most tokens in a block of several rows."""
+SHORT = 128
+"""The longest row that goes into a block: for longer ones torch's kernel, which keeps no scores, is as fast."""
 SEGMENT_SLACK = 0.5
 """The same where only attention pays for a bucket's padding, and every bucket costs calls."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """`rows` rows of `length` positions each, from `start` of the packed axis; mask [rows, 1, 1, length] or None."""
-
-    start: int
-    rows: int
-    length: int
-    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class Layout:
 
     source: [N] index into the flattened padded batch. position: [N] place in its own row. real: [1, N] False for
     padding. first: packed place of each row's first token, in the batch's own order. sizes: positions of each client,
-    whose rows lie together. gather, scatter: [M] and [N], from the packed row to that of the buckets and back; None
-    where the two are one.
+    whose rows lie together. blocks: whether its buckets are blocks. gather, scatter: [M] and [N], from the packed row
+    to that of the buckets and back; None where the two are one.
     """
 
     source: Tensor
@@ -63,6 +62,7 @@ class Layout:
     first: Tensor
     buckets: tuple[Bucket, ...]
     sizes: tuple[int, ...]
+    blocks: bool = False
     gather: Tensor | None = None
     scatter: Tensor | None = None
 
@@ -76,23 +76,33 @@ class Layout:
         """The layout of a batch that holds the rows of one client after another, each client in buckets of its own.
 
         `lengths`: tokens of each row of each client. `width`: of the padded batch. Nothing but the padding inside
-        buckets is added, which suits a device where time goes by tokens.
+        buckets is added, which suits a device where time goes by tokens. In blocks on a CPU, where no row is long.
         """
         sources, positions, reals, buckets, sizes, first = [], [], [], [], [], []
+        blocks = device.type == "cpu" and max(map(max, lengths)) <= SHORT
         start = before = 0
         for own in lengths:
             places = [0] * len(own)
             begin = start
-            for rows in _alike(own, SLACK):
-                longest = own[rows[0]]
-                place, real, mask = _grid([own[row] for row in rows], device)
-                sources.append(((torch.tensor(rows) + before)[:, None] * width + place).flatten())
-                positions.append(place.repeat(len(rows)))
-                reals.append(real.flatten())
-                buckets.append(Bucket(start, len(rows), longest, mask))
-                for i, row in enumerate(rows):
-                    places[row] = start + i * longest
-                start += longest * len(rows)
+            for rows in _filled(own, BLOCK) if blocks else _alike(own, SLACK):
+                row, tokens = torch.tensor(rows), torch.tensor([own[r] for r in rows])
+                held = tokens if blocks else tokens[:1].expand(len(rows))  # the positions of each row
+                offset = held.cumsum(0) - held
+                place = torch.arange(int(held.sum())) - offset.repeat_interleave(held)
+                real = place < tokens.repeat_interleave(held)
+                sources.append((row + before).repeat_interleave(held) * width + place)
+                positions.append(place)
+                reals.append(real)
+                if blocks:
+                    whose = row.repeat_interleave(held)
+                    mask = torch.zeros(len(place), len(place)).masked_fill(whose[:, None] != whose, -torch.inf)
+                    buckets.append(Bucket(start, 1, len(place), mask[None, None] if len(rows) > 1 else None, offset))
+                else:
+                    mask = real.view(len(rows), 1, 1, -1)
+                    buckets.append(Bucket(start, len(rows), own[rows[0]], None if mask.all() else mask.to(device)))
+                for r, o in zip(rows, offset.tolist(), strict=True):
+                    places[r] = start + o
+                start += len(place)
             before += len(own)
             first += places
             sizes.append(start - begin)
@@ -103,6 +113,7 @@ class Layout:
             torch.tensor(first, device=device),
             tuple(buckets),
             tuple(sizes),
+            blocks,
         )
 
     @classmethod
@@ -156,8 +167,8 @@ class Layout:
             first.flatten().to(device),
             tuple(buckets),
             (size,) * len(lengths),
-            torch.cat(gathers).to(device),
-            scatter.to(device),
+            gather=torch.cat(gathers).to(device),
+            scatter=scatter.to(device),
         )
 
 
@@ -169,6 +180,22 @@ def _alike(lengths: Sequence[int], slack: float) -> list[list[int]]:
             groups[-1].append(row)
         else:
             groups.append([row])
+    return groups
+
+
+def _filled(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Rows in groups of at most `most` tokens, or of one row: the longest first, each where it first fits."""
+    groups: list[list[int]] = []
+    free: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for i, left in enumerate(free):
+            if lengths[row] <= left:
+                groups[i].append(row)
+                free[i] -= lengths[row]
+                break
+        else:
+            groups.append([row])
+            free.append(most - lengths[row])
     return groups
 
 
@@ -198,19 +225,42 @@ def _attention(
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, heads, d], as the projections lie in memory
     if layout.gather is not None:
         tokens = [x.index_select(0, layout.gather) for x in tokens]
-    # Split, not sliced: the gradient of each slice would be as large as the whole.
     if query.device.type == "cpu":
         # The kernel for a CPU takes seven times as long for gradients in bf16.
         tokens = [x.float() if x.dtype is torch.bfloat16 else x for x in tokens]
+    if layout.blocks and not dropout:
+        with torch.autocast("cpu", enabled=False):
+            mixed: Tensor = _Blocks.apply(*tokens, layout.buckets, width**-0.5 if scaling is None else scaling)
+        return mixed[None], None
+    # Split, not sliced: the gradient of each slice would be as large as the whole.
     parts = [x.split([b.rows * b.length for b in layout.buckets]) for x in tokens]
     out = []
     with torch.autocast("cpu", enabled=False):
         for b, *qkv in zip(layout.buckets, *parts, strict=True):
             q, k, v = (x.unflatten(0, (b.rows, b.length)).transpose(1, 2) for x in qkv)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=b.mask, dropout_p=dropout, scale=scaling)
+            mask = b.mask.to(q.dtype) if b.mask is not None and layout.blocks else b.mask
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
             out.append(mixed.transpose(1, 2).reshape(b.rows * b.length, heads, width))
     joined = torch.cat(out) if len(out) > 1 else out[0]
     return (joined if layout.scatter is None else joined.index_select(0, layout.scatter))[None], None
+
+
+class _Blocks(torch.autograd.Function):
+    """Attention in blocks: query, key, value [N, heads, d] -> [N, heads, d]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Bucket, ...], scale: float
+    ) -> Tensor:
+        out, kept = attend(query, key, value, blocks, scale)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        return (*attend_backward(grads[0], query, key, value, kept, ctx.blocks, ctx.scale), None, None)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -284,7 +334,8 @@ def feeding(
     token = _layout.set(layout)
     config._attn_implementation = NAME
     try:
-        yield pack(batch.inputs, layout, offset), layout.real
+        with whole_layers(model, layout.buckets, layout.first, trim) if layout.blocks else nullcontext():
+            yield pack(batch.inputs, layout, offset), layout.real
     finally:
         config._attn_implementation = before
         _layout.reset(token)

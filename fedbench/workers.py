@@ -1,10 +1,10 @@
 """Worker processes on a CPU: one per core, one thread each.
 
 Two processes with one thread each train twice as many clients as one process; two threads share the small matrix
-products of one client far less well. Workers are forked for one piece of work (a round, an evaluation) and end with
-it, so they see the frozen weights, the data and the tasks as they are, in shared pages: nothing is copied or sent to
-them, and only results come back. Every item is computed with one thread whatever the number of workers, so that
-number changes no result.
+products of one client far less well. This process is one of the workers. The others are forked for one piece of work (a
+round, an evaluation) and end with it, so they see the frozen weights, the data and the tasks as they are, in shared
+pages: nothing is copied or sent to them, and only results come back. They inherit the kernels compiled for this process
+too. Every item is computed with one thread whatever the number of workers, so that number changes no result.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 
@@ -67,11 +70,11 @@ def one_thread() -> Iterator[None]:
 def fork_map(
     function: Callable[[T], R], items: Sequence[T], workers: int, costs: Sequence[float] | None = None
 ) -> Iterator[tuple[int, R]]:
-    """Yield (index, function(items[index])) as they are done, over `workers` forked processes, costliest item first.
+    """Yield (index, function(items[index])) as they are done, over `workers` processes, costliest item first.
 
-    Results are pickled on their way back. An exception of `function` is raised here, with the worker's traceback as a
-    note. In this process, in order, where there is one worker or one item. What `function` changes in memory stays in
-    its worker.
+    This process is one of them, the others are forked. Results are pickled on their way back. An exception of
+    `function` is raised here, with the worker's traceback as a note. In order where there is one worker or one item.
+    What `function` changes in memory stays in its worker, so it must not matter to the next item.
     """
     if workers <= 1 or len(items) <= 1:
         for index, item in enumerate(items):
@@ -84,16 +87,20 @@ def fork_map(
     context = multiprocessing.get_context("fork")
     taken = context.Value("q", 0)
 
-    def work(connection: Connection) -> None:
-        # Ctrl-C reaches the whole process group; it is the parent that answers it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        torch.set_num_threads(1)
+    def mine() -> Iterator[int]:
+        """The items that fall to the process that asks."""
         while True:
             with taken.get_lock():
                 place, taken.value = taken.value, taken.value + 1
             if place >= len(order):
-                break
-            index = order[place]
+                return
+            yield order[place]
+
+    def work(connection: Connection) -> None:
+        # Ctrl-C reaches the whole process group; it is the parent that answers it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(1)
+        for index in mine():
             try:
                 answer: tuple[int, R | None, BaseException | None] = (index, function(items[index]), None)
             except Exception as error:
@@ -102,47 +109,61 @@ def fork_map(
         connection.send_bytes(pickle.dumps((None, own_peak(), None)))
         connection.close()
 
-    running = {}
-    processes = []
-    finished = False
+    answers: SimpleQueue[tuple[BaseProcess, Any]] = SimpleQueue()
+
+    def listen(process: BaseProcess, connection: Connection) -> None:
+        # A worker waits until its answer is read, so somebody has to be at it while this process computes.
+        answer: Any = ()
+        while answer is not None and answer[:1] != (None,):
+            try:
+                answer = pickle.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                answer = None
+            answers.put((process, answer))
+
+    processes: list[BaseProcess] = []
+    listeners: list[Thread] = []
+    left, running = len(items), 0
     try:
-        for _ in range(min(workers, len(items))):
-            mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(theirs,), daemon=True)
+        for _ in range(min(workers, len(items)) - 1):
+            receiving, sending = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(sending,), daemon=True)
             process.start()
-            theirs.close()
-            running[mine] = process
+            sending.close()
             processes.append(process)
-        left = len(items)
-        while running:
-            for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
-                try:
-                    index, result, error = pickle.loads(ready.recv_bytes())
-                except EOFError:
-                    process = running.pop(ready)
-                    if not left:
-                        continue
-                    process.join()
-                    if process.exitcode:
-                        raise FedbenchError(
-                            f"a worker process died ({_cause(process.exitcode)}); try --workers 1"
-                        ) from None
-                    continue
-                if error is not None:
-                    raise error
-                if index is None:
-                    note_worker(result)
-                    continue
+            running += 1
+            listeners.append(Thread(target=listen, args=(process, receiving), daemon=True))
+        for listener in listeners:  # now that nothing is forked any more
+            listener.start()
+        own = mine()
+        answer: Any
+        while left or running:
+            place = next(own, None) if answers.empty() else None
+            if place is not None:
+                with one_thread():
+                    answer = (place, function(items[place]), None)
+            else:
+                worker, answer = answers.get()
+                if answer is None:
+                    worker.join()
+                    raise FedbenchError(f"a worker process died ({_cause(worker.exitcode)}); try --workers 1")
+            index, result, error = answer
+            if error is not None:
+                raise error
+            if index is None:
+                note_worker(result)
+                running -= 1
+            else:
                 left -= 1
                 yield index, result
-        assert left == 0
-        finished = True
     finally:
         # A worker that is done takes a while to give its memory back; multiprocessing reaps it at the next start.
-        for process in () if finished else processes:
-            process.kill()
-            process.join()
+        for worker in processes if left or running else ():
+            worker.kill()
+            worker.join()
+        for listener in listeners:
+            if listener.ident is not None:
+                listener.join()
 
 
 def _portable(error: Exception) -> Exception:
@@ -158,7 +179,7 @@ def _portable(error: Exception) -> Exception:
     return portable
 
 
-def _cause(exitcode: int) -> str:
+def _cause(exitcode: int | None) -> str:
     if exitcode == -signal.SIGKILL:
         return "killed, most likely for want of memory"
-    return f"signal {-exitcode}" if exitcode < 0 else f"exit code {exitcode}"
+    return f"signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"

@@ -388,12 +388,18 @@ def test_the_shared_module_is_left_as_it_was() -> None:
         assert all(torch.equal(a.tunables[n], b.tunables[n]) for n in a.tunables)
 
 
-@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=5), st.booleans())
+@given(
+    st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=5),
+    st.sampled_from(["segments", "buckets", "blocks"]),
+)
 @settings(deadline=None)
-def test_a_layout_keeps_clients_together_and_tokens_in_their_rows(lengths: list[list[int]], segments: bool) -> None:
+def test_a_layout_keeps_clients_together_and_tokens_in_their_rows(lengths: list[list[int]], kind: str) -> None:
     every = [n for own in lengths for n in own]
     width, most = max(every), max(map(len, lengths))
-    layout = (Layout.of_segments if segments else Layout.of_clients)(lengths, width, CPU)
+    segments = kind == "segments"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedbench.packing.SHORT", 30 if kind == "blocks" else 0)
+        layout = (Layout.of_segments if segments else Layout.of_clients)(lengths, width, CPU)
     row = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])  # client of each row
     client = np.repeat(np.arange(len(lengths)), layout.sizes)  # client of each packed place
     assert sum(layout.sizes) == layout.source.numel()
@@ -411,6 +417,9 @@ def test_a_layout_keeps_clients_together_and_tokens_in_their_rows(lengths: list[
             mine = [next(left) for _ in own]
             starts += mine + [mine[0]] * (most - len(own))
     assert layout.source[layout.first].tolist() == starts
+    if kind == "blocks":
+        assert all(len(set(client[b.start : b.start + b.length])) == 1 for b in layout.buckets), "of one client each"
+        return
     # In the buckets each row is whole, in order, and filled up with its own tokens.
     places = layout.source if layout.gather is None else layout.source[layout.gather]
     for bucket in layout.buckets:

@@ -44,30 +44,43 @@ def task(built: torch.nn.Module, **changes: object) -> LocalTask:
     return LocalTask(**(defaults | changes))  # type: ignore[arg-type]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.booleans())
 @settings(deadline=None)
-def test_a_layout_holds_every_real_token_once(lengths: list[int]) -> None:
+def test_a_layout_holds_every_real_token_once(lengths: list[int], blocks: bool) -> None:
     width = max(lengths)
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-    layout = Layout.of(mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedbench.packing.SHORT", 30 if blocks else 0)
+        layout = Layout.of(mask)
+    assert layout.blocks is blocks
     real = layout.source[layout.real[0]].sort().values
     assert torch.equal(real, mask.flatten().nonzero().squeeze(1))
     assert torch.equal(layout.source[layout.first], torch.arange(len(lengths)) * width)
-    assert sum(b.rows for b in layout.buckets) == len(lengths)
     padding = 1 - layout.real.float().mean().item()
-    assert padding <= 0.15 + 1e-6
+    assert padding <= (0.0 if blocks else 0.15 + 1e-6)
+    if not blocks:
+        assert sum(b.rows for b in layout.buckets) == len(lengths)
+        return
+    starts = [b.start + place for b in layout.buckets for place in b.starts.tolist()]
+    assert starts == sorted(layout.first.tolist())
+    for b in layout.buckets:
+        assert b.length <= 64, "no row here is longer"
+        row = layout.source[b.start : b.start + b.length] // width
+        scored = torch.ones(b.length, b.length).bool() if b.mask is None else b.mask[0, 0] == 0
+        assert torch.equal(scored, row[:, None] == row), "a token is scored against its row and nothing else"
 
 
-@given(rows=st.integers(1, 9), seed=st.integers(0, 99))
+@given(rows=st.integers(1, 9), seed=st.integers(0, 99), short=st.sampled_from([0, 128]))
 @settings(deadline=None, max_examples=25)
-def test_packed_equals_padded_in_outputs_gradients_and_hidden_losses(rows: int, seed: int) -> None:
+def test_packed_equals_padded_in_outputs_gradients_and_hidden_losses(rows: int, seed: int, short: int) -> None:
     built = model()
     batch = train_rows(40).batch(np.random.default_rng(seed).choice(40, rows, replace=False))
     names = tunable_names(built)
     parameters = [dict(built.named_parameters())[n].requires_grad_(True) for n in names]
     found = []
     for packed in (False, True):
-        with packing(packed):
+        with packing(packed), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fedbench.packing.SHORT", short)
             out = logits(built, batch)
             grads = torch.autograd.grad(out.square().sum(), parameters)
             hidden, mask = layer_outputs(built, batch)

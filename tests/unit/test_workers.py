@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,30 +38,57 @@ def test_every_item_once_whatever_the_number_of_workers(costs: list[float], work
     assert found == {i: (x, x * x) for i, x in enumerate(costs)}
 
 
-def test_work_is_spread_over_processes_of_one_thread() -> None:
-    found = dict(fork_map(lambda _: (os.getpid(), torch.get_num_threads()), range(40), 2))
-    assert os.getpid() not in {pid for pid, _ in found.values()}
-    assert {threads for _, threads in found.values()} == {1}
+def in_worker() -> bool:
+    time.sleep(0.01)  # so that each process gets items
+    return multiprocessing.parent_process() is not None
+
+
+def test_work_is_spread_over_processes_of_one_thread_of_which_this_is_one() -> None:
+    threads = torch.get_num_threads()
+    found = dict(fork_map(lambda _: (in_worker(), os.getpid(), torch.get_num_threads()), range(40), 3))
+    assert len({pid for _, pid, _ in found.values()}) == 3
+    assert {pid for worker, pid, _ in found.values() if not worker} == {os.getpid()}
+    assert {threads for *_, threads in found.values()} == {1}
+    assert torch.get_num_threads() == threads
     for process in multiprocessing.active_children():
         process.join(10)
         assert process.exitcode == 0
 
 
-def test_an_error_arrives_with_where_it_happened() -> None:
+@pytest.mark.parametrize("where", [True, False])
+def test_an_error_arrives_wherever_it_happened(where: bool) -> None:
     def fail(item: int) -> int:
-        if item == 2:
-            raise FedbenchError("row 2 is bad")
+        if in_worker() is where:
+            raise FedbenchError("a row is bad")
         return item
 
-    with pytest.raises(FedbenchError, match="row 2 is bad") as caught:
-        list(fork_map(fail, range(4), 2))
-    assert "in fail" in caught.value.__notes__[0]
+    with pytest.raises(FedbenchError, match="a row is bad") as caught:
+        list(fork_map(fail, range(9), 2))
+    if where:
+        assert "in fail" in caught.value.__notes__[0]
     assert not multiprocessing.active_children()
 
 
 def test_a_worker_that_dies_is_one_clear_line() -> None:
+    def die(_: int) -> None:
+        if in_worker():
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with pytest.raises(FedbenchError, match="worker process died .killed, most likely for want of memory.; try"):
-        list(fork_map(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
+        list(fork_map(die, range(9), 2))
+
+
+def test_answers_larger_than_a_pipe_do_not_wait_for_this_process() -> None:
+    """A worker goes on to the next item while this process is busy with one of its own."""
+
+    def answer(_: int) -> tuple[bool, float, bytes]:
+        if not (worker := in_worker()):
+            time.sleep(0.5)
+        return worker, time.monotonic(), bytes(1 << 20)
+
+    found = dict(fork_map(answer, range(20), 2))
+    first = min(at for worker, at, _ in found.values() if not worker)
+    assert sum(worker and at < first for worker, at, _ in found.values()) > 1
 
 
 def test_an_interrupted_round_leaves_no_process() -> None:
@@ -118,7 +146,7 @@ def test_peak_memory_is_that_of_the_run_and_of_its_workers() -> None:
     assert after is not None
     assert after < before - (300 << 20), "what an earlier run took is forgotten"
     more = (after >> 20) + 100
-    list(fork_map(use, [1, more, 1], 2))
+    list(fork_map(lambda _: use(more if in_worker() else 1), range(9), 2))
     used = peak_memory(CPU)
     assert used is not None
     assert own_peak() < more << 20 < used, "it was a worker that took it"

@@ -1,0 +1,193 @@
+"""Encoder layers as one function each, forward and backward written out: for short texts on a CPU.
+
+A step on a hundred tokens spends a fifth of its time not on arithmetic but on calling it, module by module and, for
+gradients, node by node. Here a layer of a post-norm encoder (BERT, RoBERTa, DistilBERT) is one node: attention, FFN,
+residuals and LayerNorms with frozen weights, and LoRA where there is any. In fp32, on batches in blocks, with the
+reordered copies of `fedbench.linear`. A layer that somebody watches or tunes otherwise (hooks, biases, dropout) is
+computed by transformers' own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fedbench.attention import Bucket, attend, attend_backward
+from fedbench.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, watched
+from fedbench.models import Parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Linears:
+    """The linear layers of an encoder layer at a call: query, key, value, output, up, down; LoRA of the first four."""
+
+    bases: tuple[FrozenLinear, ...]
+    adapters: tuple[Adapter | None, ...]
+
+
+class _Layer:
+    """An encoder layer and its parts."""
+
+    def __init__(self, parts: Parts, i: int) -> None:
+        get = parts.model.get_submodule
+        family, path = parts.family, parts.layer_path(i)
+        self.module = parts.layer(i)
+        self.projections = [get(p) for p in parts.attention_paths(i)]
+        self.ffn = [parts.ffn_in(i), parts.ffn_out(i)]
+        self.norms = [cast(nn.LayerNorm, get(f"{path}.{p}")) for p in (family.attention_norm, family.ffn_norm)]
+        self.residual = get(f"{path}.{family.residual}") if family.residual else None
+        inside = {m for p in self.projections for m in p.modules()}
+        self.others = [m for m in self.module.modules() if m is not self.module and m not in inside]
+        config: Any = parts.model.config
+        self.heads = config.num_attention_heads
+        self.tuned_norms = [p for norm in self.norms for p in norm.parameters()]
+
+    def linears(self, hidden: Tensor, trimmed: bool) -> _Linears | None:
+        """The linear layers, if `_Function` computes what the module would; else None."""
+        if self.module.training or any(p.requires_grad for p in self.tuned_norms):
+            return None
+        if any(watched(m) for m in self.others if not (trimmed and m is self.residual)):
+            return None
+        bases, adapters = [], []
+        for layer in (*self.projections, *self.ffn):
+            adapter = layer.plain_adapter() if isinstance(layer, AdaptedLinear) else None
+            base = layer if adapter is None else layer.base_layer
+            if watched(layer) or not isinstance(base, FrozenLinear) or base.dtype_for(hidden) is not torch.float32:
+                return None
+            if base.bias is None or base.bias.requires_grad:
+                return None
+            bases.append(base)
+            adapters.append(adapter)
+        return _Linears(tuple(bases), tuple(adapters[:4]))
+
+    def forward(
+        self, blocks: Sequence[Bucket], first: Tensor, trimmed: bool, hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """hidden [1, N, d] -> [1, N, d]; `trimmed`: of each row's first token, [1, B, d], in the batch's order."""
+        linears = self.linears(hidden, trimmed)
+        if linears is None:
+            return type(self.module).forward(self.module, hidden, *args, **kwargs)
+        values = [value for adapter in linears.adapters if adapter is not None for value in adapter[:2]]
+        out: Tensor = _Function.apply(hidden[0], self, linears, blocks, trimmed, *values)
+        if trimmed:
+            out = out.index_select(0, first.argsort().argsort())
+        return out[None]
+
+
+_layers: WeakKeyDictionary[nn.Module, list[_Layer]] = WeakKeyDictionary()
+
+
+@contextmanager
+def whole_layers(model: nn.Module, blocks: Sequence[Bucket], first: Tensor, trimmed: bool) -> Iterator[None]:
+    """Inside the block `model` computes its layers as one function each, where it can, for a batch in these blocks.
+
+    first: packed place of each row's first token, [B], in the batch's order. trimmed: whether the output module of the
+    last layer is given first tokens only, by a hook, and the last layer is to do so too.
+    """
+    if model not in _layers:
+        parts, config = Parts(model), cast(Any, model.config)
+        known = parts.family.attention_norm and getattr(config, parts.family.activation) == "gelu"
+        _layers[model] = [_Layer(parts, i) for i in range(parts.count)] if known else []
+    layers = _layers[model]
+    for layer in layers:
+        layer.module.forward = partial(layer.forward, blocks, first, trimmed and layer is layers[-1])
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.module.__dict__["forward"]
+
+
+class _Function(torch.autograd.Function):
+    """hidden [N, d] -> [N, d]; trimmed: [B, d], of first tokens, in the order of rows in the blocks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        layer: _Layer,
+        linears: _Linears,
+        blocks: Sequence[Bucket],
+        trimmed: bool,
+        *values: Tensor,
+    ) -> Tensor:
+        first = torch.cat([b.start + b.starts for b in blocks if b.starts is not None]) if trimmed else None
+        residual = hidden if first is None else hidden.index_select(0, first)
+        *attention, up, down = linears.bases
+        lows: list[Tensor | None] = []
+
+        def linear(i: int, x: Tensor) -> Tensor:
+            out, adapter = attention[i].product(x), linears.adapters[i]
+            lows.append(None if adapter is None else adapt(out, x, adapter))
+            return out
+
+        query, key, value = (
+            linear(i, x).unflatten(1, (layer.heads, -1)) for i, x in enumerate((residual, hidden, hidden))
+        )
+        scale = query.shape[2] ** -0.5
+        heads, weights = attend(query, key, value, blocks, scale, trimmed)
+        mixed = heads.flatten(1)
+        mid = linear(3, mixed).add_(residual)
+        normed, *mid_norm = _norm(mid, layer.norms[0])
+        wide = up.product(normed)
+        end = down.product(nn.functional.gelu(wide)).add_(normed)
+        out, *end_norm = _norm(end, layer.norms[1])
+        qkv = query, key, value
+        ctx.save_for_backward(
+            hidden, residual, first, mixed, mid, *mid_norm, wide, end, *end_norm, *qkv, *lows, *weights
+        )
+        ctx.layer, ctx.linears, ctx.blocks, ctx.scale = layer, linears, blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, residual, first, mixed, mid, *saved = ctx.saved_tensors
+        mid_norm, wide, end, end_norm = saved[:2], saved[2], saved[3], saved[4:6]
+        (query, key, value), lows, weights = saved[6:9], saved[9:13], saved[13:]
+        *attention, up, down = ctx.linears.bases
+        norms, values = ctx.layer.norms, []
+
+        def back(i: int, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+            adapter = ctx.linears.adapters[i]
+            found = attention[i].product(grad, transposed=True) if wanted else None
+            values.append(() if adapter is None else adapt_backward(found, grad, x, lows[i], adapter))
+            return found
+
+        grad = _norm_backward(grads[0].contiguous(), end, end_norm, norms[1])
+        inner = torch.ops.aten.gelu_backward(down.product(grad, transposed=True), wide)
+        grad = _norm_backward(up.product(inner, transposed=True).add_(grad), mid, mid_norm, norms[0])
+        heads = cast(Tensor, back(3, grad, mixed, True)).view_as(query)
+        parts = attend_backward(heads, query, key, value, weights, ctx.blocks, ctx.scale, first is not None)
+        wanted = ctx.needs_input_grad[0]
+        below = [
+            back(i, part.flatten(1), x, wanted)
+            for i, (part, x) in enumerate(zip(parts, (residual, hidden, hidden), strict=True))
+        ]
+        total = None
+        if wanted:
+            of_query, of_key, of_value = (cast(Tensor, x) for x in below)
+            grad, total = grad.add_(of_query), of_key.add_(of_value)
+            total = total.add_(grad) if first is None else total.index_add_(0, first, grad)
+        of_output, *of_qkv = values
+        return total, None, None, None, None, *(v for own in (*of_qkv, of_output) for v in own)
+
+
+def _norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
+        x, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    )
+    return out
+
+
+def _norm_backward(grad: Tensor, x: Tensor, statistics: Sequence[Tensor], norm: nn.LayerNorm) -> Tensor:
+    out: Tensor = torch.ops.aten.native_layer_norm_backward(
+        grad, x, norm.normalized_shape, *statistics, norm.weight, norm.bias, [True, False, False]
+    )[0]
+    return out
