@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fedbench.attention import Bucket, attend, attend_backward
-from fedbench.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, watched
+from fedbench.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, block, watched
 from fedbench.models import Parts
 
 
@@ -81,9 +80,6 @@ class _Layer:
         return out[None]
 
 
-_layers: WeakKeyDictionary[nn.Module, list[_Layer]] = WeakKeyDictionary()
-
-
 @contextmanager
 def whole_layers(model: nn.Module, blocks: Sequence[Bucket], first: Tensor, trimmed: bool) -> Iterator[None]:
     """Inside the block `model` computes its layers as one function each, where it can, for a batch in these blocks.
@@ -91,11 +87,15 @@ def whole_layers(model: nn.Module, blocks: Sequence[Bucket], first: Tensor, trim
     first: packed place of each row's first token, [B], in the batch's order. trimmed: whether the output module of the
     last layer is given first tokens only, by a hook, and the last layer is to do so too.
     """
-    if model not in _layers:
+    known = block.get()
+    if known is None:
+        yield
+        return
+    if model not in known:
         parts, config = Parts(model), cast(Any, model.config)
-        known = parts.family.attention_norm and getattr(config, parts.family.activation) == "gelu"
-        _layers[model] = [_Layer(parts, i) for i in range(parts.count)] if known else []
-    layers = _layers[model]
+        possible = parts.family.attention_norm and getattr(config, parts.family.activation) == "gelu"
+        known[model] = [_Layer(parts, i) for i in range(parts.count)] if possible else []
+    layers: list[_Layer] = known[model]
     for layer in layers:
         layer.module.forward = partial(layer.forward, blocks, first, trimmed and layer is layers[-1])
     try:

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 stock: ContextVar[bool] = ContextVar("stock", default=False)
 """Set in the reference executor, which runs stock modules on padded batches."""
 
+block: ContextVar[dict[Any, Any] | None] = ContextVar("block", default=None)
+"""What may be remembered for as long as the outermost `reordered` block lasts; None outside of one."""
+
 # The operator behind torch.compile's CPU linear layers; a build of torch without oneDNN lacks it.
 _available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -178,9 +181,12 @@ def reordered(*models: nn.Module, gradients: bool = False, precision: str = "fp3
         layers = [m for m in found if isinstance(m, FrozenLinear) and m.live is None]
     for layer in layers:
         layer.refresh(gradients, dtype)
+    token = block.set({}) if block.get() is None else None
     try:
         yield
     finally:
+        if token is not None:
+            block.reset(token)
         for layer in layers:
             layer.live = None
 

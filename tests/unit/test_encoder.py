@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,3 +171,15 @@ def test_another_activation_is_left_to_transformers(calls: list[bool], tmp_path:
     model = build(load_fm(str(folder), 3, folder), LoraSpec(2, 4))
     agree(model, tunable_names(model))
     assert not calls
+
+
+def test_a_module_put_in_between_blocks_is_used(calls: list[bool], fm: FoundationModel) -> None:
+    model = build(fm, LoraSpec(2, 4))
+    agree(model, tunable_names(model))
+    path = Parts(model).ffn_out_path(1)
+    other = copy.deepcopy(model.get_submodule(path))
+    with torch.no_grad():
+        other.weight.mul_(-1)
+    model.set_submodule(path, other)
+    agree(model, tunable_names(model))
+    assert len(calls) == 12
