@@ -37,6 +37,11 @@ class Exposure:
             if source.name not in self._fm or source.name in self._whole:
                 continue
             whole = self._fm[source.name]
+            if source.index is None and tensor.dtype == whole.dtype and torch.equal(tensor.detach().cpu(), whole):
+                self._verbatim[source.name].fill_(True)
+                self._near[source.name].fill_(True)
+                self._whole.add(source.name)
+                continue
             index = torch.arange(whole.shape[source.dim]) if source.index is None else source.index.cpu()
             original = whole.index_select(source.dim, index)
             value = tensor.detach().cpu().to(original.dtype)

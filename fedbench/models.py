@@ -301,8 +301,9 @@ class TensorStore:
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     data = tensor.detach().cpu().contiguous()
-    head = f"{data.dtype}{list(data.shape)}".encode()
-    return hashlib.sha256(head + data.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{data.dtype}{list(data.shape)}".encode())
+    digest.update(data.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def state_digest(state: Mapping[str, Tensor], digest: Callable[[Tensor], str] = tensor_digest) -> str:
