@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -515,14 +516,19 @@ class Run:
         self.progress.phase(
             "federated rounds", total=(self.federation.rounds - start) * size, detail=self.p.method.name
         )
-        for round in range(start, self.federation.rounds if until is None else until):
-            self.round(round)
-            if self.step_flops is None and self.example is not None:
-                with self.time("flops"):
-                    self.step_flops = step_flops(self.example, self.p.device)
-            if checkpoints is not None and round + 1 < self.federation.rounds:
-                with self.time("checkpoint"):
-                    self.checkpoint(checkpoints)
+        # Looking through what is there by now for garbage takes 0.3 s each time, and workers copy what they look at.
+        gc.freeze()
+        try:
+            for round in range(start, self.federation.rounds if until is None else until):
+                self.round(round)
+                if self.step_flops is None and self.example is not None:
+                    with self.time("flops"):
+                        self.step_flops = step_flops(self.example, self.p.device)
+                if checkpoints is not None and round + 1 < self.federation.rounds:
+                    with self.time("checkpoint"):
+                        self.checkpoint(checkpoints)
+        finally:
+            gc.unfreeze()
 
     def checkpoint(self, folder: Path) -> None:
         """Write everything needed to go on after this round; at any moment `folder` holds one whole checkpoint.
