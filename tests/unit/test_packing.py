@@ -219,3 +219,15 @@ def test_evaluation_by_hand() -> None:
             answers.append(int(built(**rows.batch([i]).inputs).logits.argmax()))
     assert found.predicted.tolist() == answers
     assert found.accuracy == pytest.approx(np.mean(np.array(answers) == rows.labels.numpy()))
+
+
+@pytest.mark.parametrize("short", [0, 128])
+def test_attention_dropout_leaves_rows_apart(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout that drops nothing a batch in training mode is what it is in evaluation mode."""
+    monkeypatch.setattr("fedbench.packing.SHORT", short)
+    built, batch = model(), train_rows(9).batch(range(9))
+    expected = logits(built, batch)
+    for name, module in built.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 1e-12 if name.endswith("attention.self.dropout") else 0.0
+    assert torch.allclose(logits(built.train(), batch), expected, rtol=1e-9, atol=1e-11)
