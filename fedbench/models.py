@@ -302,7 +302,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     data = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{data.dtype}{list(data.shape)}".encode())
-    digest.update(data.view(-1).view(torch.uint8).numpy())
+    digest.update(data.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
