@@ -31,16 +31,13 @@ class Bucket:
 
 def _pieces(
     queries: Sequence[Tensor], keys: Sequence[Tensor], blocks: Sequence[Bucket], first_only: bool
-) -> Iterator[tuple[list[Tensor], list[Tensor], Tensor | None]]:
-    """Of each block its part of `queries` and of `keys`, [heads, n, d], and what is added to its scores."""
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Of each block its part of `queries` and of `keys`, [heads, n, d]."""
     start = 0
     for b in blocks:
-        mask, n = b.mask, b.length
-        if first_only:
-            assert b.starts is not None
-            mask, n = None if mask is None else mask.index_select(2, b.starts), len(b.starts)
+        n = len(b.starts) if first_only and b.starts is not None else b.length
         parts = [x.narrow(0, start, n).transpose(0, 1) for x in queries]
-        yield parts, [x.narrow(0, b.start, b.length).transpose(0, 1) for x in keys], mask
+        yield parts, [x.narrow(0, b.start, b.length).transpose(0, 1) for x in keys]
         start += n
 
 
@@ -53,10 +50,11 @@ def attend(
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     kept = []
-    for (q, o), (k, v), mask in _pieces((query, out), (key, value), blocks, first_only):
-        if mask is None:
+    for b, ((q, o), (k, v)) in zip(blocks, _pieces((query, out), (key, value), blocks, first_only), strict=True):
+        if b.mask is None:
             scores = torch.bmm(q, k.mT).mul_(scale)
         else:
+            mask = b.mask.index_select(2, b.starts) if first_only and b.starts is not None else b.mask
             scores = torch.baddbmm(mask[0].to(q.dtype), q, k.mT, alpha=scale)
         kept.append(scores.softmax(-1))
         o.copy_(torch.bmm(kept[-1], v))
@@ -76,7 +74,7 @@ def attend_backward(
     """The gradients of query, key and value, from that of the output and what `attend` kept."""
     dquery, dkey, dvalue = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     pieces = _pieces((grad, query, dquery), (key, value, dkey, dvalue), blocks, first_only)
-    for weights, ((g, q, dq), (k, v, dk, dv), _) in zip(kept, pieces, strict=True):
+    for weights, ((g, q, dq), (k, v, dk, dv)) in zip(kept, pieces, strict=True):
         dv.copy_(torch.bmm(weights.mT, g))
         scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weights, -1, weights.dtype)
         dq.copy_(torch.baddbmm(q, scores, k, beta=0, alpha=scale))

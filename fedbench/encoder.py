@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.attention import Bucket, attend, attend_backward
-from fedbench.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, block, watched
+from fedbench.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, remembered, watched
 from fedbench.models import Parts
 
 
@@ -46,11 +46,10 @@ class _Layer:
         self.others = [m for m in self.module.modules() if m is not self.module and m not in inside]
         config: Any = parts.model.config
         self.heads = config.num_attention_heads
-        self.tuned_norms = [p for norm in self.norms for p in norm.parameters()]
 
     def linears(self, hidden: Tensor, trimmed: bool) -> _Linears | None:
         """The linear layers, if `_Function` computes what the module would; else None."""
-        if self.module.training or any(p.requires_grad for p in self.tuned_norms):
+        if self.module.training or any(p.requires_grad for norm in self.norms for p in norm.parameters()):
             return None
         if any(watched(m) for m in self.others if not (trimmed and m is self.residual)):
             return None
@@ -74,10 +73,10 @@ class _Layer:
         if linears is None:
             return type(self.module).forward(self.module, hidden, *args, **kwargs)
         values = [value for adapter in linears.adapters if adapter is not None for value in adapter[:2]]
-        out: Tensor = _Function.apply(hidden[0], self, linears, blocks, trimmed, *values)
-        if trimmed:
-            out = out.index_select(0, first.argsort().argsort())
-        return out[None]
+        # In the blocks rows lie in another order than in the batch.
+        in_blocks, row = first.sort() if trimmed else (None, None)
+        out: Tensor = _Function.apply(hidden[0], self, linears, blocks, in_blocks, *values)
+        return out[None] if row is None else out.index_select(0, row.argsort())[None]
 
 
 @contextmanager
@@ -87,7 +86,7 @@ def whole_layers(model: nn.Module, blocks: Sequence[Bucket], first: Tensor, trim
     first: packed place of each row's first token, [B], in the batch's order. trimmed: whether the output module of the
     last layer is given first tokens only, by a hook, and the last layer is to do so too.
     """
-    known = block.get()
+    known = remembered.get()
     if known is None:
         yield
         return
@@ -106,7 +105,7 @@ def whole_layers(model: nn.Module, blocks: Sequence[Bucket], first: Tensor, trim
 
 
 class _Function(torch.autograd.Function):
-    """hidden [N, d] -> [N, d]; trimmed: [B, d], of first tokens, in the order of rows in the blocks."""
+    """hidden [N, d] -> [N, d]; or [B, d], of the tokens `first` [B], which begin the rows as they lie in the blocks."""
 
     @staticmethod
     def forward(
@@ -115,10 +114,9 @@ class _Function(torch.autograd.Function):
         layer: _Layer,
         linears: _Linears,
         blocks: Sequence[Bucket],
-        trimmed: bool,
+        first: Tensor | None,
         *values: Tensor,
     ) -> Tensor:
-        first = torch.cat([b.start + b.starts for b in blocks if b.starts is not None]) if trimmed else None
         residual = hidden if first is None else hidden.index_select(0, first)
         *attention, up, down = linears.bases
         lows: list[Tensor | None] = []
@@ -132,7 +130,7 @@ class _Function(torch.autograd.Function):
             linear(i, x).unflatten(1, (layer.heads, -1)) for i, x in enumerate((residual, hidden, hidden))
         )
         scale = query.shape[2] ** -0.5
-        heads, weights = attend(query, key, value, blocks, scale, trimmed)
+        heads, weights = attend(query, key, value, blocks, scale, first is not None)
         mixed = heads.flatten(1)
         mid = linear(3, mixed).add_(residual)
         normed, *mid_norm = _norm(mid, layer.norms[0])

@@ -36,15 +36,15 @@ class Exposure:
             source = sources.get(name, Source(name))
             if source.name not in self._fm or source.name in self._whole:
                 continue
-            whole = self._fm[source.name]
-            if source.index is None and tensor.dtype == whole.dtype and torch.equal(tensor.detach().cpu(), whole):
+            whole, value = self._fm[source.name], tensor.detach().cpu()
+            if source.index is None and value.dtype == whole.dtype and torch.equal(value, whole):
                 self._verbatim[source.name].fill_(True)
                 self._near[source.name].fill_(True)
                 self._whole.add(source.name)
                 continue
             index = torch.arange(whole.shape[source.dim]) if source.index is None else source.index.cpu()
             original = whole.index_select(source.dim, index)
-            value = tensor.detach().cpu().to(original.dtype)
+            value = value.to(original.dtype)
             if value.shape != original.shape:
                 continue
             same = value == original

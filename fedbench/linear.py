@@ -22,7 +22,7 @@ from torch import Tensor, nn
 stock: ContextVar[bool] = ContextVar("stock", default=False)
 """Set in the reference executor, which runs stock modules on padded batches."""
 
-block: ContextVar[dict[Any, Any] | None] = ContextVar("block", default=None)
+remembered: ContextVar[dict[Any, Any] | None] = ContextVar("remembered", default=None)
 """What may be remembered for as long as the outermost `reordered` block lasts; None outside of one."""
 
 # The operator behind torch.compile's CPU linear layers; a build of torch without oneDNN lacks it.
@@ -75,36 +75,25 @@ class FrozenLinear(nn.Linear):
             if gradients:
                 self.copy(True)
 
-    @torch.no_grad()
     def copy(self, transposed: bool) -> Tensor:
         """The weight, or its transpose, in oneDNN's blocks: both in the dtype that was live for the first of them."""
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        weight = self.weight.detach()
         if self._copies is None:
-            self._copies = (reorder(weight.to(self.live or weight.dtype)), None)
+            self._copies = (_reorder(self.weight.detach().to(self.live or self.weight.dtype)), None)
         kept, turned = self._copies
         if not transposed:
             return kept
         if turned is None:
-            turned = reorder(weight.t().to(kept.dtype).contiguous())
+            turned = _reorder(self.weight.detach().t().to(kept.dtype).contiguous())
             self._copies = (kept, turned)
         return turned
 
     def product(self, input: Tensor, transposed: bool = False) -> Tensor:
         """What this layer makes of an input [.., in]; transposed: the gradient of an input, from [.., out]."""
-        copies = self._copies
-        weight = None if copies is None else copies[transposed]
         # A gradient has a bias of zeros: oneDNN compiles a kernel for each number of tokens, in half a millisecond, and
         # with one the products of the two directions share them.
         bias = _zeros(self.in_features, input.dtype) if transposed else self.bias
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input,
-            self.copy(transposed) if weight is None else weight,
-            bias if bias is None or bias.dtype is input.dtype else bias.to(input.dtype),
-            "none",
-            [],
-            "",
-        )
+        bias = None if bias is None else bias.to(input.dtype)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.copy(transposed), bias, "none", [], "")
         return out
 
     def dtype_for(self, input: Tensor) -> torch.dtype | None:
@@ -181,14 +170,19 @@ def reordered(*models: nn.Module, gradients: bool = False, precision: str = "fp3
         layers = [m for m in found if isinstance(m, FrozenLinear) and m.live is None]
     for layer in layers:
         layer.refresh(gradients, dtype)
-    token = block.set({}) if block.get() is None else None
+    token = remembered.set({}) if remembered.get() is None else None
     try:
         yield
     finally:
         if token is not None:
-            block.reset(token)
+            remembered.reset(token)
         for layer in layers:
             layer.live = None
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return out
 
 
 @cache

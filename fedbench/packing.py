@@ -98,8 +98,7 @@ class Layout:
                     mask = torch.zeros(len(place), len(place)).masked_fill(whose[:, None] != whose, -torch.inf)
                     buckets.append(Bucket(start, 1, len(place), mask[None, None] if len(rows) > 1 else None, offset))
                 else:
-                    mask = real.view(len(rows), 1, 1, -1)
-                    buckets.append(Bucket(start, len(rows), own[rows[0]], None if mask.all() else mask.to(device)))
+                    buckets.append(Bucket(start, len(rows), own[rows[0]], _padding([own[r] for r in rows], device)))
                 for r, o in zip(rows, offset.tolist(), strict=True):
                     places[r] = start + o
                 start += len(place)
@@ -148,7 +147,7 @@ class Layout:
         scatter = torch.empty(len(lengths) * size, dtype=torch.int64)
         for rows in _alike(every, SEGMENT_SLACK):
             longest = every[rows[0]]
-            place_of, _, mask = _grid([every[row] for row in rows], device)
+            place_of, mask = torch.arange(longest), _padding([every[row] for row in rows], device)
             last = torch.tensor([every[row] - 1 for row in rows])[:, None]
             gathers.append((torch.tensor([starts[row] for row in rows])[:, None] + place_of.minimum(last)).flatten())
             buckets.append(Bucket(start, len(rows), longest, mask))
@@ -199,11 +198,11 @@ def _filled(lengths: Sequence[int], most: int) -> list[list[int]]:
     return groups
 
 
-def _grid(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Places [L], which are real [rows, L], and the attention mask of a bucket of rows, the longest first."""
-    place = torch.arange(lengths[0])
-    real = place < torch.tensor(lengths)[:, None]
-    return place, real, None if lengths[-1] == lengths[0] else real[:, None, None].to(device)
+def _padding(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """The mask of a bucket of rows side by side, the longest first."""
+    if lengths[-1] == lengths[0]:
+        return None
+    return (torch.arange(lengths[0]) < torch.tensor(lengths)[:, None])[:, None, None].to(device)
 
 
 _layout: ContextVar[Layout] = ContextVar("layout")

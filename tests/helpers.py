@@ -11,6 +11,7 @@ from fedbench.context import ServerContext
 from fedbench.data import Examples
 from fedbench.engine import RunRequest
 from fedbench.foundation import FoundationModel, load_fm
+from fedbench.models import get_tensors, tunable_names
 from fedbench.rng import Streams
 from fedbench.scenario import Federation
 
@@ -127,6 +128,13 @@ def tiny_fm(layers: int = 3) -> FoundationModel:
             path = save_tiny_bert(Path(folder) / "bert", layers)
             _FMS[layers] = load_fm(str(path), 3, Path(folder))
     return _FMS[layers]
+
+
+def random_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Random values of all tunables of a model, none of them zero."""
+    generator = torch.Generator().manual_seed(3)
+    found = get_tensors(model, tunable_names(model))
+    return {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in found.items()}
 
 
 def _rows(n: int, seed: int) -> Examples:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny, train_rows
+from helpers import random_values, save_tiny, train_rows
 from torch import Tensor, nn
 
 from fedbench import encoder
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.linear import _available, reordered
-from fedbench.models import LoraSpec, Parts, frozen_state, get_tensors, set_tensors, tunable_names
+from fedbench.models import LoraSpec, Parts, frozen_state, set_tensors, tunable_names
 from fedbench.packing import layer_outputs, logits, packing
 from fedbench.testing import tensors_close
 
@@ -32,9 +32,7 @@ def fm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 def build(fm: FoundationModel, lora: LoraSpec | None) -> nn.Module:
     """The model with random tunables, none of them zero."""
     model = fm.build(lora, CPU)
-    generator = torch.Generator().manual_seed(3)
-    found = get_tensors(model, tunable_names(model))
-    set_tensors(model, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in found.items()})
+    set_tensors(model, random_values(model))
     return model
 
 
@@ -66,7 +64,7 @@ def both(model: nn.Module, names: list[str], rows: int = 9) -> list[tuple[Tensor
                 grads = torch.autograd.grad(answer.square().sum(), [parameters[n] for n in names])
                 hidden, mask = layer_outputs(model, batch)
             assert mask is not None
-            # Of each row in turn, whichever way they lie: sorted sums see all of them.
+            # Packed, rows lie in another order: sorted, the two can be compared.
             states = [h.detach()[mask.bool()].sort(0).values for h in hidden]
             out.append((answer.detach(), dict(zip(names, grads, strict=True)), states))
     finally:

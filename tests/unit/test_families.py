@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_request, train_rows
+from helpers import context, public_rows, random_values, save_tiny, save_tiny_bert, smoke_request, train_rows
 from torch import nn
 
 from fedbench import models
@@ -75,12 +75,6 @@ def rows(fm: FoundationModel, public: bool = False) -> Examples:
 def fedpft(fm: FoundationModel, ctx: ServerContext, **changes: Any) -> Any:
     settings = {"r": 6, "layers_retained": [0], "distil_steps": 3, "distil_batch": 4, "lora_r": 2, "align_steps": 2}
     return FedPFT(**(settings | changes)).server(fm, rows(fm, public=True), ctx)
-
-
-def random_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    found = get_tensors(model, tunable_names(model))
-    return {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in found.items()}
 
 
 def test_the_plugged_in_fm_is_the_stock_model_with_lora_merged_by_hand(
