@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from inspect import get_annotations
@@ -23,18 +24,19 @@ from torch import Tensor
 
 from fedbench import provenance
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
+from fedbench.checkpoint import Checkpoint, read_checkpoint
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples, RawData, encode
-from fedbench.errors import FedbenchError
+from fedbench.errors import DamagedFileError, DivergedError, FedbenchError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.export import adapter_path, keep_adapter
 from fedbench.exposure import Exposure
-from fedbench.files import load_tensors, save_tensors, write_text
+from fedbench.files import state_digest, try_folder
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
 from fedbench.loading import load_data
 from fedbench.memory import peak_memory, reset_peak
-from fedbench.models import ModuleCache, Parts, frozen_state, state_digest, tunable_names
+from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.packing import packing
 from fedbench.partition import Partition, partition
 from fedbench.records import SCHEMA, Record, record_key, save
@@ -324,17 +326,13 @@ class Stopwatch:
             self.seconds[phase] += time.perf_counter() - start
 
 
-INDEX = "checkpoint.json"
-
-
 @dataclass(frozen=True)
-class _Place:
-    """Where a checkpoint holds a tensor as it was at `version`. The tensor is kept, so that its id stays its own."""
+class Best:
+    """The round with the best score on the validation rows so far, and the server as it was after it."""
 
-    tensor: Tensor
-    version: int
-    file: str
-    name: str
+    score: float
+    round: int
+    state: State
 
 
 class Run:
@@ -355,11 +353,12 @@ class Run:
         self.clients: dict[ClientId, Client] = {}
         self.rounds: list[dict[str, Any]] = []
         self.points: list[dict[str, Any]] = []
-        self.written: dict[int, _Place] = {}
+        self.saved: Checkpoint | None = None
+        self.changed: set[ClientId] = set()  # clients who have taken part since the last checkpoint
         self.steps = 0
         self.step_flops: int | None = None
         self.example: LocalTask | None = None  # of the round before, for counting its operations
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.best: Best | None = None
         progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
         context = ServerContext(
             self.streams, self.federation, p.device, cache_folder(p.request.cache), self.evaluation.every
@@ -397,6 +396,7 @@ class Run:
         with self.time("broadcast"):
             outbox = server.broadcast(round, cohort)
             delivered = list(self.transport.download(round, outbox))
+        self.changed |= {cid for cid, _ in delivered}
         self._observe(delivered)
         expected = server.expected(round)
         with self.time("local"):
@@ -467,9 +467,10 @@ class Run:
             plug_in = self._evaluate(self.server.plug_in(), self.p.loaded.validation).accuracy
             proxy = self.server.proxy()
             seen = plug_in if proxy is None else self._evaluate(proxy, self.p.loaded.validation).accuracy
-        if self.evaluation.selection == "best" and (self.best is None or seen > self.best[0]):
+        if self.evaluation.selection == "best" and (self.best is None or seen > self.best.score):
             state = self.server.state()
-            self.best = (seen, round, {n: t.detach().cpu().clone() for n, t in state.tensors.items()})
+            tensors = {n: t.detach().cpu().clone() for n, t in state.tensors.items()}
+            self.best = Best(seen, round, State(tensors, deepcopy(dict(state.values))))
         self.progress.advance(0, accuracy=plug_in)
         return {"plug_in_validation": plug_in, "proxy_validation": None if proxy is None else seen}
 
@@ -531,82 +532,68 @@ class Run:
             gc.unfreeze()
 
     def checkpoint(self, folder: Path) -> None:
-        """Write everything needed to go on after this round; at any moment `folder` holds one whole checkpoint.
-
-        There is one after each round. A tensor is written once for as long as it stays the same, so that an FM which
-        clients hold is not written in every round: each checkpoint adds a file with what is new, and an index names all
-        tensors with their files.
-        """
-        file = f"round-{len(self.rounds)}.safetensors"
-        places: dict[int, _Place] = {}
-        new: dict[str, Tensor] = {}
-
-        def put(state: State) -> dict[str, Any]:
-            names = {}
-            for name, tensor in state.tensors.items():
-                place = places.get(id(tensor)) or self.written.get(id(tensor))
-                if place is None or place.version != tensor._version:
-                    place = _Place(tensor, tensor._version, file, f"t{len(new)}")
-                    new[place.name] = tensor.detach().clone()  # two names may share a storage, which files cannot
-                places[id(tensor)] = place
-                names[name] = [place.file, place.name]
-            return {"tensors": names, "values": dict(state.values)}
-
-        best = None
+        """Write everything needed to go on after this round; at any moment `folder` holds one whole checkpoint."""
+        if self.saved is None or self.saved.folder != folder:
+            self.saved = Checkpoint(folder, self.p.key)
+        parts = {"server": self.server.state(), "exposure": State(self.exposure.state())}
         if self.best is not None:
-            best = [self.best[0], self.best[1], put(State(self.best[2], self.server.state().values))]
-        about = {
-            "key": self.p.key,
-            "server": put(self.server.state()),
-            "exposure": put(State(self.exposure.state())),
-            "clients": {str(cid): put(client.state()) for cid, client in sorted(self.clients.items())},
-            "best": best,
-            "rounds": self.rounds,
-            "points": self.points,
+            parts["best"] = self.best.state
+        values = {
+            "best": None if self.best is None else [self.best.score, self.best.round],
             "steps": self.steps,
             "step_flops": self.step_flops,
-            "ledger": self.transport.ledger.to_json(),
-            "refused": self.transport.refused,
             "seconds": dict(self.time.seconds),
         }
-        save_tensors(folder / file, new, {})
-        write_text(folder / INDEX, json.dumps(about))
-        self.written = places
-        used = {place.file for place in places.values()}
-        for path in folder.glob("round-*.safetensors"):
-            if path.name not in used:
-                path.unlink()
+        self.saved.write(parts, self.clients, self.changed, self._history, values)
+        self.changed = set()
+
+    def _history(self, start: int) -> list[dict[str, Any]]:
+        """What each round from `start` on has added to what this run knows; the first of all also has what came before."""
+        after = start if start else -1
+        points: dict[int, list[Any]] = defaultdict(list)
+        for point in self.points:
+            if point["round"] >= after:
+                points[max(0, point["round"])].append(point)
+        crossed: dict[int, list[Any]] = defaultdict(list)
+        for entry in self.transport.ledger.entries:
+            if entry.round >= start:
+                crossed[entry.round].append(entry.to_json())
+        refused: dict[int, list[Any]] = defaultdict(list)
+        for round, client, why in self.transport.refused:
+            if round >= start:
+                refused[round].append([round, client, why])
+        return [
+            {"round": entry, "points": points[r], "ledger": crossed[r], "refused": refused[r]}
+            for r, entry in enumerate(self.rounds[start:], start=start)
+        ]
 
     def resume(self, folder: Path) -> bool:
-        """Become the run that wrote the checkpoint in `folder`; False where there is none for this key."""
-        path = folder / INDEX
-        if not path.exists():
-            return False
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about["key"] != self.p.key:
-            return False
-        files: dict[str, dict[str, Tensor]] = {}
+        """Become the run that wrote the checkpoint in `folder`; False where there is none for this key.
 
-        def get(block: Mapping[str, Any]) -> State:
-            tensors = {}
-            for name, (file, place) in block["tensors"].items():
-                if file not in files:
-                    files[file] = load_tensors(folder / file)[0]
-                tensors[name] = files[file][place]
-            return State(tensors, block["values"])
-
-        self.server.restore(get(about["server"]))
-        self.exposure.restore(dict(get(about["exposure"]).tensors))
-        for cid, block in about["clients"].items():
-            self.client(int(cid)).restore(get(block))
-        if about["best"]:
-            score, round, block = about["best"]
-            self.best = (score, round, dict(get(block).tensors))
-        self.rounds, self.points = about["rounds"], about["points"]
-        self.steps, self.step_flops = about["steps"], about["step_flops"]
-        self.transport.ledger = Ledger.from_json(about["ledger"])
-        self.transport.refused = [(r, c, why) for r, c, why in about["refused"]]
-        self.time = Stopwatch(about["seconds"])
+        Raises DamagedFileError for one that cannot be trusted or does not fit this code; a run that has begun to take it
+        up is of no use then.
+        """
+        saved = read_checkpoint(folder, self.p.key)
+        if saved is None:
+            return False
+        try:
+            self.server.restore(saved.parts["server"])
+            self.exposure.restore(dict(saved.parts["exposure"].tensors))
+            for cid, state in saved.clients.items():
+                self.client(cid).restore(state)
+            if saved.values["best"]:
+                score, round = saved.values["best"]
+                self.best = Best(score, round, saved.parts["best"])
+            self.rounds = [entry["round"] for entry in saved.history]
+            self.points = [point for entry in saved.history for point in entry["points"]]
+            self.transport.ledger = Ledger.from_json([row for entry in saved.history for row in entry["ledger"]])
+            self.transport.refused = [(r, c, why) for entry in saved.history for r, c, why in entry["refused"]]
+            self.steps, self.step_flops = saved.values["steps"], saved.values["step_flops"]
+            self.time = Stopwatch(saved.values["seconds"])
+        except Exception as error:  # a method may raise anything over a state that another version of it wrote
+            raise DamagedFileError(
+                f"{folder}: its checkpoint does not fit this run: {type(error).__name__}: {error}; delete the folder"
+            ) from None
         return True
 
     def finish(self) -> Record:
@@ -616,8 +603,8 @@ class Run:
         self.progress.phase("test", detail=f"{len(p.loaded.test)} rows")
         selected = self.federation.rounds - 1
         if self.best is not None:
-            selected = self.best[1]
-            server.restore(State(self.best[2], server.state().values))
+            selected = self.best.round
+            server.restore(self.best.state)
         with self.time("test"):
             plug_in = self._evaluate(server.plug_in(), p.loaded.test)
             proxy_model = server.proxy()
@@ -737,8 +724,13 @@ def _run(prepared: Prepared, progress: Progress) -> Record:
         nothing = {"plug_in": None, "proxy": None, "unavailable": prepared.unavailable}
         record = this.record(nothing)
     else:
-        if this.resume(folder):
-            progress.phase("resume", detail=f"after round {len(this.rounds)}")
+        try:
+            if this.resume(folder):
+                progress.phase("resume", detail=f"after round {len(this.rounds)}")
+        except DamagedFileError as error:
+            progress.phase("starting anew", detail=f"the checkpoint is damaged: {error}")
+            shutil.rmtree(folder, ignore_errors=True)
+            this = Run(prepared, progress)
         this.loop(folder)
         record = this.finish()
         keep_adapter(this.server.plug_in(), adapter_path(prepared.request.results, prepared.key), prepared.key)

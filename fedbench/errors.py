@@ -10,3 +10,11 @@ class FedbenchError(Exception):
 
 class MessageError(FedbenchError):
     """A message that may not cross the boundary: malformed, oversized, non-finite or unexpected."""
+
+
+class DamagedFileError(FedbenchError):
+    """A file that fedbench wrote itself and that no longer holds what was written."""
+
+
+class DivergedError(FedbenchError):
+    """Training left a model whose numbers are not finite, so there is nothing to score."""

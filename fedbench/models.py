@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fedbench.api import Frozen
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES, Family
+from fedbench.files import state_digest, tensor_digest
 from fedbench.linear import AdaptedLinear, FrozenLinear
 from fedbench.rng import Streams
 
@@ -296,19 +297,6 @@ class TensorStore:
     def intern(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors, each replaced by an equal one that is already kept where there is one."""
         return {name: self._kept.setdefault(self.digest(tensor), tensor) for name, tensor in tensors.items()}
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
-    data = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{data.dtype}{list(data.shape)}".encode())
-    digest.update(data.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def state_digest(state: Mapping[str, Tensor], digest: Callable[[Tensor], str] = tensor_digest) -> str:
-    """SHA-256 over names and contents."""
-    return hashlib.sha256("".join(f"{n}={digest(state[n])};" for n in sorted(state)).encode()).hexdigest()
 
 
 class ModuleCache:

@@ -92,6 +92,9 @@ class Entry:
     bytes: int
     elements: int
 
+    def to_json(self) -> list[Any]:
+        return [self.round, self.direction, self.client, self.kind, self.bytes, self.elements]
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -118,9 +121,6 @@ class Ledger:
                 cell["elements"] += e.elements
                 cell["messages"] += 1
         return {kind: dict(out[kind]) for kind in sorted(out)}
-
-    def to_json(self) -> list[list[Any]]:
-        return [[e.round, e.direction, e.client, e.kind, e.bytes, e.elements] for e in self.entries]
 
     @classmethod
     def from_json(cls, rows: Sequence[Sequence[Any]]) -> Ledger:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import save_tiny_bert, smoke_request
 
-from fedbench.api import Message
-from fedbench.engine import INDEX, Run, Silent, prepare
+from fedbench.api import Message, State
+from fedbench.checkpoint import INDEX, read_checkpoint
+from fedbench.engine import Run, Silent, checkpoint_folder, prepare, run
+from fedbench.errors import DamagedFileError, FedbenchError
+from fedbench.evaluate import Evaluation
 from fedbench.exposure import Exposure
-from fedbench.files import load_tensors, save_tensors, write_text
-from fedbench.models import frozen_state, state_digest
+from fedbench.files import load_tensors, save_tensors, state_digest, write_text
+from fedbench.methods.fedavg_lora import AdapterServer
+from fedbench.models import frozen_state
+from fedbench.records import comparable
 
 
 def run_of(folder: Path, method: str = "fedpft") -> Run:
@@ -41,16 +48,166 @@ def test_a_resumed_run_has_the_same_state(tmp_path: Path, method: str) -> None:
             assert torch.equal(mine, theirs)
 
 
-def test_what_clients_keep_is_written_once(tmp_path: Path) -> None:
+def test_what_clients_keep_is_written_once_and_named_once(tmp_path: Path) -> None:
     run, folder = run_of(tmp_path, "fedavg-lora"), tmp_path / "checkpoint"
     run.loop(folder, until=3)
     assert {path.name for path in folder.glob("*.safetensors")} == {"round-1.safetensors", "round-3.safetensors"}
     index = json.loads((folder / INDEX).read_text())
-    files = {part: {file for file, _ in block["tensors"].values()} for part, block in index["clients"].items()}
     # Clients share the FM's tensors, so those sampled later refer to the first round's file as well.
-    assert len(files) > 2
-    assert all(found == {"round-1.safetensors"} for found in files.values())
-    assert {file for file, _ in index["server"]["tensors"].values()} == {"round-3.safetensors"}
+    assert len(index["clients"]) > 2
+    assert len(set(index["clients"].values())) == 1
+    [block] = [b for line in journal(folder) for b in line["states"].values()]
+    assert {file for file, _ in block["tensors"].values()} == {"round-1.safetensors"}
+    assert {file for file, _ in index["parts"]["server"]["tensors"].values()} == {"round-3.safetensors"}
+
+
+def journal(folder: Path) -> list[Any]:
+    [path] = folder.glob("journal-*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_round_adds_to_the_journal_what_is_new_and_nothing_else(tmp_path: Path) -> None:
+    run, folder = run_of(tmp_path), tmp_path / "checkpoint"
+    sizes = []
+    for rounds in (1, 2, 3):
+        run.loop(folder, until=rounds)
+        sizes.append(sum(path.stat().st_size for path in folder.glob("journal-*.jsonl")))
+    lines = journal(folder)
+    assert [entry["round"]["round"] for line in lines for entry in line["history"]] == [0, 1, 2]
+    assert {e[0] for e in lines[2]["history"][0]["ledger"]} == {2}
+    assert len((folder / INDEX).read_text()) < 20_000
+
+
+def test_a_resumed_run_goes_on_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+    whole, folder = run_of(tmp_path), tmp_path / "checkpoint"
+    whole.loop(None)
+    for rounds in (1, 2, 3):
+        part = run_of(tmp_path)
+        assert part.resume(folder) is (rounds > 1)
+        part.loop(folder, until=rounds)
+    last = run_of(tmp_path)
+    assert last.resume(folder)
+    last.loop(None)
+    assert last.rounds == whole.rounds
+    assert last.points == whole.points
+    assert last.transport.ledger == whole.transport.ledger
+
+
+@pytest.mark.parametrize("what", ["index", "journal", "tensors"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_never_taken(tmp_path: Path, what: str, how: str) -> None:
+    run, folder = run_of(tmp_path, "head-only"), tmp_path / "checkpoint"
+    run.loop(folder, until=2)
+    pattern = {"index": INDEX, "journal": "journal-*", "tensors": "round-2.safetensors"}[what]
+    [path] = folder.glob(pattern)
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "gone":
+        path.unlink()
+    else:
+        content[-5] ^= 0x40
+        path.write_bytes(content)
+    if (what, how) == ("index", "gone"):
+        assert not run_of(tmp_path, "head-only").resume(folder), "without an index there is no checkpoint"
+        return
+    with pytest.raises(DamagedFileError, match=path.name.split("-")[0]):
+        run_of(tmp_path, "head-only").resume(folder)
+
+
+def test_every_flipped_byte_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    run, folder = run_of(tmp_path, "head-only"), tmp_path / "checkpoint"
+    run.loop(folder, until=1)
+    key = run.p.key
+    rng = np.random.default_rng(0)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        for place in {0, 8, len(content) - 2, *rng.integers(len(content) - 1, size=40).tolist()}:
+            path.write_bytes(
+                content[:place] + bytes([content[place] ^ (1 << int(rng.integers(7)))]) + content[place + 1 :]
+            )
+            with pytest.raises(DamagedFileError):
+                assert read_checkpoint(folder, key) is None, f"{path.name} with byte {place} changed was taken"
+        path.write_bytes(content)
+    assert read_checkpoint(folder, key) is not None
+
+
+def test_a_run_with_a_damaged_checkpoint_says_so_and_starts_anew(tmp_path: Path) -> None:
+    request = smoke_request(tmp_path, "head-only", "tweets-noniid", save_tiny_bert(tmp_path / "bert"), rounds="3")
+    prepared = prepare(request)
+    whole = run(prepared)
+    folder = checkpoint_folder(prepared)
+    Run(prepared, Silent()).loop(folder, until=2)
+    path = folder / "round-2.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    said: list[str] = []
+
+    class Listening(Silent):
+        def phase(self, name: str, total: int | None = None, detail: str = "") -> None:
+            said.append(f"{name}: {detail}")
+
+    again = run(prepared, Listening())
+    assert comparable(again) == comparable(whole)
+    assert any(text.startswith("starting anew: the checkpoint is damaged") and "round-2" in text for text in said)
+
+
+def test_a_checkpoint_whose_files_were_deleted_meanwhile_is_written_in_full(tmp_path: Path) -> None:
+    run, folder = run_of(tmp_path), tmp_path / "checkpoint"
+    run.loop(folder, until=1)
+    shutil.rmtree(folder)
+    run.loop(folder, until=2)
+    again = run_of(tmp_path)
+    assert again.resume(folder)
+    assert again.rounds == run.rounds
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(states(again), states(run), strict=True))
+
+
+def test_a_state_that_another_version_of_the_method_wrote_is_not_taken(tmp_path: Path) -> None:
+    run, folder = run_of(tmp_path, "head-only"), tmp_path / "checkpoint"
+    run.loop(folder, until=1)
+    other = run_of(tmp_path, "head-only")
+    other.server.values["another"] = torch.zeros(1)
+    with pytest.raises(DamagedFileError, match="does not fit this run: KeyError"):
+        other.resume(folder)
+
+
+def test_the_best_round_comes_back_with_its_own_plain_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.9, 0.8, 0.7, 0.6])
+
+    class Counting(AdapterServer):
+        """Says in its state how often it has aggregated, and scales its answer by that."""
+
+        total = 0
+
+        def aggregate(self, round: int, uploads: Any) -> None:
+            super().aggregate(round, uploads)
+            self.total += 1
+
+        def state(self) -> State:
+            state = super().state()
+            return State(state.tensors, {**state.values, "total": self.total})
+
+        def restore(self, state: State) -> None:
+            super().restore(state)
+            self.total = state.values["total"]
+
+    monkeypatch.setattr("fedbench.methods.fedavg_lora.AdapterServer", Counting)
+    settings = {"evaluation.selection": "best", "evaluation.every": "1", "rounds": "4", "split.clients": "4"}
+    bert = save_tiny_bert(tmp_path / "bert")
+    prepared = prepare(smoke_request(tmp_path, "head-only", "tweets-noniid", bert, **settings))
+    one = Run(prepared, Silent())
+    monkeypatch.setattr(
+        one, "_evaluate", lambda model, rows: Evaluation(np.zeros(10, int), np.arange(10) >= 10 * next(scores), 1.0)
+    )
+    one.loop(tmp_path / "checkpoint", until=4)
+    assert one.best is not None
+    assert (one.best.round, one.best.state.values["total"]) == (0, 1)
+    again = Run(prepared, Silent())
+    assert again.resume(tmp_path / "checkpoint")
+    assert again.best is not None
+    assert (again.best.score, again.best.round, again.best.state.values["total"]) == (one.best.score, 0, 1)
+    again.finish()
+    assert again.server.total == 1, "scored is the server of that round, not a mixture of two"
 
 
 def test_what_changed_in_place_is_written_again(tmp_path: Path) -> None:
@@ -72,7 +229,7 @@ def test_a_crash_before_the_index_leaves_the_checkpoint_before(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedbench.engine.write_text", crash)
+        patch.setattr("fedbench.checkpoint.write_text", crash)
         with pytest.raises(KeyboardInterrupt):
             run.loop(folder, until=2)
     again = run_of(tmp_path)
@@ -84,9 +241,7 @@ def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
     run, folder = run_of(tmp_path), tmp_path / "checkpoint"
     assert not run.resume(folder)
     run.loop(folder, until=1)
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, "key": "another"}))
-    assert not run_of(tmp_path).resume(folder)
+    assert not run_of(tmp_path, "head-only").resume(folder)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +250,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert path.read_bytes() == "ä\n".encode()
     with monkeypatch.context() as patch:
         patch.setattr("fedbench.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-        with pytest.raises(OSError, match="full"):
+        with pytest.raises(FedbenchError, match="file.txt: cannot be written: full"):
             write_text(path, "b")
     assert path.read_text() == "ä\n"
     assert [*path.parent.iterdir()] == [path]
@@ -103,6 +258,22 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     tensors, metadata = load_tensors(path.with_name("t.safetensors"))
     assert torch.equal(tensors["a"], torch.arange(6).view(2, 3).T)
     assert metadata == {"k": "v"}
+
+
+def test_a_file_of_tensors_is_what_was_written_or_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    checksum = save_tensors(path, {"a": torch.arange(6.0)}, {"k": "v"})
+    assert load_tensors(path, checksum)[1] == {"k": "v"}
+    with pytest.raises(DamagedFileError, match=r"t\.safetensors: does not hold what was written"):
+        load_tensors(path, "0" * 64)
+    content = path.read_bytes()
+    for damaged in (content[:-3], content[:20], b"", content.replace(b'"k":"v"', b'"k":"w"'), content[:-1] + b"\x01"):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFileError):
+            load_tensors(path)
+    path.unlink()
+    with pytest.raises(DamagedFileError):
+        load_tensors(path)
 
 
 def test_exposure_by_alignments_is_that_of_every_round_though_one_is_compared_once(
