@@ -249,6 +249,15 @@ class Method(BaseModel, ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
 
+    @property
+    def dropout(self) -> float:
+        """The largest probability with which anything is dropped in local training; 0 where nothing is.
+
+        Executors draw dropout in different orders, so a method that has any has to say so: its records' keys then hold
+        the executor. A run whose clients train with dropout under a method that says 0 ends in a FedbenchError.
+        """
+        return 0.0
+
     @abstractmethod
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
         """The server's side. `public` is unlabelled public data, None where the scenario has none."""

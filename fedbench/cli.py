@@ -311,6 +311,9 @@ def grid_command(
     def before(index: int, cell: Cell) -> None:
         console.print(f"{index + 1}/{len(cells)}  {cell}", highlight=False, markup=False)
 
+    def claimed(index: int, cell: Cell) -> None:
+        console.print("    another process is at it; looked at again later", highlight=False, markup=False)
+
     def after(index: int, outcome: Outcome) -> None:
         console.print(f"    {outcome.status}{_score(outcome.record)}", highlight=False, markup=False, soft_wrap=True)
 
@@ -320,7 +323,7 @@ def grid_command(
                 results, progress, device=device, data_dir=data_dir, cache=cache, profile=profile,
                 plugins=tuple(plugin or ()), precision=precision.value, workers=workers,
             )  # fmt: skip
-            outcomes = run_grid(cells, runner, results / "records", before, after)
+            outcomes = run_grid(cells, runner, results / "records", before, after, claimed)
     except KeyboardInterrupt:
         console.print("stopped; the same command skips what is finished and goes on")
         raise typer.Exit(130) from None

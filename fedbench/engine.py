@@ -25,6 +25,7 @@ from torch import Tensor
 from fedbench import provenance
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
 from fedbench.checkpoint import Checkpoint, read_checkpoint
+from fedbench.claims import claim
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples, RawData, encode
 from fedbench.errors import DamagedFileError, DivergedError, FedbenchError
@@ -44,8 +45,8 @@ from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario import DatasetSettings, PublicSettings, Scenario, load_scenario
 from fedbench.sources import data_folder
-from fedbench.training import execute, execute_all, step_flops
-from fedbench.transport import SETUP_KINDS, Ledger, Transport
+from fedbench.training import execute, execute_all, has_dropout, most_tokens, step_flops
+from fedbench.transport import SETUP_KINDS, Bounds, Ledger, Transport
 from fedbench.workers import choose_workers, one_thread
 
 
@@ -153,6 +154,18 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name
 
 
+EXECUTORS = ("packed", "fused", "reference")
+
+
+def choose_executor(name: str, device: torch.device) -> str:
+    """The executor called `name`; "auto" is fused on CUDA, else packed. Raises FedbenchError for another name."""
+    if name == "auto":
+        return "fused" if device.type == "cuda" else "packed"
+    if name not in EXECUTORS:
+        raise FedbenchError(f"--executor {name}: no such executor; use auto, {', '.join(EXECUTORS)}")
+    return name
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Data and FM, loaded and encoded; `extra_tests` by name, in order."""
@@ -212,6 +225,8 @@ def split_settings(
 
 def prepare(request: RunRequest) -> Prepared:
     """Load data and FM, validate all settings, and compute the run's key. Raises FedbenchError for bad input."""
+    try_folder(request.results, "--results")
+    try_folder(cache_folder(request.cache), "--cache")
     provenance.source_state()  # now, before anybody can commit while the run is under way
     registry = Registry(request.plugins)
     kind = registry.load_method(request.method)
@@ -246,10 +261,8 @@ def prepare(request: RunRequest) -> Prepared:
         "method": {"name": method.name, "version": method.version, "settings": method.model_dump(mode="json")},
         "seed": request.seed,
     }
-    executor = request.executor
-    if executor == "auto":
-        executor = "fused" if device.type == "cuda" else "packed"
-    if getattr(method, "lora_dropout", 0.0) > 0:
+    executor = choose_executor(request.executor, device)
+    if method.dropout > 0:
         # Executors draw dropout in different orders, so with dropout their results differ.
         identity["executor"] = executor
     return Prepared(
@@ -396,6 +409,7 @@ class Run:
         with self.time("broadcast"):
             outbox = server.broadcast(round, cohort)
             delivered = list(self.transport.download(round, outbox))
+        inboxes = dict(delivered)
         self.changed |= {cid for cid, _ in delivered}
         self._observe(delivered)
         expected = server.expected(round)
@@ -408,7 +422,8 @@ class Run:
         with self.time("upload"):
             for cid, result in results.items():
                 messages = self.client(cid).upload(round, result)
-                accepted = self.transport.upload(round, cid, messages, expected, server.accept)
+                bounds = self._bounds(cid, tasks[cid], inboxes[cid])
+                accepted = self.transport.upload(round, cid, messages, expected, server.accept, bounds)
                 if accepted is not None:
                     uploads[cid] = accepted
         self.progress.advance(len(cohort) - len(results))
@@ -438,6 +453,12 @@ class Run:
             entry |= self._validate(round)
         self.rounds.append(entry)
 
+    def _bounds(self, cid: ClientId, task: LocalTask, inbox: Sequence[Message]) -> Bounds:
+        """What an upload of this client is held to, whatever the method's server checks."""
+        sent = {name: t for message in inbox if message.kind == "adapter" for name, t in message.tensors.items()}
+        most = {"num_examples": len(self.rows[cid]), "tokens": most_tokens(task)}
+        return Bounds(most, sent, self.federation.max_update_norm)
+
     def _train(self, round: int, tasks: Mapping[ClientId, LocalTask]) -> dict[ClientId, LocalResult]:
         """Local training of the clients that stay, over worker processes; results in the order of `tasks`."""
         p = self.p
@@ -449,6 +470,12 @@ class Run:
 
         # A client with a `fit` of its own may keep what it learns there, so it has to run in this process.
         own = [cid for cid in tasks if type(self.client(cid)).fit is not Client.fit]
+        modules = {id(task.frozen.module): task.frozen.module for task in tasks.values()}
+        if p.method.dropout == 0 and any(map(has_dropout, modules.values())):
+            raise FedbenchError(
+                f"{p.method.name}: its clients train with dropout, but its property `dropout` is 0; let it give the "
+                "probability, since executors draw dropout in different orders"
+            )
         declared = [cid for cid in tasks if cid not in own]
         chosen = [tasks[cid] for cid in declared]
         for i, result in execute_all(chosen, p.device, p.precision, p.workers, p.executor == "fused"):
@@ -459,7 +486,15 @@ class Run:
         return {cid: done[cid] for cid in tasks}
 
     def _evaluate(self, model: torch.nn.Module, data: Examples) -> Evaluation:
-        return evaluate(model, data, self.evaluation.batch_size, self.p.device, self.p.precision, self.p.workers)
+        """Score a model. Raises DivergedError, naming the round, where its answers are not finite."""
+        p = self.p
+        try:
+            return evaluate(model, data, self.evaluation.batch_size, p.device, p.precision, p.workers)
+        except DivergedError as error:
+            raise DivergedError(
+                f"{p.method.name} on {p.scenario.name}, seed {p.request.seed}, has diverged: {error} after round "
+                f"{len(self.rounds)}; lower lr"
+            ) from None
 
     def _validate(self, round: int) -> dict[str, Any]:
         """Validation scores of plug-in and proxy; the proxy's is what a deployment could see and select on."""
@@ -548,7 +583,7 @@ class Run:
         self.changed = set()
 
     def _history(self, start: int) -> list[dict[str, Any]]:
-        """What each round from `start` on has added to what this run knows; the first of all also has what came before."""
+        """What each round from `start` on has added to what this run knows; the first also has what came before it."""
         after = start if start else -1
         points: dict[int, list[Any]] = defaultdict(list)
         for point in self.points:
@@ -570,8 +605,8 @@ class Run:
     def resume(self, folder: Path) -> bool:
         """Become the run that wrote the checkpoint in `folder`; False where there is none for this key.
 
-        Raises DamagedFileError for one that cannot be trusted or does not fit this code; a run that has begun to take it
-        up is of no use then.
+        Raises DamagedFileError for one that cannot be trusted or does not fit this code; this run may have taken up a
+        part of it by then, and is of no further use.
         """
         saved = read_checkpoint(folder, self.p.key)
         if saved is None:
@@ -712,8 +747,11 @@ def checkpoint_folder(prepared: Prepared) -> Path:
 
 
 def run(prepared: Prepared, progress: Progress | None = None) -> Record:
-    """Run from the start or from a checkpoint to a saved record; the checkpoint is removed at the end."""
-    with packing(prepared.executor != "reference"):
+    """Run from the start or from a checkpoint to a saved record; the checkpoint is removed at the end.
+
+    Raises ClaimedError where another process is making the same run into the same folder.
+    """
+    with claim(prepared.request.results, prepared.key), packing(prepared.executor != "reference"):
         return _run(prepared, progress or Silent())
 
 

@@ -18,3 +18,7 @@ class DamagedFileError(FedbenchError):
 
 class DivergedError(FedbenchError):
     """Training left a model whose numbers are not finite, so there is nothing to score."""
+
+
+class ClaimedError(FedbenchError):
+    """Another process is at the same run."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedbench.data import Examples
+from fedbench.errors import DivergedError
 from fedbench.linear import reordered
 from fedbench.packing import logits
 from fedbench.records import pack_correct
@@ -56,24 +57,31 @@ class Evaluation:
 def evaluate(
     model: nn.Module, data: Examples, size: int, device: torch.device, precision: str = "fp32", workers: int = 1
 ) -> Evaluation:
-    """Run `model` over all rows of `data`, in batches of `size` rows of similar length, over `workers` processes."""
+    """Run `model` over all rows of `data`, in batches of `size` rows of similar length, over `workers` processes.
+
+    Raises DivergedError where logits are not finite: the largest of such numbers would pass for an answer.
+    """
     batches = data.length_sorted_batches(size)
 
-    def answer(indices: np.ndarray) -> tuple[np.ndarray, float]:
+    def answer(indices: np.ndarray) -> tuple[np.ndarray, float, int]:
         with torch.inference_mode(), autocast(device, precision):
             batch = data.batch(indices, device)
             out = logits(model, batch).float()
             loss = F.cross_entropy(out, batch.labels, reduction="sum").item()
-            return out.argmax(-1).cpu().numpy(), loss
+            lost = int((~torch.isfinite(out)).any(-1).sum())
+            return out.argmax(-1).cpu().numpy(), loss, lost
 
     model.eval()
     predicted = np.empty(len(data), dtype=np.int64)
-    losses = [0.0] * len(batches)
+    losses, lost = [0.0] * len(batches), 0
     costs = [float(data.lengths[b].sum()) for b in batches]
     with reordered(model, precision=precision):
-        for i, (classes, loss) in fork_map(answer, batches, workers, costs):
+        for i, (classes, loss, without) in fork_map(answer, batches, workers, costs):
             predicted[batches[i]] = classes
             losses[i] = loss
+            lost += without
+    if lost:
+        raise DivergedError(f"{lost} of {len(data)} rows have logits that are not finite")
     return Evaluation(predicted, data.labels.numpy(), sum(losses) / len(data))
 
 

@@ -36,8 +36,10 @@ import importlib.util
 import itertools
 import json
 import sys
+import time
 import tomllib
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +47,15 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from fedbench.errors import FedbenchError
+from fedbench.claims import claim
+from fedbench.errors import ClaimedError, FedbenchError
+from fedbench.files import try_folder
 from fedbench.records import SCHEMA, Record, load, record_key, record_path, save
 from fedbench.registry import nearest
 
 Status = Literal["skipped", "complete", "failed"]
+WAIT = 2.0
+"""Seconds between two looks at cells that other processes are at."""
 
 
 class Overrides(BaseModel):
@@ -237,19 +243,40 @@ def run_grid(
     root: Path,
     before: Callable[[int, Cell], None] = lambda index, cell: None,
     after: Callable[[int, Outcome], None] = lambda index, outcome: None,
+    claimed: Callable[[int, Cell], None] = lambda index, cell: None,
 ) -> list[Outcome]:
     """Run the cells that have no complete record under `root` yet.
 
     An exception in a cell becomes a record with status "failed" and its traceback, and the grid goes on; the next
-    time the cell is tried again. KeyboardInterrupt goes up at once: calling again goes on where it stopped.
+    time the cell is tried again. KeyboardInterrupt goes up at once: calling again goes on where it stopped. A cell that
+    another process is at is left for later, and then taken as that process left it. Raises FedbenchError where records
+    cannot be written under `root`.
     """
-    outcomes = []
-    for index, cell in enumerate(cells):
-        before(index, cell)
-        outcome = _run_cell(cell, runner, root)
+    try_folder(root, "--results")
+    outcomes: dict[int, Outcome] = {}
+    left = deque(enumerate(cells))
+    waiting: set[int] = set()
+    idle = 0  # cells in a row that other processes are at
+    while left:
+        index, cell = left.popleft()
+        if index not in waiting:
+            before(index, cell)
+        try:
+            outcome = _run_cell(cell, runner, root)
+        except ClaimedError:
+            if index not in waiting:
+                claimed(index, cell)
+            waiting.add(index)
+            left.append((index, cell))
+            idle += 1
+            if idle >= len(left):
+                time.sleep(WAIT)
+            continue
+        if index in waiting:
+            before(index, cell)
         after(index, outcome)
-        outcomes.append(outcome)
-    return outcomes
+        outcomes[index], idle = outcome, 0
+    return [outcomes[index] for index in range(len(cells))]
 
 
 def _run_cell(cell: Cell, runner: Runner, root: Path) -> Outcome:
@@ -257,8 +284,11 @@ def _run_cell(cell: Cell, runner: Runner, root: Path) -> Outcome:
     try:
         prepared = runner.prepare(cell)
         path = record_path(root, cell.scenario, cell.method, cell.seed, prepared.key)
-        finished = _complete(path)
-        record = finished or runner.run(prepared)
+        with claim(root.parent, prepared.key):  # before looking, so that nobody ends the run in between
+            finished = _complete(path)
+            record = finished or runner.run(prepared)
+    except ClaimedError:
+        raise
     except Exception as error:
         record = failure(cell, prepared, error)
         save(record, root)

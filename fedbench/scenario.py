@@ -60,7 +60,8 @@ class SplitSettings(Settings):
 class Federation(Settings):
     """The schedule: share of clients sampled a round, rounds, local work, and how often a sampled client drops out.
 
-    max_steps caps a client's local steps in a round; None trains all of its local epochs.
+    max_steps caps a client's local steps in a round; None trains all of its local epochs. max_update_norm: uploads
+    whose adapter differs from the one sent by more than this L2 norm are refused; None lets in any that is finite.
     """
 
     fraction: float = Field(0.1, gt=0, le=1)
@@ -69,6 +70,7 @@ class Federation(Settings):
     batch_size: int = Field(16, ge=1)
     max_steps: int | None = Field(None, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
+    max_update_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     def cohort_size(self, clients: int) -> int:
         """Clients sampled a round, at least one."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.api import LocalResult, LocalTask
-from fedbench.errors import FedbenchError
+from fedbench.errors import DivergedError, FedbenchError
 from fedbench.linear import reordered, stock
 from fedbench.packing import feeding, packing
 from fedbench.workers import fork_map
@@ -106,11 +106,14 @@ def observing(
 def result_of(tuned: dict[str, Tensor], losses: Tensor, seen: Observed) -> LocalResult:
     """What came of a task: tuned values in CPU memory of their own, the losses [steps] on the CPU, and what was seen.
 
-    Raises FedbenchError when one is not finite: such an update must never be averaged.
+    Raises DivergedError when one is not finite: such an update must never be averaged.
     """
     if not bool(torch.isfinite(losses).all()):
         step = int((~torch.isfinite(losses)).nonzero()[0])
-        raise FedbenchError(f"local training diverged: the loss of step {step} is {losses[step].item()}; lower lr")
+        raise DivergedError(
+            f"local training diverged: the loss of step {step} is {losses[step].item()}; lower lr, "
+            "or refuse uploads that are too far off with federation.max_update_norm"
+        )
     observed = {path: value.to("cpu", copy=True) for path, value in seen.sums.items()}
     return LocalResult(tuned, len(losses), float(losses.mean()), observed, max(seen.tokens.values(), default=0))
 
@@ -181,14 +184,24 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
     return result_of(tuned, torch.stack(losses).cpu(), seen)
 
 
+def most_tokens(task: LocalTask) -> int:
+    """The most tokens that a task's observers can see: all positions of its padded batches, or of its images."""
+    if task.data.tokens is not None:
+        return sum(len(rows) * int(task.data.lengths[rows].max()) for rows in task.batches)
+    config: Any = task.frozen.module.config
+    return sum(map(len, task.batches)) * ((config.image_size // config.patch_size) ** 2 + 1)
+
+
 def step_flops(task: LocalTask, device: torch.device) -> int:
     """Floating-point operations of one local step: forward and backward pass over the task's first batch, padded.
 
-    Products and attention are counted, by torch; what goes element by element is not.
+    Products and attention are counted, by torch; what goes element by element is not. Attention runs as plain products
+    meanwhile: torch has no formula for the kernel that it takes on a CPU.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with packing(False), FlopCounterMode(display=False) as counter:
+    with packing(False), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         execute(replace(task, batches=task.batches[:1], observers={}), device)
     return int(counter.get_total_flops())
 

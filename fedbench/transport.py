@@ -7,6 +7,7 @@ communication cost of a method is what would cross a network, not an estimate fr
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections import defaultdict
@@ -26,6 +27,10 @@ from fedbench.errors import MessageError
 
 Direction = Literal["down", "up"]
 SETUP_KINDS = ("fm", "sub_fm")
+META_BYTES = 1 << 16
+"""What an upload may take beside its tensors' values: plain values, names, shapes."""
+REASON_CHARACTERS = 300
+"""Reasons of refusals are cut to this length: they quote what came from outside."""
 SHARED_FROM_BYTES = 1 << 20
 """Payloads from this size on are decoded once and shared read-only by their recipients."""
 
@@ -37,11 +42,7 @@ def serialise(message: Message) -> bytes:
     """
     if message.kind not in KINDS:
         raise MessageError(f"message kind {message.kind!r} is unknown; use one of {', '.join(KINDS)}")
-    for name, value in message.meta.items():
-        if not isinstance(value, (int, float, str, bool)):
-            raise MessageError(
-                f"{message.kind}: meta {name!r} is a {type(value).__name__}; use int, float, str or bool"
-            )
+    _check_meta(message.kind, message.meta)
     tensors = {}
     for name, tensor in message.tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -74,11 +75,23 @@ def deserialise(payload: bytes) -> Message:
         raise MessageError(f"not a message: {type(error).__name__}: {error}") from error
     if kind not in KINDS:
         raise MessageError(f"message kind {kind!r} is unknown")
-    if not isinstance(meta, dict) or not all(isinstance(v, (int, float, str, bool)) for v in meta.values()):
-        raise MessageError(f"{kind}: meta is not a mapping of plain values")
+    _check_meta(kind, meta)
     # The library gives tensors in an order that varies; sums over them, a gradient's norm say, would vary with it.
     ordered = {name: tensors[name] for name in sorted(tensors)}
     return Message(kind=kind, tensors=MappingProxyType(ordered), meta=MappingProxyType(meta))
+
+
+def _check_meta(kind: str, meta: Any) -> None:
+    """Raise MessageError unless `meta` maps names to plain values that any receiver can hold."""
+    if not isinstance(meta, Mapping):
+        raise MessageError(f"{kind}: meta is not a mapping of plain values")
+    for name, value in meta.items():
+        if not isinstance(value, (int, float, str, bool)):
+            raise MessageError(f"{kind}: meta {name!r} is a {type(value).__name__}; use int, float, str or bool")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise MessageError(f"{kind}: meta {name!r} is a whole number of more than 64 bits")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MessageError(f"{kind}: meta {name!r} is {value}, not a finite number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +140,22 @@ class Ledger:
         return cls([Entry(*row) for row in rows])
 
 
-def check(
-    message: Message, expected: Mapping[str, Mapping[str, TensorSpec]] | None, payload_bytes: int, limit_bytes: int
-) -> None:
-    """Raise MessageError unless `message` may be let in: size, kind, names, shapes, dtypes, finite values."""
-    if payload_bytes > limit_bytes:
-        raise MessageError(f"{message.kind}: {payload_bytes} bytes, over the limit of {limit_bytes}")
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the harness knows of a client, so that its upload can be held to it.
+
+    most: the largest value of plain values, by name: `num_examples` is at most the client's rows, `tokens` what its
+    local training can have seen. sent: the tunables the client was sent. max_update_norm: the largest L2 norm of what
+    an upload's adapter changes of them, None for any.
+    """
+
+    most: Mapping[str, int] = field(default_factory=dict)
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
+    max_update_norm: float | None = None
+
+
+def check(message: Message, expected: Mapping[str, Mapping[str, TensorSpec]] | None) -> None:
+    """Raise MessageError unless `message` may be let in: kind, names, shapes, dtypes, finite values."""
     if expected is not None:
         if message.kind not in expected:
             raise MessageError(
@@ -155,6 +178,46 @@ def check(
             raise MessageError(f"{message.kind}: tensor {name!r} holds values that are not finite")
 
 
+def check_bounds(message: Message, bounds: Bounds) -> None:
+    """Raise MessageError for plain values or an update beyond what this client can have sent in good faith."""
+    for name, most in bounds.most.items():
+        value = message.meta.get(name, 0)
+        if isinstance(value, (int, float)) and value > most:
+            raise MessageError(f"{message.kind}: {name} is {value}, but the client has no more than {most}")
+    if bounds.max_update_norm is not None and message.kind == "adapter":
+        norm = update_norm(message.tensors, bounds.sent)
+        if norm > bounds.max_update_norm:
+            raise MessageError(
+                f"{message.kind}: its update has norm {norm:.3g}, above federation.max_update_norm "
+                f"{bounds.max_update_norm:g}"
+            )
+
+
+def update_norm(tensors: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
+    """L2 norm of `tensors` minus what was `sent` under the same names; a tensor that was not sent counts whole."""
+    total = 0.0
+    for name, tensor in tensors.items():
+        before = sent.get(name)
+        value = tensor.double()
+        if before is not None and before.shape == tensor.shape:
+            value = value - before.to(value.device).double()
+        total += float(value.square().sum())
+    return math.sqrt(total)
+
+
+def size_limit(specs: Mapping[str, TensorSpec]) -> int:
+    """The most bytes that a payload with these tensors may have."""
+    values = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+    return values + META_BYTES + sum(len(json.dumps(name)) + 200 for name in specs)
+
+
+def _line(text: str) -> str:
+    """One printable line of limited length."""
+    plain = "".join(c if c.isprintable() else " " for c in text[: 4 * REASON_CHARACTERS])
+    plain = re.sub(r"\s+", " ", plain).strip()
+    return plain if len(plain) <= REASON_CHARACTERS else plain[: REASON_CHARACTERS - 1] + "…"
+
+
 def _equal(a: Message, b: Message) -> bool:
     """Whether two messages have the same payload."""
     return (
@@ -172,10 +235,9 @@ def _equal(a: Message, b: Message) -> bool:
 class Transport:
     """Carries messages across the boundary and keeps the ledger.
 
-    `limit_bytes` bounds one upload. `refused` holds (round, client, reason) of every upload turned away.
+    `refused` holds (round, client, reason) of every upload turned away.
     """
 
-    limit_bytes: int = 1 << 31
     ledger: Ledger = field(default_factory=Ledger)
     refused: list[tuple[int, ClientId, str]] = field(default_factory=list)
     _lent: list[tuple[str, Tensor, int]] = field(default_factory=list, repr=False)
@@ -200,7 +262,7 @@ class Transport:
             return last
         payload = serialise(message)
         decoded = deserialise(payload)
-        check(decoded, None, 0, 0)
+        check(decoded, None)
         if len(payload) >= SHARED_FROM_BYTES:
             self._constant[message.kind] = (len(payload), decoded)
         return len(payload), decoded
@@ -231,19 +293,26 @@ class Transport:
         messages: Sequence[Message],
         expected: Mapping[str, Mapping[str, TensorSpec]],
         accept: Callable[[int, Sequence[Message]], None] | None = None,
+        bounds: Bounds | None = None,
     ) -> list[Message] | None:
         """Carry one client's upload to the server, or refuse the whole of it and say why in `refused`.
 
-        `accept` is the server's own check, which raises MessageError to refuse. What crossed is charged either way:
-        the bytes were sent.
+        `accept` is the server's own check, which raises MessageError to refuse; `bounds` what the harness knows of the
+        client. A message is not read at all where it is longer than its tensors explain. What crossed is charged either
+        way: the bytes were sent.
         """
         try:
             arrived = []
             for message in messages:
                 payload = serialise(message)
+                self._charge(round, "up", client, message, len(payload))
+                limit = size_limit(expected.get(message.kind, {}))
+                if len(payload) > limit:
+                    raise MessageError(f"{message.kind}: {len(payload)} bytes, where its tensors explain {limit}")
                 decoded = deserialise(payload)
-                self._charge(round, "up", client, decoded, len(payload))
-                check(decoded, expected, len(payload), self.limit_bytes)
+                check(decoded, expected)
+                if bounds is not None:
+                    check_bounds(decoded, bounds)
                 arrived.append(self._lend(decoded))
             if missing := sorted(set(expected) - {m.kind for m in arrived}):
                 raise MessageError(f"{missing[0]}: missing from the upload")
@@ -252,7 +321,7 @@ class Transport:
             if accept is not None:
                 accept(round, arrived)
         except MessageError as error:
-            self.refused.append((round, client, re.sub(r"\s+", " ", str(error))))
+            self.refused.append((round, client, _line(str(error))))
             return None
         return arrived
 

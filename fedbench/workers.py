@@ -4,7 +4,8 @@ Two processes with one thread each train twice as many clients as one process; t
 products of one client far less well. This process is one of the workers. The others are forked for one piece of work (a
 round, an evaluation) and end with it, so they see the frozen weights, the data and the tasks as they are, in shared
 pages: nothing is copied or sent to them, and only results come back. They inherit the kernels compiled for this process
-too. Every item is computed with one thread whatever the number of workers, so that number changes no result.
+too. Every item is computed with one thread whatever the number of workers, so that number changes no result. However
+this process ends, the workers end with it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ import torch
 
 from fedbench.errors import FedbenchError
 from fedbench.memory import note_worker, own_peak
+
+NO_MEMORY = (
+    "there is not enough memory; take fewer --workers, smaller batches (--set federation.batch_size=N, "
+    "evaluation.batch_size=N) or a smaller FM"
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -76,10 +82,20 @@ def fork_map(
     `function` is raised here, with the worker's traceback as a note. In order where there is one worker or one item.
     What `function` changes in memory stays in its worker, so it must not matter to the next item.
     """
+
+    def compute(item: T) -> R:
+        try:
+            return function(item)
+        except Exception as error:
+            # torch has no exception of its own for this on a CPU.
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                raise FedbenchError(NO_MEMORY) from error
+            raise
+
     if workers <= 1 or len(items) <= 1:
         for index, item in enumerate(items):
             with one_thread():
-                result = function(item)
+                result = compute(item)
             yield index, result
         return
     weights = list(costs) if costs is not None else [1.0] * len(items)
@@ -96,13 +112,19 @@ def fork_map(
                 return
             yield order[place]
 
-    def work(connection: Connection) -> None:
+    parent = os.getpid()
+
+    def work(connection: Connection, others: Sequence[Connection]) -> None:
+        _end_with(parent)
+        # While a worker holds the end that its answers are read from, it would wait for a reader for ever.
+        for other in others:
+            other.close()
         # Ctrl-C reaches the whole process group; it is the parent that answers it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(1)
         for index in mine():
             try:
-                answer: tuple[int, R | None, BaseException | None] = (index, function(items[index]), None)
+                answer: tuple[int, R | None, BaseException | None] = (index, compute(items[index]), None)
             except Exception as error:
                 answer = (index, None, _portable(error))
             connection.send_bytes(pickle.dumps(answer, protocol=5))
@@ -122,12 +144,14 @@ def fork_map(
             answers.put((process, answer))
 
     processes: list[BaseProcess] = []
+    readers: list[Connection] = []
     listeners: list[Thread] = []
     left, running = len(items), 0
     try:
         for _ in range(min(workers, len(items)) - 1):
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(sending,), daemon=True)
+            readers.append(receiving)
+            process = context.Process(target=work, args=(sending, readers), daemon=True)
             process.start()
             sending.close()
             processes.append(process)
@@ -141,7 +165,7 @@ def fork_map(
             place = next(own, None) if answers.empty() else None
             if place is not None:
                 with one_thread():
-                    answer = (place, function(items[place]), None)
+                    answer = (place, compute(items[place]), None)
             else:
                 worker, answer = answers.get()
                 if answer is None:
@@ -164,6 +188,19 @@ def fork_map(
         for listener in listeners:
             if listener.ident is not None:
                 listener.join()
+
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def _end_with(parent: int) -> None:
+    """Let the system kill this process when its parent, the process `parent`, has ended; only Linux can."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before this could be asked for
+        os._exit(1)
 
 
 def _portable(error: Exception) -> Exception:

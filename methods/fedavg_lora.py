@@ -56,11 +56,15 @@ def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
     }
 
 
+MOST = {"num_examples": 2**31 - 1, "tokens": 2**53}
+"""What no client can have more of. The harness knows better for each client (`fedbench.api.Server.accept`)."""
+
+
 def count(message: Message, name: str) -> int:
-    """A whole number of at least 1 in a message's meta. Raises MessageError for anything else."""
+    """A whole number from 1 to `MOST` in a message's meta. Raises MessageError for anything else."""
     value = message.meta.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MessageError(f"{message.kind}: {name} is {value!r}, expected a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST[name]:
+        raise MessageError(f"{message.kind}: {name} is not a whole number from 1 to {MOST[name]}")
     return value
 
 
@@ -98,6 +102,10 @@ class LoraMethod(TuningMethod):
     lora_r: int = Field(8, ge=1)
     lora_alpha: float = Field(48, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
 
     @property
     def lora(self) -> LoraSpec:

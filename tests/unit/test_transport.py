@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,10 +13,21 @@ from safetensors.torch import save
 
 from fedbench.api import Message, TensorSpec
 from fedbench.errors import MessageError
-from fedbench.transport import Ledger, Transport, deserialise, header_length, serialise
+from fedbench.transport import (
+    Bounds,
+    Ledger,
+    Transport,
+    deserialise,
+    header_length,
+    serialise,
+    size_limit,
+    update_norm,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-plain = st.one_of(st.integers(-(2**31), 2**31), st.text(max_size=8), st.booleans(), st.floats(allow_nan=False))
+plain = st.one_of(
+    st.integers(-(2**31), 2**31), st.text(max_size=8), st.booleans(), st.floats(allow_nan=False, allow_infinity=False)
+)
 
 
 @st.composite
@@ -106,11 +118,68 @@ def test_a_bad_upload_is_refused_and_recorded(messages: list[Message], reason: s
         raise AssertionError(why)
 
 
-def test_an_upload_over_the_limit_is_refused_and_still_charged() -> None:
-    transport = Transport(limit_bytes=100)
-    assert transport.upload(0, 0, [Message("adapter", GOOD)], EXPECTED) is None
-    assert "over the limit" in transport.refused[0][2]
-    assert transport.ledger.total("up") > 100
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        (Message("adapter", GOOD, {"note": "x" * 200_000}), "bytes, where its tensors explain"),
+        (Message("adapter", {**GOOD, "n" * 200_000: torch.zeros(1)}), "bytes, where its tensors explain"),
+        (Message("adapter", {**GOOD, "b": torch.zeros(10**6)}), "4000.* bytes, where its tensors explain"),
+    ],
+)
+def test_an_upload_longer_than_its_tensors_explain_is_refused_unread_and_still_charged(
+    message: Message, what: str
+) -> None:
+    transport = Transport()
+    assert transport.upload(0, 0, [message], EXPECTED) is None
+    [(_, _, why)] = transport.refused
+    assert re.search(what, why)
+    assert transport.ledger.total("up") == len(serialise(message))
+    assert len(serialise(Message("adapter", GOOD))) < size_limit(EXPECTED["adapter"]) < 70_000
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400, float("nan"), float("inf")])
+def test_plain_values_beyond_64_bits_or_not_finite_are_refused(value: float) -> None:
+    transport = Transport()
+    assert transport.upload(0, 0, [Message("adapter", GOOD, {"num_examples": value})], EXPECTED) is None
+    assert re.search("more than 64 bits|not a finite number", transport.refused[0][2])
+    forged = serialise(Message("adapter", GOOD, {"v": 12345})).replace(b"12345", b"1e999")
+    with pytest.raises(MessageError, match="not a finite number"):
+        deserialise(forged)
+
+
+def test_a_reason_is_one_printable_line_of_limited_length() -> None:
+    transport = Transport()
+    name = "\x1b[2J\n" + "n" * 1000
+    assert transport.upload(0, 0, [Message("adapter", {**GOOD, name: torch.zeros(1)})], EXPECTED) is None
+    why = transport.refused[0][2]
+    assert len(why) == 300
+    assert why.isprintable()
+
+
+def test_a_client_cannot_claim_more_rows_or_tokens_than_it_has() -> None:
+    bounds = Bounds({"num_examples": 50, "tokens": 400})
+    for meta, refused in (
+        ({"num_examples": 50}, None),
+        ({"num_examples": 51}, "num_examples is 51, but the client has no more than 50"),
+        ({"num_examples": 5, "tokens": 401}, "tokens is 401, but the client has no more than 400"),
+        ({}, None),
+    ):
+        transport = Transport()
+        arrived = transport.upload(0, 0, [Message("adapter", GOOD, meta)], EXPECTED, None, bounds)
+        assert (arrived is None) == (refused is not None)
+        assert [why for _, _, why in transport.refused] == ([f"adapter: {refused}"] if refused else [])
+
+
+def test_an_update_of_more_than_the_largest_norm_is_refused() -> None:
+    # Sent is all 1; the upload is off by 2 in each of 6 elements: a norm of sqrt(24) = 4.899.
+    message = Message("adapter", {"a": torch.full((2, 3), 3.0)})
+    for most, refused in ((4.8, True), (4.9, False), (None, False)):
+        transport = Transport()
+        bounds = Bounds({}, {"a": torch.ones(2, 3)}, most)
+        assert (transport.upload(0, 0, [message], EXPECTED, None, bounds) is None) is refused
+    assert update_norm(message.tensors, {"a": torch.ones(2, 3)}) == pytest.approx(24**0.5)
+    assert update_norm(message.tensors, {}) == pytest.approx(54**0.5), "what was not sent counts whole"
+    assert update_norm({"a": torch.full((2, 3), 3e38)}, {}) == pytest.approx(3e38 * 6**0.5), "no overflow"
 
 
 def test_the_server_may_refuse_what_looks_right() -> None:

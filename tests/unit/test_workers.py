@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,6 +78,53 @@ def test_a_worker_that_dies_is_one_clear_line() -> None:
 
     with pytest.raises(FedbenchError, match="worker process died .killed, most likely for want of memory.; try"):
         list(fork_map(die, range(9), 2))
+
+
+@pytest.mark.parametrize("where", [True, False])
+def test_a_want_of_memory_is_one_clear_line(where: bool) -> None:
+    def take(_: int) -> None:
+        if in_worker() is where:
+            torch.empty(1 << 50)
+
+    with pytest.raises(FedbenchError, match="there is not enough memory; take fewer --workers"):
+        list(fork_map(take, range(9), 2))
+
+
+ORPHANS = """
+import os, time
+import numpy as np
+from fedbench.workers import fork_map
+def answer(i):
+    os.write(1, b"%d\\n" % os.getpid())
+    time.sleep(0.3)
+    return np.zeros(200_000)  # longer than a pipe holds
+for _ in fork_map(answer, list(range(1000)), 3): pass
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_workers_end_with_their_parent_however_that_ends(how: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        seen: set[int] = set()
+        while len(seen) < 3:
+            seen.add(int(parent.stdout.readline()))
+        parent.send_signal(how)
+        parent.wait(10)
+        deadline = time.monotonic() + 5
+        while any(map(alive, seen)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = [pid for pid in seen if alive(pid)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_answers_larger_than_a_pipe_do_not_wait_for_this_process() -> None:
