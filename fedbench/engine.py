@@ -485,23 +485,23 @@ class Run:
                 keep(cid, self.client(cid).fit(tasks[cid], lambda task: execute(task, p.device, p.precision)))
         return {cid: done[cid] for cid in tasks}
 
-    def _evaluate(self, model: torch.nn.Module, data: Examples) -> Evaluation:
-        """Score a model. Raises DivergedError, naming the round, where its answers are not finite."""
+    def _evaluate(self, model: torch.nn.Module, data: Examples, round: int) -> Evaluation:
+        """Score a model as it is after `round`. Raises DivergedError, naming that, where its answers are not finite."""
         p = self.p
         try:
             return evaluate(model, data, self.evaluation.batch_size, p.device, p.precision, p.workers)
         except DivergedError as error:
             raise DivergedError(
                 f"{p.method.name} on {p.scenario.name}, seed {p.request.seed}, has diverged: {error} after round "
-                f"{len(self.rounds)}; lower lr"
+                f"{round + 1}; lower lr"
             ) from None
 
     def _validate(self, round: int) -> dict[str, Any]:
         """Validation scores of plug-in and proxy; the proxy's is what a deployment could see and select on."""
         with self.time("evaluate"):
-            plug_in = self._evaluate(self.server.plug_in(), self.p.loaded.validation).accuracy
+            plug_in = self._evaluate(self.server.plug_in(), self.p.loaded.validation, round).accuracy
             proxy = self.server.proxy()
-            seen = plug_in if proxy is None else self._evaluate(proxy, self.p.loaded.validation).accuracy
+            seen = plug_in if proxy is None else self._evaluate(proxy, self.p.loaded.validation, round).accuracy
         if self.evaluation.selection == "best" and (self.best is None or seen > self.best.score):
             state = self.server.state()
             tensors = {n: t.detach().cpu().clone() for n, t in state.tensors.items()}
@@ -641,20 +641,21 @@ class Run:
             selected = self.best.round
             server.restore(self.best.state)
         with self.time("test"):
-            plug_in = self._evaluate(server.plug_in(), p.loaded.test)
+            plug_in = self._evaluate(server.plug_in(), p.loaded.test, selected)
             proxy_model = server.proxy()
-            proxy = None if proxy_model is None else self._evaluate(proxy_model, p.loaded.test)
+            proxy = None if proxy_model is None else self._evaluate(proxy_model, p.loaded.test, selected)
             untouched = None
             if p.loaded.fm.trained_head:
                 model = p.loaded.fm.build(None, p.device)
                 model.load_state_dict(p.loaded.fm.trained_head, strict=False)
-                untouched = self._evaluate(model, p.loaded.test)
+                untouched = self._evaluate(model, p.loaded.test, selected)
+            models = {"plug_in": server.plug_in(), "proxy": proxy_model}
             extra = {
-                name: {
-                    "plug_in": self._evaluate(server.plug_in(), rows).block(rows=True),
-                    "proxy": None if proxy_model is None else self._evaluate(proxy_model, rows).block(rows=True),
+                test: {
+                    name: None if model is None else self._evaluate(model, rows, selected).block(rows=True)
+                    for name, model in models.items()
                 }
-                for name, rows in p.loaded.extra_tests.items()
+                for test, rows in p.loaded.extra_tests.items()
             }
         counts = self.partition.label_counts(labels, classes)
         final: Mapping[str, Any] = next((r for r in reversed(self.rounds) if r["round"] == selected), {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from fedbench.errors import DamagedFileError, FedbenchError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_log = logging.getLogger(__name__)  # what is not configured otherwise goes to standard error
 
 
 @contextmanager
@@ -154,6 +157,22 @@ def load_tensors(path: Path, checksum: str | None = None) -> tuple[dict[str, Ten
     if found != _checksum(tensors, metadata) or checksum not in (None, found):
         raise DamagedFileError(f"{path}: does not hold what was written: its checksum is another; delete it")
     return tensors, metadata
+
+
+def cached_tensors(
+    path: Path, make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, str]]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the file at `path`, which is made where it is missing or damaged; the latter is said.
+
+    Raises FedbenchError where it cannot be written.
+    """
+    if path.exists():
+        try:
+            return load_tensors(path)
+        except DamagedFileError as error:
+            _log.warning("fedbench: a file of the cache is damaged and made anew: %s", error)
+    save_tensors(path, *make())
+    return load_tensors(path)
 
 
 def packaged_file(package: str, name: str, purpose: str, sha256: str | None = None, otherwise: str = "") -> Path:

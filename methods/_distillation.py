@@ -22,7 +22,7 @@ from fedbench.api import Method
 from fedbench.context import ServerContext
 from fedbench.data import Examples
 from fedbench.errors import FedbenchError
-from fedbench.files import load_tensors, save_tensors
+from fedbench.files import cached_tensors
 from fedbench.foundation import FoundationModel
 from fedbench.linear import reordered
 from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
@@ -249,12 +249,13 @@ def cached(
     """The tensors and JSON values of `make`, from the cache if something with these ingredients was made before.
 
     `ingredients` has to name everything the result depends on; its hash is the file's name. What is returned has been
-    through the file either way, so a first run and a later one go on from the same bytes.
+    through the file either way, so a first run and a later one go on from the same bytes. A damaged file is made anew.
     """
     name = hashlib.sha256(canonical_json(ingredients).encode()).hexdigest()
-    path = cache / "proxies" / f"{name}.safetensors"
-    if not path.exists():
-        made, computed = make()
-        save_tensors(path, made, {"values": json.dumps(computed)})
-    tensors, metadata = load_tensors(path)
+
+    def computed() -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, values = make()
+        return tensors, {"values": json.dumps(values)}
+
+    tensors, metadata = cached_tensors(cache / "proxies" / f"{name}.safetensors", computed)
     return tensors, json.loads(metadata["values"])

@@ -197,7 +197,9 @@ def test_the_best_round_comes_back_with_its_own_plain_values(tmp_path: Path, mon
     prepared = prepare(smoke_request(tmp_path, "head-only", "tweets-noniid", bert, **settings))
     one = Run(prepared, Silent())
     monkeypatch.setattr(
-        one, "_evaluate", lambda model, rows: Evaluation(np.zeros(10, int), np.arange(10) >= 10 * next(scores), 1.0)
+        one,
+        "_evaluate",
+        lambda model, rows, after: Evaluation(np.zeros(10, int), np.arange(10) >= 10 * next(scores), 1.0),
     )
     one.loop(tmp_path / "checkpoint", until=4)
     assert one.best is not None

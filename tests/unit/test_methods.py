@@ -305,3 +305,19 @@ def test_fedot_plugs_the_last_layers_adapter_into_the_fms_last_layer(tmp_path: P
 def test_fedpft_names_a_setting_that_does_not_fit(tmp_path: Path, settings: dict[str, object], says: str) -> None:
     with pytest.raises(FedbenchError, match=says):
         fedpft(tmp_path, **settings)
+
+
+def test_a_damaged_file_of_the_cache_is_said_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"distil_steps": 2, "distil_batch": 8}
+    first = fedpft(tmp_path, **settings)
+    [cached] = (tmp_path / "proxies").iterdir()
+    content = cached.read_bytes()
+    for damaged in (content[:1000], content[:-1] + bytes([content[-1] ^ 1])):
+        cached.write_bytes(damaged)
+        again = fedpft(tmp_path, **settings)
+        assert cached.read_bytes() == content
+        assert again.residuals() == first.residuals()
+        assert f"a file of the cache is damaged and made anew: {cached}" in caplog.text
+        caplog.clear()
+    fedpft(tmp_path, **settings)
+    assert not caplog.text

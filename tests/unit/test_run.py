@@ -1,0 +1,155 @@
+"""A run holds its clients to what it knows of them, and never scores what is no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
+
+from fedbench.api import AdamW, Frozen, LocalResult, LocalTask, Message
+from fedbench.data import Examples
+from fedbench.engine import Prepared, Run, Silent, prepare, run
+from fedbench.errors import DivergedError, FedbenchError
+from fedbench.evaluate import evaluate
+from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
+from fedbench.models import LoraSpec, Parts
+from fedbench.training import execute, most_tokens
+
+CPU = torch.device("cpu")
+
+
+def prepared(folder: Path, method: str = "fedavg-lora", **settings: str) -> Prepared:
+    settings = {"federation.fraction": "1.0", "rounds": "1", **settings}
+    return prepare(smoke_request(folder, method, "tweets-noniid", save_tiny_bert(folder / "bert"), **settings))
+
+
+def test_logits_that_are_not_finite_are_never_scored() -> None:
+    model, rows = tiny_fm().build(None, CPU), train_rows(6)
+    assert evaluate(model, rows, 4, CPU).predicted.tolist() == [0] * 6, "of equal logits the first is the largest"
+    with torch.no_grad():
+        model.get_parameter("classifier.bias")[1] = float("nan")
+    for workers in (1, 2):
+        with pytest.raises(DivergedError, match="6 of 6 rows have logits that are not finite"):
+            evaluate(model, rows, 4, CPU, workers=workers)
+
+
+@pytest.mark.parametrize("method", ["fedavg-lora", "fedpft"])
+def test_a_diverged_run_says_so_and_leaves_no_record(tmp_path: Path, method: str) -> None:
+    asked = prepared(tmp_path, method, lr="1e30", **{"federation.max_steps": "1"})
+    with pytest.raises(
+        DivergedError, match=rf"{method} on tweets-noniid, seed 0, has diverged: .* not finite after round 1; lower lr"
+    ):
+        run(asked)
+    assert not (asked.request.results / "records").exists()
+
+
+@pytest.mark.parametrize("executor", ["fusd", "", "Packed"])
+def test_an_executor_that_does_not_exist_is_refused(tmp_path: Path, executor: str) -> None:
+    with pytest.raises(FedbenchError, match=rf"--executor {executor}: no such executor; use auto, packed, fused"):
+        prepare(replace(prepared(tmp_path).request, executor=executor))
+
+
+def test_with_dropout_the_executor_is_in_the_key_and_without_it_is_not(tmp_path: Path) -> None:
+    plain = prepared(tmp_path).request
+    dropping = prepared(tmp_path, lora_dropout="0.1").request
+    for request, keys in ((plain, 1), (dropping, 3)):
+        found = {prepare(replace(request, executor=e)).key for e in ("packed", "fused", "reference")}
+        assert len(found) == keys
+
+
+class Renamed(LoraMethod):
+    """Calls the probability of dropout otherwise, and forgets to say it."""
+
+    name = "renamed"
+    version = 1
+    drop: float = 0.1
+
+    @property
+    def dropout(self) -> float:
+        return 0.0
+
+    @property
+    def lora(self) -> LoraSpec:
+        return LoraSpec(r=2, alpha=4, dropout=self.drop)
+
+
+def test_a_method_that_drops_without_saying_so_does_not_run(tmp_path: Path) -> None:
+    asked = prepared(tmp_path)
+    Run(replace(asked, method=Renamed(drop=0.0)), Silent()).loop(None)
+    with pytest.raises(FedbenchError, match="renamed: its clients train with dropout, but its property `dropout` is 0"):
+        Run(replace(asked, method=Renamed()), Silent()).loop(None)
+
+
+def test_a_client_that_claims_more_rows_than_it_has_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = AdapterClient.upload
+
+    def upload(self: AdapterClient, round: int, result: LocalResult) -> list[Message]:
+        [message] = honest(self, round, result)
+        return [replace(message, meta={"num_examples": self.rows + (self.ctx.client == 1)})]
+
+    monkeypatch.setattr(AdapterClient, "upload", upload)
+    this = Run(prepared(tmp_path), Silent())
+    this.loop(None)
+    assert this.rounds[0]["arrived"] == [0, 2, 3]
+    n = len(this.rows[1])
+    assert this.transport.refused == [(0, 1, f"adapter: num_examples is {n + 1}, but the client has no more than {n}")]
+
+
+def test_an_absurd_update_is_refused_where_a_largest_norm_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = AdapterClient.upload
+
+    def upload(self: AdapterClient, round: int, result: LocalResult) -> Sequence[Message]:
+        [message] = honest(self, round, result)
+        scale = 1e30 if self.ctx.client == 2 else 1.0
+        return [replace(message, tensors={n: t * scale for n, t in message.tensors.items()})]
+
+    monkeypatch.setattr(AdapterClient, "upload", upload)
+    settings = {"rounds": "2", "federation.max_update_norm": "10"}
+    record = run(prepared(tmp_path, **settings))
+    assert [r["arrived"] for r in record.rounds] == [[0, 1, 3]] * 2
+    assert {why.partition(" has norm")[0] for _, _, why in record.communication["refused"]} == {"adapter: its update"}
+    with pytest.raises(DivergedError, match="federation.max_update_norm|lower lr"):
+        run(prepared(tmp_path / "open", rounds="2"))
+
+
+def rows_of(family: str) -> Examples:
+    if family == "bert":
+        return train_rows(6)
+    return Examples(labels=torch.zeros(6, dtype=torch.int64), pixels=torch.randn(6, 3, 8, 8))
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_what_observers_see_is_never_more_than_the_bound(family: str, tmp_path: Path) -> None:
+    from fedbench.foundation import load_fm
+
+    fm = tiny_fm() if family == "bert" else load_fm(str(save_tiny("vit", tmp_path / "vit")), 3, tmp_path)
+    model, data = fm.build(LoraSpec(2, 4), CPU), rows_of(family)
+    path = Parts(model).ffn_activation_path(0)
+    task = LocalTask(
+        Frozen("k", model),
+        {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n},
+        data,
+        [np.arange(4), np.arange(4, 6)],
+        AdamW(1e-3),
+        cross_entropy,
+        observers={path: lambda a: a.sum(0)},
+    )
+    seen = execute(task, CPU).observed_tokens
+    padded = execute(replace(task, observe_padding=True), CPU).observed_tokens
+    # An image of 8 x 8 in patches of 4 x 4 has 4 patches and a class token.
+    assert most_tokens(task) == (padded if family == "bert" else 6 * 5)
+    assert seen <= padded == most_tokens(task)
+
+
+def test_fedavg_lora_says_its_dropout() -> None:
+    assert FedAvgLora(lora_dropout=0.2).dropout == 0.2
+    assert FedAvgLora().dropout == 0.0
