@@ -603,8 +603,10 @@ def _names(text: str | None) -> list[str]:
 
 def _score(record: Record) -> str:
     """What came of a grid's cell, in a few words."""
+    from fedbench.formats import one_line
+
     if record.error:
-        return f": {record.error['type']}: {record.error['message']}"
+        return one_line(f": {record.error['type']}: {record.error['message']}")
     plug_in = record.accuracy.get("plug_in")
     if plug_in:
         return f": accuracy {plug_in['accuracy']:.4f}"

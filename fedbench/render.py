@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from fedbench.errors import FedbenchError
-from fedbench.formats import MEGA, signed, three_digits
+from fedbench.formats import MEGA, one_line, signed, three_digits
 from fedbench.statistics import SEEDS_FOR_TEST
 from fedbench.tables import CEILING, FLAG, FLOOR, Beside, Comparison, Row, Section, test_path
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 
 _HEADERS = (
@@ -103,7 +105,8 @@ def beside_frame(beside: Beside) -> pd.DataFrame:
     for name in dict.fromkeys(name for name, _ in beside.cells):
         ours, theirs = [name], ["  reported"]
         for scenario, tests in beside.tests.items():
-            ours.append(accuracy_text(beside.cells[name, scenario], tests))
+            row = beside.cells[name, scenario]
+            ours.append(accuracy_text(row, tests) + (f" {FLAG}" if row.faults else ""))
             theirs.append(_figure_text(beside.figures.get((name, scenario), {}), tests))
         lines += [ours, theirs]
     return pd.DataFrame(lines, columns=["method", *beside.tests])
@@ -135,7 +138,7 @@ def comments(section: Section) -> list[str]:
 def render(comparison: Comparison, form: str) -> str:
     """The comparison as "markdown", "latex" or "csv"."""
     if form == "csv":
-        return comparison.frame().to_csv(index=False)
+        return _csv(comparison)
     if form == "markdown":
         return _markdown(comparison)
     if form == "latex":
@@ -144,85 +147,196 @@ def render(comparison: Comparison, form: str) -> str:
 
 
 def _tables(comparison: Comparison) -> list[tuple[str, pd.DataFrame, list[str]]]:
-    """Title, table and comments of each table to print; accuracy over scenarios first, reported figures beside it."""
+    """Title, table and comments of each table to print; accuracy over scenarios first, reported figures beside it.
+
+    Names and notes come from records and may hold anything, so all texts are made lines of printable characters.
+    """
     out = [(beside.title, beside_frame(beside), beside.notes) for beside in comparison.beside]
     if len(comparison.sections) > 1 and not out:
         out.append(("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
-    return out + [(section.title, section_frame(section), comments(section)) for section in comparison.sections]
+    out += [(section.title, section_frame(section), comments(section)) for section in comparison.sections]
+    return [
+        (one_line(title), frame.map(one_line).rename(columns=one_line), [one_line(note) for note in notes])
+        for title, frame, notes in out
+    ]
+
+
+def _pieces(
+    frame: pd.DataFrame, room: float, gap: float, measure: Callable[[str], float]
+) -> tuple[list[pd.DataFrame], float]:
+    """The table in as few pieces as fit into `room`, each with the first column, which names the rows; and its width.
+
+    Names keep their width where the whole table fits with it, else they get a third of the room.
+    """
+    widths = [max(map(measure, [str(name), *frame.iloc[:, i]])) for i, name in enumerate(frame.columns)]
+    first = min(widths[0], max(room - sum(gap + width for width in widths[1:]), room / 3))
+    pieces: list[list[int]] = []
+    used = math.inf
+    for i, width in enumerate(widths[1:], start=1):
+        if used + gap + width > room:
+            pieces.append([0])
+            used = first
+        pieces[-1].append(i)
+        used += gap + width
+    return [frame.iloc[:, columns] for columns in pieces or [[0]]], first
+
+
+_FORMULA = ("=", "+", "-", "@")
+"""A spreadsheet takes a cell that begins so for a formula."""
+
+
+def _csv(comparison: Comparison) -> str:
+    def cell(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        text = one_line(value)
+        return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+
+    frame = comparison.frame()
+    texts = frame.select_dtypes(exclude="number").columns
+    return frame.assign(**{name: frame[name].map(cell) for name in texts}).rename(columns=cell).to_csv(index=False)
+
+
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*|~$"} | {"<": "&lt;"})
+
+
+def _markdown_text(text: str) -> str:
+    """`text` as Markdown shows it: no HTML, links, emphasis or cell borders in it."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text).translate(_MARKDOWN).replace("](", "]\\(")
+    # Within a word an underscore is only that.
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
 
 
 def _markdown(comparison: Comparison) -> str:
-    parts = [f"# {comparison.title}"] if comparison.title else []
+    parts = [f"# {_markdown_text(one_line(comparison.title))}"] if comparison.title else []
     for title, frame, notes in _tables(comparison):
+        frame = frame.map(_markdown_text).rename(columns=_markdown_text)
         align = ["left"] + ["right"] * (len(frame.columns) - 1)
         # Text is printed as it is: tabulate would read "87.30" as a number and print 87.3.
         table = frame.to_markdown(index=False, disable_numparse=True, colalign=align if len(frame) else None)
-        parts += [f"## {title}", str(table)]
+        parts += [f"## {_markdown_text(title)}", str(table)]
         if notes:
-            parts.append("\n".join(f"- {note}" for note in notes))
+            parts.append("\n".join(f"- {_markdown_text(note)}" for note in notes))
     parts.append("\n".join(f"{line}  " for line in LEGEND).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
-def _latex(comparison: Comparison) -> str:
-    """Tables for booktabs, each with its notes under it; the legend comes once, at the end."""
-    from tabulate import tabulate
+_TEXT_WIDTH = 345.0
+"""Of LaTeX's article at 10pt, in points."""
 
+_GAP = 8.0
+"""Between the columns of a LaTeX table, in points."""
+
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {
+        "\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}", "<": "\\textless{}",
+        ">": "\\textgreater{}", "|": "\\textbar{}", "`": "\\textasciigrave{}", "±": "$\\pm$", FLAG: "$\\dagger$",
+        "−": "$-$", "–": "--",
+    }
+)  # fmt: skip
+
+
+def _latex_text(text: str) -> str:
+    """`text` as LaTeX prints it: no command in it, and long words may be broken after their punctuation."""
+    words = (re.sub(r"([/_.,-])(?=.)", "\\1\0", word) if len(word) > 30 else word for word in text.split(" "))
+    out = " ".join(words).translate(_LATEX).replace("\0", "\\allowbreak{}")
+    # After the end of a line these two would be read as its argument.
+    return "{}" + out if out.startswith(("[", "*")) else out
+
+
+_CHARACTERS = {"fijlrtI.,:;'!|()[]/- ": 0.42, "mwGQOCDHNKXU%&±+−": 0.9, "MW@": 1.1}
+"""Widths of characters in Computer Modern at 8pt, in units of 8pt, a little more than in cmr8.tfm; others have 0.58."""
+
+
+def _points(text: str) -> float:
+    """About how wide `text` is at 8pt, in points, and hardly ever less."""
+    return 8 * sum(next((width for those, width in _CHARACTERS.items() if c in those), 0.58) for c in text)
+
+
+def _latex(comparison: Comparison) -> str:
+    """Tables for booktabs no wider than the text, each with its notes under it; the legend comes once, at the end."""
     parts = []
+    labels: list[str] = []
     for title, frame, notes in _tables(comparison):
-        body = tabulate(
-            frame.values.tolist(),
-            headers=list(frame.columns),
-            tablefmt="latex_booktabs",
-            disable_numparse=True,
-            colalign=["left"] + ["right"] * (len(frame.columns) - 1) if len(frame) else None,
-        )
-        lines = ["\\begin{table}", "\\centering\\small", f"\\caption{{{_symbols(_escape(title))}}}", _symbols(body)]
+        label = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        labels.append(label)
+        again = f"-{labels.count(label)}" if labels.count(label) > 1 else ""
+        pieces, names = _pieces(frame, _TEXT_WIDTH, _GAP, _points)
+        lines = ["\\begin{table}", "\\centering\\footnotesize", f"\\setlength{{\\tabcolsep}}{{{_GAP / 2:g}pt}}"]
+        lines += [f"\\caption{{{_latex_text(title)}}}", f"\\label{{tab:{label}{again}}}"]
+        lines.append("\n\n\\medskip\n".join(_tabular(piece, names) for piece in pieces))
         if notes:
             lines.append("\\par\\medskip\\raggedright\\footnotesize")
-            lines.append("\\\\\n".join(_symbols(_escape(note)) for note in notes))
+            lines.append("\\\\\n".join(_latex_text(note) for note in notes))
         parts.append("\n".join([*lines, "\\end{table}"]))
-    parts.append(_symbols(_escape("\n".join(LEGEND))))
+    parts.append(_latex_text("\n".join(LEGEND)))
     return "\n\n".join(parts) + "\n"
 
 
-def _escape(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, "\\" + character)
-    return text.replace("^", "\\textasciicircum{}")
+def _tabular(frame: pd.DataFrame, names: float) -> str:
+    """One piece of a table, of which the first column is `names` points wide."""
+
+    def cell(text: str, column: int) -> str:
+        room = names if column == 0 else _TEXT_WIDTH - names - _GAP
+        if _points(text) <= room:
+            return _latex_text(text)
+        side = "right" if column == 0 else "left"
+        return f"\\parbox[t]{{{room:.0f}pt}}{{\\ragged{side} {_latex_text(text)}\\strut}}"
+
+    lines = [[cell(str(text), i) for i, text in enumerate(line)] for line in [frame.columns, *frame.to_numpy()]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    head, *rows = (
+        " & ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " \\\\" for line in lines
+    )
+    spec = f"@{{}}l{'r' * (len(widths) - 1)}@{{}}"
+    return "\n".join(
+        [f"\\begin{{tabular}}{{{spec}}}", "\\toprule", head, "\\midrule", *rows, "\\bottomrule", "\\end{tabular}"]
+    )
 
 
-def _symbols(text: str) -> str:
-    for character, command in (("±", "$\\pm$"), (FLAG, "$\\dagger$"), ("−", "$-$"), ("–", "--")):
-        text = text.replace(character, command)
-    return text
+class _Fitted:
+    """A table that is whole in a terminal of any width: split where it is wider, with the first column in each part."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.frame = frame
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.cells import cell_len
+        from rich.table import Table
+        from rich.text import Text
+
+        styles = {"missing": "dim", "failed": "red", "diverged": "red", "not available": "dim"}
+        pieces, names = _pieces(self.frame, options.max_width, 2, cell_len)
+        for i, piece in enumerate(pieces):
+            if i:
+                yield Text("")
+            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+            for j, header in enumerate(piece.columns):
+                first = j == 0
+                table.add_column(
+                    Text(header),
+                    justify="left" if first else "right",
+                    overflow="fold",
+                    max_width=max(1, int(names)) if first else None,
+                )
+            for line in piece.itertuples(index=False):
+                table.add_row(*(Text(text, style=styles.get(text, "")) for text in line))
+            yield table
 
 
 def terminal(comparison: Comparison) -> RenderableType:
-    """The comparison for a terminal; fits in 120 columns."""
+    """The comparison for a terminal; a table that is wider is split."""
     from rich.console import Group
     from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(comparison.title, style="bold")] if comparison.title else []
+    parts: list[RenderableType] = [Text(one_line(comparison.title), style="bold")] if comparison.title else []
     if not comparison.sections:
         return Text("no records")
-    styles = {"missing": "dim", "failed": "red", "not available": "dim"}
     for title, frame, notes in _tables(comparison):
-        table = Table(
-            box=None,
-            padding=(0, 2, 0, 0),
-            pad_edge=False,
-            header_style="bold",
-        )
-        for index, header in enumerate(frame.columns):
-            left = index == 0
-            table.add_column(Text(header), justify="left" if left else "right", no_wrap=not left, overflow="fold")
-        for line in frame.itertuples(index=False):
-            table.add_row(*(Text(str(text), style=styles.get(str(text), "")) for text in line))
         # Not as the table's own title, which would wrap at the width of a narrow table.
-        parts += [Text(""), Text(title, style="bold"), table]
-        parts += [Padding(Text(note), (0, 0, 0, 2)) for note in notes]
+        parts += [Text(""), Text(title, style="bold"), _Fitted(frame)]
+        parts += [Padding(Text(note), (0, 0, 0, 2), expand=False) for note in notes]
     parts += [Text(""), *(Text(line, style="dim") for line in LEGEND)]
     return Group(*parts)

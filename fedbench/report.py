@@ -10,37 +10,37 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fedbench.formats import MEGA, megabytes, signed
-from fedbench.records import Record
+from fedbench.formats import MEGA, megabytes, one_line, signed
+from fedbench.records import Record, diverged, no_upload, rounds_without_upload
 from fedbench.statistics import binomial_standard_error
 
 
 def summary(record: Record) -> RenderableType:
     """The panel of one record, complete or failed."""
     who = record.identity
-    title = Text(f"{who['method']} on {who['scenario']}, {who.get('fm') or 'FM unknown'}, seed {who['seed']}")
+    title = Text(one_line(f"{who['method']} on {who['scenario']}, {who.get('fm') or 'FM unknown'}, seed {who['seed']}"))
     if record.status == "failed":
         error = record.error or {}
-        reason = Text(f"failed: {error.get('type')}: {error.get('message')}")
+        reason = Text(one_line(f"failed: {error.get('type')}: {error.get('message')}"))
         return Panel(reason, title=title, title_align="left", border_style="red", expand=False)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in _lines(record):
-        table.add_row(name, Text(text))
+        table.add_row(name, Text(one_line(text)))
     return Panel(table, title=title, title_align="left", expand=False)
 
 
 def _lines(record: Record) -> list[tuple[str, str]]:
-    lines = [*_accuracy(record.accuracy), ("traffic", _traffic(record))]
+    lines = [*_accuracy(record.accuracy), *_uploads(record), ("traffic", _traffic(record))]
     if setup := record.communication.get("setup_bytes"):
         clients = len({c for r in record.rounds for c in r.get("cohort", ())})
         lines.append(("", f"of it set-up {_mb(setup)}, once for each of {clients} clients"))
     if refused := record.communication.get("refused"):
         lines.append(("", f"{len(refused)} uploads refused; the reasons are in the record"))
     if error := record.gradient_error:
-        text = f"{error['start']:.2f} at the start, {error['mean']:.2f} on average, {error['final']:.2f} at the end"
-        lines.append(("gradient error", text))
+        start, mean, final = (_two_digits(error[name]) for name in ("start", "mean", "final"))
+        lines.append(("gradient error", f"{start} at the start, {mean} on average, {final} at the end"))
     if exposure := record.exposure:
         verbatim, near = exposure["verbatim"], exposure["within_1_percent"]
         text = (
@@ -63,20 +63,25 @@ def _accuracy(accuracy: Mapping[str, Any]) -> list[tuple[str, str]]:
     plug_in, proxy = accuracy.get("plug_in"), accuracy.get("proxy")
     if not plug_in:
         return [("accuracy", f"not available: {accuracy.get('unavailable')}")]
+    if diverged(plug_in):
+        return [("accuracy", "none: the model diverged, its loss on the test set is not a finite number")]
     error = binomial_standard_error(plug_in["accuracy"], plug_in["rows"])
     chosen = accuracy["selection"]
     when = f"best round on validation ({chosen['round'] + 1})" if chosen["rule"] == "best" else "last round"
     lines = [
         (
             "accuracy",
-            f"{_percent(plug_in['accuracy'])} plug-in, macro-F1 {_percent(plug_in['macro_f1'])}  ({plug_in['rows']:,} "
-            f"test rows, standard error {100 * error:.2f} points; {when})",
+            f"{_percent(plug_in['accuracy'])} plug-in, macro-F1 {_percent(plug_in.get('macro_f1'))}  "
+            f"({plug_in['rows']:,} test rows, standard error {100 * error:.2f} points; {when})",
         )
     ]
-    if proxy:
-        text = f"{_percent(proxy['accuracy'])} proxy; plug-in minus proxy {signed(100 * accuracy['gap'])} points"
+    if diverged(proxy):
+        lines.append(("", "none of the proxy: it diverged, its loss on the test set is not a finite number"))
+    elif proxy:
+        gap = "–" if accuracy.get("gap") is None else signed(100 * accuracy["gap"])
+        text = f"{_percent(proxy['accuracy'])} proxy; plug-in minus proxy {gap} points"
         lines.append(("", text))
-    if untouched := accuracy.get("untouched"):
+    if (untouched := accuracy.get("untouched")) and not diverged(untouched):
         lines.append(("", f"{_percent(untouched['accuracy'])} FM untouched"))
     if clients := accuracy.get("per_client"):
         text = (
@@ -85,6 +90,13 @@ def _accuracy(accuracy: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         lines.append(("per client", text))
     return lines
+
+
+def _uploads(record: Record) -> list[tuple[str, str]]:
+    """What has to be said where not every round had an upload."""
+    if not (without := rounds_without_upload(record)):
+        return []
+    return [("uploads", no_upload(record) or f"none in {without} of {len(record.rounds)} rounds")]
 
 
 def _traffic(record: Record) -> str:
@@ -102,7 +114,7 @@ def _cost(compute: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = []
     trained, held = compute.get("trainable_parameters"), compute.get("resident_parameters")
     if held:
-        steps = f"{compute.get('local_steps'):,} steps"
+        steps = f"{compute.get('local_steps') or 0:,} steps"
         if flops := compute.get("step_flops"):
             steps += f" of {flops / 1e9:.1f} GFLOP"
         lines.append(("client", f"{held / MEGA:.2f} M parameters, {(trained or 0) / MEGA:.3f} M trained; {steps}"))
@@ -116,8 +128,12 @@ def _cost(compute: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
+def _two_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}%"
 
 
 def _mb(size: float) -> str:

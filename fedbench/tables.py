@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedbench.errors import FedbenchError
 from fedbench.formats import MEGA, seeds_text
-from fedbench.records import Record, unpack_correct
+from fedbench.records import Record, diverged, no_upload, rounds_without_upload, unpack_correct
 from fedbench.statistics import (
     SEEDS_FOR_TEST,
     Difference,
@@ -46,9 +46,11 @@ FLAG = "†"
 class Row:
     """One line of a scenario's table: a method, in one of its settings where there are several.
 
-    `runs` are the complete records by seed; `state` is what to print where no run has an accuracy: "missing",
-    "failed" or "not available". `expected` counts the seeds a grid asks for, None where there is no grid. `name` is
-    the grid's row, `departures` what its runs do not share with the setting of the figures they stand beside.
+    `runs` are the complete records by seed, `scored` those with an accuracy; `state` is what to print where there is
+    none: "missing", "failed", "diverged" or "not available". `expected` counts the seeds a grid asks for, None where
+    there is no grid. `name` is the grid's row, `departures` what its runs do not share with the setting of the figures
+    they stand beside. `faults`: why runs are not to be ranked, whatever they stand beside; `flag`: that, and why they
+    cannot be compared with the other rows.
     """
 
     method: str
@@ -62,13 +64,29 @@ class Row:
 
     @property
     def scored(self) -> dict[int, Record]:
-        return {seed: run for seed, run in self.runs.items() if run.accuracy.get("plug_in")}
+        return {
+            seed: run for seed, run in self.runs.items() if _at(run, ("accuracy", "plug_in", "accuracy")) is not None
+        }
 
     @property
     def state(self) -> str:
+        if any(diverged(run.accuracy.get("plug_in")) for run in self.runs.values()):
+            return "diverged"
         if self.runs:
             return "not available"
         return "failed" if self.failed else "missing"
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        seeds: dict[str, list[int]] = defaultdict(list)
+        for seed, run in sorted(self.runs.items()):
+            if diverged(run.accuracy.get("plug_in")):
+                seeds["diverged: the loss on the test set is not a finite number, so there is no score"].append(seed)
+            elif run.accuracy.get("plug_in") and (why := no_upload(run)):
+                seeds[why].append(seed)
+        return tuple(
+            why if len(those) == len(self.runs) else f"{why} ({_seeds(those)})" for why, those in seeds.items()
+        )
 
     def summary(self, *path: str, scale: float = 1.0) -> Summary | None:
         """Of the value at `path` in each run, times `scale`."""
@@ -196,8 +214,15 @@ _MEASURES: tuple[tuple[str, tuple[str, ...], float], ...] = (
 )
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+
+
 def _at(run: Record, path: Sequence[str]) -> float | None:
-    """The number at `path` of the record, or None; two measures of communication are derived from others."""
+    """The number at `path` of the record, or None; two measures of communication are derived from others.
+
+    A model that diverged has no measure of accuracy.
+    """
     if path == ("communication", "down_after_setup"):
         down, setup = _at(run, ("communication", "down", "bytes")), _at(run, ("communication", "setup_bytes"))
         return None if down is None or setup is None else down - setup
@@ -205,9 +230,13 @@ def _at(run: Record, path: Sequence[str]) -> float | None:
         up = _at(run, ("communication", "up", "bytes"))
         uploads = sum(len(r.get("arrived", ())) + len(r.get("refused", ())) for r in run.rounds)
         return None if up is None or not uploads else up / uploads
+    if path[0] == "accuracy":
+        scores = run.accuracy.get("plug_in"), run.accuracy.get("proxy")
+        if (path[1] == "gap" and any(map(diverged, scores))) or (path[1] == "per_client" and diverged(scores[0])):
+            return None
     value: Any = getattr(run, path[0])
     for name in path[1:]:
-        value = value.get(name) if isinstance(value, Mapping) else None
+        value = value.get(name) if isinstance(value, Mapping) and not diverged(value) else None
     return value if isinstance(value, (int, float)) else None
 
 
@@ -294,7 +323,7 @@ def _equal(found: Any, value: Any) -> bool:
     """Whether a setting is `value`, which may be its text."""
     try:
         return math.isclose(float(found), float(value), rel_tol=1e-8)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return str(found).lower() == str(value).lower()
 
 
@@ -311,6 +340,7 @@ def _section(scenario: str, fm: str, records: list[Record], cells: Sequence[Cell
             group = [cell for cell in cells if cell.row == name]
             own = [r for r in records if any(_belongs(r, cell) for cell in group)]
             asked[name] = group[0].method, group[0].variant, own, len(group)
+    twice: list[str] = []
     for name, (method, variant, own, expected) in asked.items():
         complete = [r for r in own if r.status == "complete"]
         done = {r.identity["seed"] for r in complete}
@@ -320,10 +350,16 @@ def _section(scenario: str, fm: str, records: list[Record], cells: Sequence[Cell
             label = ", ".join(filter(None, (variant, told)))
             row = Row(method, f"{method} [{label}]" if label else method, name, expected=expected)
             row.runs = {r.identity["seed"]: r for r in runs}
+            if len(row.runs) < len(runs):
+                seeds = [r.identity["seed"] for r in runs]
+                twice.append(
+                    f"{row.label}: several records of {_seeds(sorted({s for s in seeds if seeds.count(s) > 1}))} "
+                    "with the same settings; one of each is shown"
+                )
             rows.append(row)
         # A failed seed has no settings worth telling apart; it is shown with the first row of its name.
         rows[-max(1, len(groups))].failed = len(failed)
-    section = Section(scenario, fm, rows)
+    section = Section(scenario, fm, rows, twice)
     _flag(section, conditions)
     _describe(section)
     _differences(section)
@@ -364,6 +400,9 @@ def _beside(sections: Sequence[Section], cells: Sequence[Cell], reported: Report
         notes = [f"reported: {reported.source}", *reported.notes]
         notes += [f"{scenario}: test sets {' / '.join(each)}" for scenario, each in tests.items() if len(each) > 1]
         notes += _scale_notes(fm, theirs, shown)
+        notes += [
+            f"{FLAG} {name} on {scenario}: {fault}" for (name, scenario), row in shown.items() for fault in row.faults
+        ]
         if several:
             notes.append("where a cell has runs in several settings, those nearest to the reported one are shown here")
         out.append(Beside(fm, theirs, shown, figures, tests, notes))
@@ -417,9 +456,9 @@ def _scale_notes(fm: str, theirs: str, shown: Mapping[tuple[str, str], Row]) -> 
         for departure in shown[place].departures:
             departures[departure].append(place)
     notes = [f"ours: {fm}, {scale}{_where(places, runs)}" for scale, places in scales.items()]
-    seeds = sorted({run.identity["seed"] for found in runs.values() for run in found})
+    seeds = _seeds(sorted({run.identity["seed"] for found in runs.values() for run in found}))
     trained = ", ".join(f"{name} {' or '.join(f'{n:,}' for n in sorted(sizes))}" for name, sizes in rows.items())
-    notes.append(f"ours: seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}; training rows: {trained}")
+    notes.append(f"ours: {seeds}; training rows: {trained}")
     told: dict[str, list[str]] = defaultdict(list)
     if fm != theirs:
         told[""].append(f"FM {fm} instead of {theirs}")
@@ -495,6 +534,9 @@ def _conditions(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
         }
         for name in ("data_hash", "fm_hash", "precision"):
             found[name] = record.identity.get(name)
+        # Of the tokenizer or image processor; records did not always say it.
+        if inputs := record.identity.get("inputs_hash"):
+            found["inputs_hash"] = inputs
         for path in record.method.get("planned") or ():
             found.pop(path, None)
         out[record.key] = found
@@ -530,7 +572,10 @@ def _value(path: str, value: Any) -> str:
 
 
 def _flag(section: Section, conditions: Mapping[str, Mapping[str, Any]]) -> None:
-    """Mark the rows whose conditions are not those of most runs in the section, and say what differs."""
+    """Mark the rows with faults, and those whose conditions are not those of most runs in the section; say why."""
+    for row in section.rows:
+        row.flag = "; ".join(row.faults)
+        section.notes += [f"{FLAG} {row.label}: {fault}" for fault in row.faults]
     own = [(row, conditions[next(iter(row.runs.values())).key]) for row in section.rows if row.runs]
     if not own:
         return
@@ -539,18 +584,25 @@ def _flag(section: Section, conditions: Mapping[str, Mapping[str, Any]]) -> None
         return all(repr(a[path]) == repr(b[path]) for path in a.keys() & b.keys())
 
     def support(candidate: Mapping[str, Any]) -> tuple[int, int]:
-        """Runs under these conditions, and how many of the conditions are stated."""
-        return sum(len(row.runs) for row, other in own if agree(candidate, other)), len(candidate)
+        """Runs under these conditions that could be ranked, and how many of the conditions are stated."""
+        agreeing = (row for row, other in own if agree(candidate, other))
+        return sum(0 if row.faults else len(row.runs) for row in agreeing), len(candidate)
 
-    usual = max((about for _, about in own), key=support)
+    found = sorted((about for _, about in own), key=support, reverse=True)
+    usual: dict[str, Any] = {}
+    for about in found:
+        # What the most usual conditions leave unsaid, the next that agree with them say.
+        if agree(about, usual):
+            usual = {**about, **usual}
     reasons: dict[str, list[str]] = defaultdict(list)
     for row, about in own:
         different = sorted(p for p in about.keys() & usual.keys() if repr(about[p]) != repr(usual[p]))
         if different:
-            row.flag = ", ".join(
-                f"{p} {_value(p, about[p])} instead of {_value(p, usual[p])}" for p in different[:3]
-            ) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-            reasons[row.flag].append(row.label)
+            reason = ", ".join(f"{p} {_value(p, about[p])} instead of {_value(p, usual[p])}" for p in different[:3]) + (
+                f" and {len(different) - 3} more" if len(different) > 3 else ""
+            )
+            row.flag = "; ".join(filter(None, (row.flag, reason)))
+            reasons[reason].append(row.label)
     for reason, labels in reasons.items():
         section.notes.append(f"{FLAG} not comparable with the rest: {', '.join(labels)}: {reason}")
 
@@ -565,7 +617,7 @@ def _describe(section: Section) -> None:
         section.notes.append(
             f"test set: {rows:,} rows; binomial standard error {100 * error:.2f} points at {100 * best:.1f}%"
         )
-        untouched = [run.accuracy["untouched"]["accuracy"] for run in scored if run.accuracy.get("untouched")]
+        untouched = [u for run in scored if (u := _at(run, ("accuracy", "untouched", "accuracy"))) is not None]
         text = f"{100 * untouched[0]:.1f}%" if untouched else "not available (no head trained for this task)"
         section.notes.append(f"FM untouched: {text}")
         if any((run.scenario.get("public") or {}).get("in_domain") for run in scored):
@@ -573,8 +625,15 @@ def _describe(section: Section) -> None:
         section.notes += _budget(section)
         section.notes.append(f"made with {', '.join(_sources(scored))}")
     for row in section.rows:
-        reasons = sorted({str(run.accuracy["unavailable"]) for run in row.runs.values() if not _plug_in(run)})
+        reasons = sorted({str(run.accuracy.get("unavailable")) for run in row.runs.values() if not _plug_in(run)})
         section.notes += [f"{row.label}: not available: {reason}" for reason in reasons]
+        without = {
+            seed: f"{n} of {len(run.rounds)} (seed {seed})"
+            for seed, run in sorted(row.scored.items())
+            if (n := rounds_without_upload(run)) and not no_upload(run)
+        }
+        if without:
+            section.notes.append(f"{row.label}: rounds without any upload: {', '.join(without.values())}")
         if row.failed:
             section.notes.append(f"{row.label}: {seeds_text(row.failed)} failed; the tracebacks are in the records")
 

@@ -25,19 +25,38 @@ def make_record(
     fm: str = "minilm-l6",
     planned: list[str] | None = None,
     unavailable: str | None = None,
+    arrived: list[list[int]] | None = None,
+    loss: float | None = 0.5,
 ) -> Record:
-    """A record; without `correct` the first rows are the ones answered rightly. `accuracy` None: nothing to score."""
+    """A record; without `correct` the first rows are the ones answered rightly. `accuracy` None: nothing to score.
+
+    In every round clients 1 to 4 are sampled, and three arrive unless `arrived` says which did by round.
+    """
     if correct is None and accuracy is not None:
         correct = np.arange(rows) < round(accuracy * rows)
     settings = settings or {"lr": 0.001}
     federation = federation or {"rounds": 15}
+    count = federation.get("rounds", 15) if correct is not None else 1
+    refused = [{"client": 4, "reason": "x"}]
+    arrivals = [[1, 2, 3]] * count if arrived is None else arrived
+    totals = {"up": 2_000_000, "down": 62_500_000} if count else {"up": 0, "down": 0}
+    # The first round carries what is left over when bytes are divided.
+    per_round = [
+        {"round": i, **{way: n // count + (n % count if i == 0 else 0) for way, n in totals.items()}}
+        for i in range(count)
+    ]
     block: dict[str, Any] | None = None
     if correct is not None:
         share = float(correct.mean())
         block = {
-            "accuracy": share, "macro_f1": share, "loss": 0.5, "rows": len(correct), "correct": pack_correct(correct)
+            "accuracy": share, "macro_f1": share, "loss": loss, "rows": len(correct), "correct": pack_correct(correct)
         }  # fmt: skip
-    second = {"accuracy": proxy, "macro_f1": proxy, "loss": 0.6, "rows": rows} if proxy is not None else None
+    second = (
+        {"accuracy": proxy, "macro_f1": proxy, "loss": 0.6, "rows": rows if correct is None else len(correct)}
+        if proxy is not None
+        else None
+    )
+    points = [{"round": i - 1, "zero_filled": {"error": error}} for i, error in enumerate((0.5, 0.85, 0.9))]
     method_block: dict[str, Any] = {"name": method, "version": 1, "settings": settings}
     if planned:
         method_block["planned"] = planned
@@ -57,25 +76,28 @@ def make_record(
             "proxy": second,
             "untouched": None,
             "gap": block["accuracy"] - proxy if block and proxy is not None else None,
-            "selection": {"rule": "last", "round": 14},
+            "selection": {"rule": "last", "round": count - 1},
             "validation": {"plug_in": 0.79, "proxy": proxy},
-            "per_client": {"mean": 0.8, "std": 0.05, "worst_tenth": 0.7, "values": [0.8] * 50},
+            "per_client": {"mean": 0.79, "std": 0.03, "worst_tenth": 0.7, "values": [0.7, *[0.8] * 9]},
             "unavailable": unavailable,
         },
         communication={
-            "up": {"bytes": 2_000_000, "by_kind": {"adapter": {"bytes": 2_000_000, "elements": 9, "messages": 4}}},
+            "up": {
+                "bytes": totals["up"],
+                "by_kind": {"adapter": {"bytes": totals["up"], "elements": 9, "messages": 4}},
+            },
             "down": {
-                "bytes": 62_500_000,
+                "bytes": totals["down"],
                 "by_kind": {
-                    "sub_fm": {"bytes": 60_000_000, "elements": 9, "messages": 2},
-                    "adapter": {"bytes": 2_500_000, "elements": 9, "messages": 4},
+                    "sub_fm": {"bytes": totals["down"] * 24 // 25, "elements": 9, "messages": 2},
+                    "adapter": {"bytes": totals["down"] // 25, "elements": 9, "messages": 4},
                 },
             },
-            "setup_bytes": 60_000_000,
+            "setup_bytes": totals["down"] * 24 // 25,
             "refused": [],
-            "per_round": [],
+            "per_round": per_round,
         },
-        gradient_error={"points": [], "start": 0.5, "mean": 0.75, "final": 0.9} if proxy is not None else None,
+        gradient_error={"points": points, "start": 0.5, "mean": 0.75, "final": 0.9} if proxy is not None else None,
         exposure={
             "verbatim": {"all": 0.7, "without_embeddings": 0.5},
             "within_1_percent": {"all": 0.72, "without_embeddings": 0.52},
@@ -84,7 +106,10 @@ def make_record(
             "trainable_parameters": 150_000, "resident_parameters": 16_400_000, "local_steps": 750,
             "peak_memory_bytes": 900_000_000, "seconds": {"local": 61.5, "evaluate": 12.25, "setup": 30.0},
         },
-        rounds=[{"round": 0, "cohort": [1, 2, 3, 4], "arrived": [1, 2, 3], "refused": [{"client": 4, "reason": "x"}]}],
+        rounds=[
+            {"round": i, "cohort": [1, 2, 3, 4], "arrived": those, "refused": refused if those else []}
+            for i, those in enumerate(arrivals)
+        ],
         partition={
             "hash": "p" * 64, "sizes": [10, 20], "label_counts": [[5, 5], [10, 10]],
             "skew": {"mean_total_variation": 0.45, "gini": 0.3}, "attempts": 1,

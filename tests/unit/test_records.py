@@ -52,7 +52,7 @@ def test_record_in_memory_equals_the_record_read_back(tmp_path: Path) -> None:
 @given(block=st.dictionaries(st.text(max_size=5), values, max_size=4))
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_block_survives_the_file(tmp_path: Path, block: dict[str, Any]) -> None:
-    record = make_record().model_copy(update={"provenance": plain(block)})
+    record = make_record().model_copy(update={"provenance": {"block": plain(block)}})
     path = save(record, tmp_path)
     first = path.read_bytes()
     again = load(path)
@@ -177,7 +177,9 @@ def test_comparable_leaves_out_times_memory_and_provenance() -> None:
 
 def test_differences_names_the_places() -> None:
     a = make_record(accuracy=0.8)
-    b = make_record(accuracy=0.9).model_copy(update={"rounds": [{**a.rounds[0], "cohort": [1, 2, 3, 5]}]})
+    b = make_record(accuracy=0.9).model_copy(
+        update={"rounds": [{**a.rounds[0], "cohort": [1, 2, 3, 5]}, *a.rounds[1:]]}
+    )
     assert differences(a, b) == [
         "accuracy.plug_in.accuracy",
         "accuracy.plug_in.correct",
@@ -195,7 +197,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         ("{", "JSON expected"),
         ("[]", "schema None"),
         ('{"schema": 99}', "schema 99"),
-        ('{"schema": 1, "status": "complete", "identity": {"key": "k"}}', "identity lacks method, scenario, seed"),
+        ('{"schema": 1, "status": "complete", "identity": {"key": "k"}}', "identity.key: string should match pattern"),
+        ('{"schema": 1, "status": "complete", "identity": {}}', "identity.key: field required"),
         ('{"schema": 1, "status": "maybe", "identity": {}}', "status"),
     ):
         path.write_text(text)
@@ -205,6 +208,227 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(FedbenchError, match="cannot be read"):
         load(tmp_path / "none.json")
+
+
+def edited(record: Record, field: str, value: Any) -> str:
+    """The record's file with another value at the dotted `field`; DELETED takes it away."""
+    content = record.to_json()
+    *parents, last = field.split(".")
+    block: Any = content
+    for parent in parents:
+        block = block[int(parent) if isinstance(block, list) else parent]
+    if value is DELETED:
+        del block[last]
+    else:
+        block[int(last) if isinstance(block, list) else last] = value
+    return json.dumps(content)
+
+
+DELETED = object()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("accuracy.plug_in.accuracy", None, "accuracy.plug_in: accuracy is null, but the loss is a number"),
+        ("accuracy.plug_in.accuracy", "0.9", "accuracy.plug_in.accuracy: input should be a valid number, found '0.9'"),
+        ("accuracy.plug_in.accuracy", True, "accuracy.plug_in.accuracy: input should be a valid number, found True"),
+        ("accuracy.plug_in.accuracy", -5, "accuracy.plug_in.accuracy: input should be greater than or equal to 0"),
+        ("accuracy.plug_in.rows", 0, "accuracy.plug_in.rows: input should be greater than or equal to 1, found 0"),
+        ("accuracy.plug_in.rows", 10**12, "accuracy.plug_in.rows: input should be less than or equal to 10000000"),
+        ("accuracy.plug_in.rows", 10.0, "accuracy.plug_in.rows: input should be a valid integer, found 10.0"),
+        ("accuracy.plug_in.correct", 7, "accuracy.plug_in.correct: input should be a valid string, found 7"),
+        ("accuracy.plug_in.correct", "***", "accuracy.plug_in.correct: not base64"),
+        ("accuracy.plug_in", [1], "accuracy.plug_in: input should be a valid dictionary"),
+        ("accuracy", {}, "accuracy: empty, but status is complete"),
+        ("accuracy.plug_in", None, "accuracy: neither plug_in has a score nor unavailable a reason"),
+        ("accuracy.selection", DELETED, "accuracy: selection is missing"),
+        ("communication.up.bytes", -1, "communication.up.bytes: input should be greater than or equal to 0, found -1"),
+        ("communication.per_round.1.up", DELETED, "communication.per_round.1.up: field required"),
+        ("compute.seconds.local", "1", "compute.seconds.local: input should be a valid number"),
+        ("exposure.verbatim.all", 1.1, "exposure.verbatim.all: input should be less than or equal to 1, found 1.1"),
+        ("rounds.0.arrived", DELETED, "rounds.0.arrived: field required"),
+        ("identity.seed", {"a": 1}, "identity.seed: input should be a valid integer"),
+        ("identity.seed", -1, "identity.seed: input should be greater than or equal to 0"),
+        ("identity.scenario", None, "identity.scenario: input should be a valid string, found None"),
+        ("identity.scenario", "../..", "identity.scenario: string should match pattern"),
+        ("identity.key", "A" * 64, "identity.key: string should match pattern"),
+        ("method.settings", [1], "method.settings: input should be a valid dictionary"),
+        ("scenario.public", "x", "scenario.public: input should be a valid dictionary"),
+        ("scenario.federation.rounds", "15", "scenario.federation.rounds: input should be a valid integer"),
+        ("partition.sizes", [], "partition.sizes: list should have at least 1 item"),
+        ("provenance.git", "abc", "provenance.git: input should be a valid dictionary"),
+        ("identity.method", "\ud800", r"identity.method: '\ud800' is not a text"),
+        ("method.settings.lr", float("nan"), "NaN is not a finite number"),
+        ("method.settings.lr", 10**400, "10000000000000000000 is not a finite number"),
+        ("error", {"type": "ValueError", "message": "no"}, "error: not null, but status is complete"),
+        ("status", "failed", "error: empty, but status is failed"),
+    ],
+)
+def test_a_malformed_field_is_named_with_what_was_expected(
+    tmp_path: Path, field: str, value: Any, complaint: str
+) -> None:
+    record = make_record(proxy=0.7)
+    path = save(record, tmp_path)
+    path.write_text(edited(record, field, value))
+    with pytest.raises(FedbenchError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert complaint in message
+    assert message.endswith("run again")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("accuracy.plug_in.accuracy", 0.9, "accuracy.plug_in.accuracy: 0.9, but its per-row bits say 0.8"),
+        ("accuracy.plug_in.correct", "gYA=", "per-row bits say 0.3"),
+        ("accuracy.plug_in.rows", 17, "accuracy.plug_in.correct: 2 bytes cannot hold 17 rows"),
+        ("accuracy.proxy.rows", 11, "accuracy.proxy.rows: 11, but plug_in has 10"),
+        ("accuracy.gap", 0.2, "accuracy.gap: 0.2, but that is not plug_in minus proxy"),
+        ("accuracy.selection.round", 15, "accuracy.selection.round: 15, but there are 15 rounds"),
+        ("accuracy.per_client.mean", 0.9, "accuracy.per_client.mean: 0.9, but its values say 0.79"),
+        ("accuracy.per_client.worst_tenth", 0.79, "per_client.worst_tenth: 0.79, but its values say 0.7"),
+        ("communication.up.bytes", 5, "communication.up.bytes: 5, but up.by_kind sums to 2000000"),
+        ("communication.down.by_kind.adapter.bytes", 0, "communication.down.bytes: 62500000, but down.by_kind sums to"),
+        ("communication.per_round.1.up", 0, "communication.up.bytes: 2000000, but per_round sums to 1866667"),
+        ("communication.setup_bytes", 62_500_001, "communication.setup_bytes: 62500001, more than went down"),
+        ("rounds.3.round", 4, "rounds: not the rounds 0 to 14 in order"),
+        ("rounds.3.arrived", [9], "rounds.3: arrived and refused are not separate parts of its cohort"),
+        ("rounds.3.arrived", [4], "rounds.3: arrived and refused are not separate parts of its cohort"),
+        ("rounds.3.bytes_up", 1, "communication.per_round.3.up: 133333, but rounds has 1"),
+        ("scenario.federation.rounds", 14, "rounds: 15 of them, but scenario.federation.rounds is 14"),
+        ("scenario.name", "sst2-iid", "scenario.name: 'sst2-iid', but identity.scenario is 'agnews-noniid'"),
+        ("method.name", "fedot", "method.name: 'fedot', but identity.method is 'fedpft'"),
+        ("method.version", 2, "method.version: 2, but identity.method_version is another"),
+        ("gradient_error.start", 0.25, "gradient_error.start: 0.25, but its points say 0.5"),
+        ("gradient_error.mean", 0.5, "gradient_error.mean: 0.5, but its points say 0.7"),
+        ("partition.sizes.0", 11, "partition.sizes.0: 11, but its label_counts sum to 10"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(tmp_path: Path, field: str, value: Any, complaint: str) -> None:
+    record = make_record(proxy=0.7)
+    path = save(record, tmp_path)
+    path.write_text(edited(record, field, value))
+    with pytest.raises(FedbenchError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: not a record: ")
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"seed": 77}, "identity.seed is '77', but the file lies where '0' belongs"),
+        ({"key": "0" * 64}, "identity.key is '000000000000', but the file lies where"),
+        ({"method": "fedot"}, "identity.method is 'fedot', but the file lies where 'fedpft' belongs"),
+        ({"scenario": "sst2-iid"}, "identity.scenario is 'sst2-iid', but the file lies where 'agnews-noniid' belongs"),
+    ],
+)
+def test_a_record_says_what_its_path_says(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
+    root = tmp_path / "records"
+    record = make_record()
+    path = save(record, root)
+    content = record.to_json()
+    content["identity"] |= change
+    content["method"]["name"] = content["identity"]["method"]
+    content["scenario"]["name"] = content["identity"]["scenario"]
+    path.write_text(dumps(content))
+    for read in (lambda: load(path), lambda: load_all(root)):
+        with pytest.raises(FedbenchError) as caught:
+            read()
+        assert complaint in str(caught.value)
+    # Elsewhere and under another name there is nothing to compare with.
+    copy = tmp_path / "copy.json"
+    copy.write_text(dumps(content))
+    assert load(copy).identity == content["identity"]
+
+
+def test_a_record_in_another_place_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    save(make_record("fedot"), tmp_path)
+    path = save(make_record(), tmp_path)
+    for name in ("s0-x.json", "copy.json", f"deeper/{path.name}", f"../../{path.name}"):
+        place = path.parent / name
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+        with pytest.raises(FedbenchError, match="this record belongs at"):
+            load_all(tmp_path)
+        place.rename(path)
+    hidden = path.with_name(f".{path.name}")
+    path.rename(hidden)
+    assert [record.identity["method"] for record in load_all(tmp_path)] == ["fedot"]
+
+
+def test_the_first_bad_file_is_named_and_the_others_are_counted(tmp_path: Path) -> None:
+    paths = [save(make_record(seed=seed), tmp_path) for seed in range(3)]
+    paths[1].write_text("{")
+    with pytest.raises(FedbenchError) as caught:
+        load_all(tmp_path)
+    assert str(caught.value).startswith(str(paths[1]))
+    assert "files are refused" not in str(caught.value)
+    paths[2].write_text("{")
+    with pytest.raises(FedbenchError, match=r"\(2 of 3 files are refused; this is the first\)$"):
+        load_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"schema": 1, "a": ' + "[" * 500 + "]" * 500 + "}", "nested too deeply"),
+        ('{"schema": 1, "schema": 1}', "'schema' is there twice in one table"),
+        ('{"schema": 1, "a": -Infinity}', "-Infinity is not a finite number"),
+        ('{"schema": 1, "a": 1e999}', "1e999 is not a finite number"),
+        ('{"schema": 1, "a": ' + "9" * 5000 + "}", "is not a finite number"),
+        ('{"schema": 1, "a": {"\\ud800": 1}}', "is not a text"),
+        ("\ufeff{}", "BOM"),
+    ],
+)
+def test_json_that_no_record_holds_is_refused_at_once(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "s" / "m" / "s0-abc.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(FedbenchError, match=complaint) as caught:
+        load_all(tmp_path)
+    assert str(caught.value).startswith(str(path))
+    assert len(str(caught.value)) < len(str(path)) + 200
+
+
+def test_a_pipe_in_the_place_of_a_record_does_not_block(tmp_path: Path) -> None:
+    path = path_of(make_record(), tmp_path)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(FedbenchError, match="not a file"):
+        load_all(tmp_path)
+
+
+def test_fields_of_a_later_version_are_let_through_and_kept(tmp_path: Path) -> None:
+    record = make_record()
+    path = save(record, tmp_path)
+    content = record.to_json()
+    content["identity"]["inputs_hash"] = "i" * 64
+    content["accuracy"]["plug_in"]["calibration"] = 0.1
+    path.write_text(dumps(content))
+    assert load(path).to_json() == content
+
+
+def test_a_run_without_uploads_is_as_it_started() -> None:
+    said = "the model is as it started"
+    assert records.no_upload(make_record()) == ""
+    assert records.no_upload(make_record(arrived=[[]] * 15)) == f"no upload ever arrived: {said}"
+    assert records.no_upload(make_record(arrived=[[]] * 14 + [[1]])) == ""
+    assert records.rounds_without_upload(make_record(arrived=[[]] * 14 + [[1]])) == 14
+    # The round that is scored decides, not one after it.
+    late = make_record(arrived=[[]] * 14 + [[1]])
+    late.accuracy["selection"] |= {"rule": "best", "round": 3}
+    assert records.no_upload(late) == f"no upload had arrived by the round that is scored: {said}"
+    refused = make_record(arrived=[[]] * 15)
+    refused.rounds[0]["refused"] = [{"client": 1, "reason": "x"}]
+    assert records.no_upload(refused) == f"every upload was refused: {said}"
+    # A method without rounds waits for no upload.
+    assert records.no_upload(make_record("zero-shot", federation={"rounds": 0})) == ""
 
 
 def test_unknown_blocks_are_refused() -> None:

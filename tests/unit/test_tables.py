@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +17,8 @@ import pytest
 from _records import make_record
 from rich.console import Console, RenderableType
 
-from fedbench import report, tables
+from fedbench import cli, report, tables
+from fedbench import render as render_module
 from fedbench.errors import FedbenchError
 from fedbench.grid import Grid, load_grid
 from fedbench.records import Record, save
@@ -419,7 +423,7 @@ def test_measures_by_hand() -> None:
     assert line["mb_up"] == 2.0
     assert line["mb_setup"] == 60.0
     assert line["mb_down"] == 2.5  # 62.5 less the set-up
-    assert line["mb_up_per_client_round"] == pytest.approx(0.5)  # 2 MB over 3 arrived and 1 refused
+    assert line["mb_up_per_client_round"] == pytest.approx(2 / 60)  # 2 MB over 3 arrived and 1 refused in 15 rounds
     assert line["gradient_error_start"] == 0.5
     assert line["exposed_verbatim"] == 0.7
     assert line["resident_parameters"] == 16_400_000
@@ -458,6 +462,143 @@ def many_records() -> list[Record]:
     ]
 
 
+NONE: list[list[int]] = [[]] * 15
+
+
+def test_a_run_without_any_upload_is_marked_and_not_ranked() -> None:
+    records = [
+        *accuracies("fedavg-lora", [0.9, 0.9]),
+        *accuracies("fedot", [0.8, 0.8]),
+        make_record("head-only", 0, 0.3, rows=100, arrived=NONE, proxy=0.3),
+        make_record("fedpft", 0, 0.7, rows=100, proxy=0.7),
+        make_record("fedpft", 1, 0.2, rows=100, proxy=0.2, arrived=NONE),
+    ]
+    records[-1].compute["local_steps"] = 1  # would be said among the budgets
+    comparison = compare(records)
+    (section,) = comparison.sections
+    why = "no upload ever arrived: the model is as it started"
+    assert {row.label: row.flag for row in section.rows} == {
+        "head-only": why, "fedot": "", "fedpft": f"{why} (seed 1)", "fedavg-lora": ""
+    }  # fmt: skip
+    assert [(d.a, d.b) for d in section.differences] == [("fedot", "fedavg-lora")]
+    assert section.headroom is None
+    notes = comments(section)
+    assert f"† head-only: {why}" in notes
+    assert f"† fedpft: {why} (seed 1)" in notes
+    assert not any("budgets" in note for note in notes)
+    for text in (shown(terminal(comparison)), render(comparison, "markdown")):
+        assert "head-only †" in text
+        assert why in text
+    frame = comparison.frame().set_index("method")
+    assert frame.loc["head-only", "not_comparable"] == why
+    assert frame.loc["head-only", "accuracy"] == pytest.approx(0.3)
+
+
+def test_rounds_without_an_upload_are_said() -> None:
+    some = [[1]] * 12 + [[]] * 3
+    records = [make_record("fedpft", 0, 0.8, arrived=some), make_record("fedpft", 1, 0.8), make_record("fedot", 0, 0.8)]
+    (section,) = compare(records).sections
+    assert [row.flag for row in section.rows] == ["", ""]
+    assert [note for note in section.notes if "upload" in note] == [
+        "fedpft: rounds without any upload: 3 of 15 (seed 0)"
+    ]
+
+
+def test_a_method_without_rounds_needs_no_upload() -> None:
+    zero = make_record("zero-shot", 0, 0.5, federation={"rounds": 0}, planned=["federation.rounds"])
+    (section,) = compare([zero, make_record("fedpft", 0, 0.8)]).sections
+    assert [row.flag for row in section.rows] == ["", ""]
+    assert "upload" not in "".join(section.notes)
+
+
+def test_runs_without_uploads_do_not_decide_what_is_usual() -> None:
+    dropout = {"rounds": 15, "dropout": 0.99}
+    lost = [make_record("fedot", seed, 0.2, federation=dropout, arrived=NONE) for seed in range(3)]
+    (section,) = compare([*lost, make_record("fedpft", 0, 0.8, federation={"rounds": 15, "dropout": 0.0})]).sections
+    assert [row.flag for row in section.rows] == [
+        "no upload ever arrived: the model is as it started; federation.dropout 0.99 instead of 0.0", ""
+    ]  # fmt: skip
+
+
+def test_a_diverged_model_has_no_score() -> None:
+    records = [
+        *accuracies("fedpft", [0.8, 0.9]),
+        make_record("fedpft", 2, 0.48, rows=100, loss=None),
+        make_record("fedot", 0, 0.48, rows=100, loss=None, proxy=0.5),
+        *accuracies("fedavg-lora", [0.9]),
+    ]
+    comparison = compare(records)
+    (section,) = comparison.sections
+    why = "diverged: the loss on the test set is not a finite number, so there is no score"
+    assert {row.label: (accuracy_text(row), row.flag) for row in section.rows} == {
+        "fedot": ("diverged", why),
+        "fedpft": ("85.0 ± 7.1 (2)", f"{why} (seed 2)"),
+        "fedavg-lora": ("90.0 (1)", ""),
+    }
+    assert section.differences == []
+    line = comparison.frame().set_index("method").loc["fedot"]
+    assert line["state"] == "diverged"
+    assert line[["accuracy", "macro_f1", "gap", "client_accuracy_mean"]].isna().all()
+    assert line["proxy_accuracy"] == 0.5
+    for form in ("markdown", "latex", "csv"):
+        text = render(comparison, form)
+        assert "diverged" in text
+        assert "48.0" not in text
+
+
+def test_a_fault_is_marked_beside_reported_figures() -> None:
+    grid = load_grid("paper-iid")
+    federation = {**FULL, "rounds": 2}
+    lost = make_record("fedpft", 0, 0.5, scenario="qnli-iid", fm="bert-base", federation=federation, arrived=[[], []])
+    (bert, _) = compare([lost], grid.cells(), grid.title, grid.reported).beside
+    assert beside_frame(bert)["qnli-iid"].tolist()[4] == "50.0 (1/3) †"
+    assert "† fedpft on qnli-iid: no upload ever arrived: the model is as it started" in bert.notes
+
+
+def test_several_records_of_one_seed_and_settings_are_said() -> None:
+    again = make_record("fedpft", 0, 0.9)
+    again.identity["key"] = "0" * 64
+    (section,) = compare([make_record("fedpft", 0, 0.8), again]).sections
+    assert "fedpft: several records of seed 0 with the same settings; one of each is shown" in section.notes
+
+
+def test_other_inputs_are_another_condition() -> None:
+    records = [make_record(method, 0, 0.8) for method in ("fedot", "fedpft", "head-only")]
+    for record, inputs in zip(records[:2], "ab", strict=True):
+        record.identity["inputs_hash"] = inputs * 64
+    (section,) = compare(records).sections
+    # What an older record does not say is not held against it.
+    assert sorted(row.flag for row in section.rows) == ["", "", "inputs_hash bbbbbbbb instead of aaaaaaaa"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 119, 200])
+def test_a_terminal_of_any_width_shows_every_cell_whole(width: int) -> None:
+    comparison = compare(many_records())
+    text = shown(terminal(comparison), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    section = text.split("agnews-noniid, minilm-l6\n")[-1].split("headroom")[0]
+    words = " ".join(section.split())
+    for header in ("accuracy %", "proxy %", "MB set-up", "grad. error", "exposed %", "trained M", "held M"):
+        assert words.count(header) == 1
+    # Every part of the table names its rows.
+    parts = [line for line in section.splitlines() if line.startswith("method")]
+    for method in ("head-only", "fedot", "fedpft", "fedavg-lora"):
+        lines = [line for line in section.splitlines() if line.split()[:1] == [method]]
+        assert len(lines) == len(parts)
+    cells = " ".join(" ".join(line.split()[1:]) for line in section.splitlines() if line.startswith("fedpft "))
+    assert cells == "82.0 ± 2.0 (3) 79.0 +3.0 2.00 2.50 60.0 0.50 / 0.75 70.0 / 72.0 0.150 16.4"
+
+
+def test_a_long_name_is_folded_and_leaves_room_for_numbers() -> None:
+    settings = [{"lr": lr, "schedule": "a-rather-long-name-of-a-schedule"} for lr in (0.001, 0.002)]
+    settings[1]["schedule"] = "another"
+    text = shown(terminal(compare([make_record("fedpft", 0, 0.8, settings=s) for s in settings])), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "80.0 (1)" in text
+    assert "a-rather-long-name-of-a-schedule" in "".join(line[:26].strip() for line in text.splitlines())
+
+
 def test_terminal_fits_in_120_columns_with_every_cell_whole() -> None:
     text = shown(terminal(compare(many_records())))
     assert max(map(len, text.splitlines())) <= 120
@@ -485,6 +626,138 @@ def test_latex() -> None:
     body = text.replace("\\%", "").replace("\\_", "").replace("\\&", "")
     assert "%" not in body
     assert not set("±†−–…") & set(text)
+    labels = re.findall(r"\\label\{(.*)\}", text)
+    assert labels == ["tab:accuracy-in-methods-by-scenarios", "tab:agnews-noniid-minilm-l6", "tab:sst2-iid-minilm-l6"]
+    for table in text.split("\\end{tabular}")[:-1]:
+        rows = table.split("\\toprule")[1].strip().splitlines()
+        assert rows[0].startswith("method")
+        assert len({row.count(" & ") for row in rows if row.endswith("\\\\")}) == 1
+    section = text.split("\\label{tab:agnews")[1].split("\\end{table}")[0]
+    for header in ("accuracy \\%", "proxy \\%", "MB set-up", "grad. error", "exposed \\%", "trained M", "held M"):
+        assert section.count(header) == 1
+
+
+def test_latex_labels_are_unique() -> None:
+    records = [make_record(fm=fm) for fm in ("a/b", "a-b")]
+    labels = re.findall(r"\\label\{(.*)\}", render(compare(records), "latex"))
+    assert len(set(labels)) == 3
+
+
+def test_points_are_those_of_computer_modern_or_more() -> None:
+    # Widths in cmr8.tfm, in points: of "0" 4.25, "a" 4.25, "m" 7.08, "W" 8.73, "i" 2.36, a blank 2.83.
+    for text, width in (("0000000000", 42.5), ("mmmm", 28.3), ("WWWW", 34.9), ("aaaa", 17.0), ("iiii", 9.4)):
+        assert width * 0.98 <= render_module._points(text) <= 1.45 * width
+
+
+def compiled(text: str, folder: Path) -> str:
+    """What LaTeX says about a document with these tables."""
+    document = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\n{text}\\end{{document}}\n"
+    (folder / "t.tex").write_text(document)
+    command = ["pdflatex", "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="takes pdflatex")
+def test_latex_compiles_and_is_no_wider_than_the_text(tmp_path: Path) -> None:
+    paths = ["/home/somebody/models/a_long_folder/with_more/and_more/of_it", "C:\\models\\bert~1"]
+    records = [*many_records(), *(make_record(fm=fm) for fm in [*paths, *HOSTILE])]
+    records += [make_record("fedpft", 9, 0.8, settings={"lr": 0.001, "a_very_long_setting": "x" * 20})]
+    for comparison in (compare(records), beside_the_paper()):
+        said = compiled(render(comparison, "latex"), tmp_path)
+        assert "Overfull" not in said
+
+
+HOSTILE = [
+    "\\input{/etc/passwd}",
+    "[x]{\\csname end\\endcsname}",
+    "$x$ & y % z # {",
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>|cell|",
+    "[click](javascript:alert(1)) `code` *bold* &lt;b&gt;",
+    "=HYPERLINK(1)",
+    "+1+1",
+    "-1+1",
+    "@SUM(A1)",
+    "\x1b]0;pwned\x07\x1b[2Jx",
+    "a\r\n=1+1\n| b |\x9b31m",
+    "abc\u202ecba\u2028",
+]
+
+
+def hostile_records() -> list[Record]:
+    """Records whose free texts all carry something that a terminal or a program would act on."""
+    out = []
+    for i, text in enumerate(HOSTILE):
+        settings = {"lr": 0.001, "note": text}
+        out.append(make_record("fedpft", i, 0.8, fm="same", settings=settings))
+        out.append(make_record("fedot", i, None, fm=text, unavailable=text))
+        other = make_record("fedavg-lora", i, 0.8, fm="same")
+        other.provenance["git"] = {"commit": text, "dirty": True}
+        out.append(other.model_copy(update={"scenario": {**other.scenario, text: text}}))
+    return out
+
+
+def test_the_command_ends_with_one_line_where_a_record_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(make_record("fedot"), tmp_path / "records")
+    path = save(make_record(), tmp_path / "records")
+    path.write_text(path.read_text().replace('"accuracy": 0.8,', '"accuracy": 0.999,'))
+    monkeypatch.setattr(sys, "argv", ["fedbench", "table", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        f"fedbench: {path}: not a record: accuracy.plug_in.accuracy: 0.999, but its per-row bits say 0.8; "
+        "delete the file and run again\n"
+    )
+
+
+def test_nothing_in_a_record_acts_on_what_shows_it() -> None:
+    comparison = compare(hostile_records(), title="\x1b[2J<b>=1")
+    terminal_text, markdown, latex = (
+        shown(terminal(comparison)),
+        render(comparison, "markdown"),
+        render(comparison, "latex"),
+    )
+    for text in (terminal_text, markdown, latex, render(comparison, "csv")):
+        assert all(c.isprintable() or c == "\n" for c in text)
+        assert "\\x1b" in text or "\\textbackslash{}x1b" in text
+    assert "<" not in markdown
+    assert "](" not in markdown
+    rows = [re.sub(r"\\.", "", line) for line in markdown.splitlines() if line.startswith("|")]
+    assert all("`" not in row and "*" not in row for row in rows)
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        assert len({re.sub(r"\\.", "", line).count("|") for line in table.splitlines()}) == 1
+    assert set(re.findall(r"\\([A-Za-z]+)", latex)) <= {
+        "begin", "end", "centering", "footnotesize", "setlength", "tabcolsep", "caption", "label", "toprule", "midrule",
+        "bottomrule", "medskip", "par", "raggedright", "raggedleft", "parbox", "strut", "pm", "dagger", "allowbreak",
+        "textbackslash", "textasciicircum", "textasciitilde", "textless", "textgreater", "textbar", "textasciigrave",
+    }  # fmt: skip
+    for line in csv.reader(io.StringIO(render(comparison, "csv"))):
+        for cell in line:
+            assert not cell.startswith(("=", "@", "+")) and (not cell.startswith("-") or float(cell) <= 0)
+
+
+def test_markdown_shows_a_text_as_it_is() -> None:
+    shows = render_module._markdown_text
+    assert shows("fedpft [t 5], p < 0.001, max_steps 10") == "fedpft [t 5], p &lt; 0.001, max_steps 10"
+    assert shows("_a_ a_b |x| &amp; Q&A") == "\\_a\\_ a_b \\|x\\| &amp;amp; Q&A"
+
+
+def test_the_panel_of_a_run_shows_control_characters_as_text() -> None:
+    failed = make_record(accuracy=None, status="failed")
+    assert failed.error is not None
+    failed.error["message"] = "a\x1b[2J\nb"
+    assert "a\\x1b[2J b" in shown(report.summary(failed))
+    record = make_record("zero-shot", accuracy=None, unavailable="\x1b]0;x\x07", fm="\x9b31m")
+    text = shown(report.summary(record))
+    assert "\\x1b]0;x\\x07" in text
+    assert "\\x9b31m" in text
 
 
 def test_csv_can_be_read_back() -> None:
@@ -540,6 +813,23 @@ def test_summary_of_a_run() -> None:
         "16.40 M parameters, 0.150 M trained; 750 steps",
     ):
         assert words in text
+
+
+def test_the_panel_says_that_no_upload_arrived() -> None:
+    why = "no upload ever arrived: the model is as it started"
+    assert why in shown(report.summary(make_record(arrived=NONE)))
+    assert "none in 3 of 15 rounds" in shown(report.summary(make_record(arrived=[[1]] * 12 + [[]] * 3)))
+    for record in (make_record(), make_record("zero-shot", federation={"rounds": 0})):
+        assert "uploads  " not in shown(report.summary(record)).replace("refused", "")
+
+
+def test_the_panel_of_a_diverged_run_has_no_score() -> None:
+    record = make_record(proxy=0.7, accuracy=0.48, rows=100, loss=None)
+    record = record.model_copy(update={"gradient_error": {"points": [], "start": 0.5, "mean": None, "final": None}})
+    text = shown(report.summary(record))
+    assert "none: the model diverged" in text
+    assert "48.0%" not in text
+    assert "0.50 at the start, – on average, – at the end" in text
 
 
 def test_summary_of_a_failed_and_of_an_unavailable_run() -> None:
