@@ -1,11 +1,11 @@
 """Which round's model should the test set score? Rules compared on validation rows alone, and in simulation.
 
-    python tests/studies/selection.py run --data-dir DIR --out FOLDER       # trajectories of two runs, some minutes each
+    python tests/studies/selection.py run --data-dir DIR --out FOLDER       # trajectories of runs, some minutes each
     python tests/studies/selection.py compare FOLDER                        # rules on those, and in simulation
 
-Under label skew a round's cohort pulls the model towards its own classes, so accuracy swings from round to round. A rule
-is good if what it picks is good on rows it has not seen, and if that varies little from seed to seed, since that is what
-differences between methods are made of. Nothing here reads a test row.
+Under label skew a round's cohort pulls the model towards its own classes, so accuracy swings from round to round. A
+rule is good if what it picks is good on rows it has not seen, and if that varies little from seed to seed, since that
+is what differences between methods are made of. Nothing here reads a test row.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def on_trajectory(path: Path, splits: int = 2000) -> dict[str, tuple[float, floa
 def simulated(swing: float, rows: int = 400, rounds: int = 12, runs: int = 4000) -> dict[str, tuple[float, float]]:
     """Of each rule: mean and deviation over seeds of the true accuracy of what it picks.
 
-    Accuracy rises to 88% and falls in each round by |N(0, swing)| of that cohort's pull, proxy and plug-in alike but for
-    a point; rules see a sample of `rows` validation rows of it.
+    Accuracy rises to 88% and falls in each round by |N(0, swing)| of that cohort's pull, proxy and plug-in alike but
+    for a point; rules see a sample of `rows` validation rows of it.
     """
     rng = np.random.default_rng(1)
     found: dict[str, list[float]] = {name: [] for name in RULES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ import pytest
 import torch
 from helpers import save_tiny_bert, smoke_request
 
-from fedbench.api import Message, State
+from fedbench.api import LocalResult, Message, State
 from fedbench.checkpoint import INDEX, read_checkpoint
 from fedbench.engine import Run, Silent, checkpoint_folder, prepare, run
 from fedbench.errors import DamagedFileError, FedbenchError
 from fedbench.evaluate import Evaluation
 from fedbench.exposure import Exposure
 from fedbench.files import load_tensors, save_tensors, state_digest, write_text
-from fedbench.methods.fedavg_lora import AdapterServer
+from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
 from fedbench.models import frozen_state
 from fedbench.records import comparable
 
@@ -78,7 +79,16 @@ def test_a_round_adds_to_the_journal_what_is_new_and_nothing_else(tmp_path: Path
     assert len((folder / INDEX).read_text()) < 20_000
 
 
-def test_a_resumed_run_goes_on_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_as_one_that_was_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = AdapterClient.upload
+
+    def upload(self: AdapterClient, round: int, result: LocalResult) -> Sequence[Message]:
+        [message, *rest] = honest(self, round, result)
+        if self.ctx.client == 1:  # whose uploads are refused
+            message = replace(message, meta={"num_examples": 0})
+        return [message, *rest]
+
+    monkeypatch.setattr(AdapterClient, "upload", upload)
     whole, folder = run_of(tmp_path), tmp_path / "checkpoint"
     whole.loop(None)
     for rounds in (1, 2, 3):
@@ -91,6 +101,10 @@ def test_a_resumed_run_goes_on_as_one_that_was_never_stopped(tmp_path: Path) -> 
     assert last.rounds == whole.rounds
     assert last.points == whole.points
     assert last.transport.ledger == whole.transport.ledger
+    assert last.transport.refused == whole.transport.refused
+    assert {client for _, client, _ in whole.transport.refused} == {1}
+    assert whole.transport.refused[0][0] < 3, "one was refused before the last checkpoint"
+    assert comparable(last.finish()) == comparable(whole.finish())
 
 
 @pytest.mark.parametrize("what", ["index", "journal", "tensors"])

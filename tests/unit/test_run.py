@@ -15,9 +15,10 @@ from fedbench.api import AdamW, Frozen, LocalResult, LocalTask, Message
 from fedbench.data import Examples
 from fedbench.engine import Prepared, Run, Silent, prepare, run
 from fedbench.errors import DivergedError, FedbenchError
-from fedbench.evaluate import evaluate
+from fedbench.evaluate import Evaluation, evaluate
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
 from fedbench.models import LoraSpec, Parts
+from fedbench.records import pack_correct
 from fedbench.training import execute, most_tokens
 
 CPU = torch.device("cpu")
@@ -119,6 +120,51 @@ def test_an_absurd_update_is_refused_where_a_largest_norm_is_set(
     assert {why.partition(" has norm")[0] for _, _, why in record.communication["refused"]} == {"adapter: its update"}
     with pytest.raises(DivergedError, match="federation.max_update_norm|lower lr"):
         run(prepared(tmp_path / "open", rounds="2"))
+
+
+def test_set_up_is_what_clients_were_sent_first_whatever_its_kind(tmp_path: Path) -> None:
+    for method, kind in (("fedpft", "sub_fm"), ("fedot", "sub_fm"), ("fedavg-lora", "fm")):
+        settings = {"emulator": "1"} if method == "fedot" else {}
+        this = Run(prepared(tmp_path, method, **settings), Silent())
+        this.loop(None)
+        sent = [e.bytes for e in this.transport.ledger.entries if e.kind == kind]
+        assert len(sent) == 4, "one for each client"
+        assert this.finish().communication["setup_bytes"] == sum(sent) > 4 * 10_000
+
+
+def test_no_row_of_a_test_set_is_looked_at_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"rounds": "3", "evaluation.every": "1", "evaluation.selection": "best"}
+    this = Run(prepared(tmp_path, "fedpft", **settings), Silent())
+    loaded, scored = this.p.loaded, []
+
+    def watched(model: torch.nn.Module, data: Examples, *rest: object) -> Evaluation:
+        scored.append(data)
+        return evaluate(model, data, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fedbench.engine.evaluate", watched)
+    this.loop(None)
+    assert {id(data) for data in scored} == {id(loaded.validation)}
+    assert len(scored) == 2 * 3, "plug-in and proxy in every round"
+    scored.clear()
+    this.finish()
+    assert {id(data) for data in scored} == {id(loaded.test)}
+    assert loaded.validation.content_hash() != loaded.test.content_hash()
+    assert {tuple(row) for row in this.probe.tokens or ()} <= {tuple(row) for row in loaded.validation.tokens or ()}
+
+
+def test_plug_in_and_proxy_are_scored_as_what_they_are(tmp_path: Path) -> None:
+    this = Run(prepared(tmp_path, "fedot", emulator="1", lr="3e-2"), Silent())
+    this.loop(None)
+    record, rows = this.finish(), this.p.loaded.test
+    proxy = this.server.proxy()
+    assert proxy is not None
+    plug_in = evaluate(this.server.plug_in(), rows, 64, CPU)
+    assert record.accuracy["plug_in"]["loss"] == pytest.approx(plug_in.loss, rel=1e-6)
+    assert record.accuracy["plug_in"]["correct"] == pack_correct(plug_in.correct)
+    assert record.accuracy["proxy"]["loss"] == pytest.approx(evaluate(proxy, rows, 64, CPU).loss, rel=1e-6)
+    assert record.accuracy["proxy"]["loss"] != pytest.approx(plug_in.loss, rel=1e-3)
+    validation = [evaluate(m, this.p.loaded.validation, 64, CPU).accuracy for m in (this.server.plug_in(), proxy)]
+    assert [this.rounds[0]["plug_in_validation"], this.rounds[0]["proxy_validation"]] == validation
 
 
 def rows_of(family: str) -> Examples:

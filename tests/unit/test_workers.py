@@ -57,6 +57,17 @@ def test_work_is_spread_over_processes_of_one_thread_of_which_this_is_one() -> N
         assert process.exitcode == 0
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_item_is_computed_with_one_thread_whatever_torch_would_take(workers: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert set(dict(fork_map(lambda _: torch.get_num_threads(), range(6), workers)).values()) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("where", [True, False])
 def test_an_error_arrives_wherever_it_happened(where: bool) -> None:
     def fail(item: int) -> int:
