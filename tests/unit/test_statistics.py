@@ -227,6 +227,6 @@ def test_the_interval_in_use_holds_the_truth_as_often_as_it_says_and_the_old_boo
 @pytest.mark.parametrize("seeds", SEEDS)
 def test_coverage_is_in_its_band(scenario: str, seeds: int) -> None:
     for effects in ("normal", "heavy-tailed"):
-        found = simulate(scenario, seeds, 1000, [USED], effects)[USED]
+        found = simulate(scenario, seeds, 500, [USED], effects)[USED]
         assert 0.93 <= found.mean <= 0.97, effects
         assert min(found.by_pair) >= 0.90, effects
