@@ -1,14 +1,15 @@
 """Statistics of runs: mean and deviation over seeds, paired differences with intervals, tests.
 
-Seeds are paired: one seed is one partition, one series of cohorts and one initialisation for all methods.
+Seeds are paired: one seed is one partition, one series of cohorts and one initialisation for all methods. An interval
+is about seeds and test rows at large: where it lies above 0, another draw of both would have the same sign.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,6 @@ from fedbench.formats import p_value, seeds_text, signed
 SEEDS_FOR_TEST = 6
 """With fewer paired seeds no exact two-sided test can pass 0.05 once Holm has been applied to anything."""
 
-RESAMPLES = 2000
 LEVEL = 0.95
 
 
@@ -45,23 +45,99 @@ class Summary:
 class Difference:
     """Accuracy of method `a` minus that of `b` in points, over shared seeds and test rows.
 
-    `low` to `high` is the bootstrap interval; `p` is the paired test's, after Holm, where there were seeds enough.
+    `mean` estimates the difference over all seeds and all test rows there could be. Two things keep it from that.
+    `seed_variance` is the sample variance of the seeds' differences, of which a mean over n seeds keeps the n-th part.
+    `row_variance` is the part of the mean's own variance that comes from which rows are tested; more seeds do not
+    lessen it, since all are tested on the same rows. Both in squared points, None where there is one seed or one row.
+    `p` is the paired test's, after Holm, where there were seeds enough.
     """
 
     a: str
     b: str
     mean: float
-    low: float
-    high: float
     seeds: int
+    seed_variance: float | None
+    row_variance: float | None
     p: float | None = None
 
+    @classmethod
+    def of(cls, a: str, b: str, answers: NDArray[np.floating]) -> Difference:
+        """From `answers` [seeds, rows]: 1 where only `a` answered rightly, -1 where only `b` did, else 0."""
+        seeds, rows = answers.shape
+        each = (100 * answers.mean(axis=1, dtype=np.float64)).tolist()
+        seed_variance = row_variance = None
+        if seeds > 1 and rows > 1:
+            # The covariance over rows of two seeds' answers, mean over the pairs of seeds: what a row has in all seeds.
+            # What it has in one seed alone is in that seed's difference, and so in the variance over seeds.
+            own = answers.var(axis=1, ddof=1, dtype=np.float64).sum()
+            shared = (answers.sum(axis=0, dtype=np.float64).var(ddof=1) - own) / (seeds * (seeds - 1))
+            seed_variance, row_variance = statistics.variance(each), 100**2 * max(0.0, float(shared)) / rows
+        return cls(a, b, statistics.fmean(each), seeds, seed_variance, row_variance)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The interval of `LEVEL` about `mean`; None where there is one seed: how far seeds differ is then unknown."""
+        if self.seed_variance is None or self.row_variance is None:
+            return None
+        half = half_width(self.seeds, self.seed_variance, self.row_variance)
+        return self.mean - half, self.mean + half
+
     def __str__(self) -> str:
+        text = f"{self.a} minus {self.b}: {signed(self.mean)} points"
+        if self.interval is None:
+            return f"{text} ({seeds_text(self.seeds)}, no interval)"
+        low, high = map(signed, self.interval)
         test = "" if self.p is None else f", p {p_value(self.p)}"
-        return (
-            f"{self.a} minus {self.b}: {signed(self.mean)} points, {LEVEL:.0%} interval {signed(self.low)} to "
-            f"{signed(self.high)} ({seeds_text(self.seeds)}){test}"
-        )
+        return f"{text}, {LEVEL:.0%} interval {low} to {high} ({seeds_text(self.seeds)}){test}"
+
+
+def half_width(seeds: int, seed_variance: float, row_variance: float) -> float:
+    """Half the interval of `LEVEL` about a mean difference over two or more seeds, in the unit of the variances' roots.
+
+    A t interval on the mean's variance, `seed_variance` / `seeds` + `row_variance`, with Satterthwaite's degrees of
+    freedom; the part of the rows, which are many, counts as known. It is never narrower than the t interval over the
+    seeds alone: few seeds that happen to agree would raise the degrees of freedom too far.
+    """
+    over_seeds = seed_variance / seeds
+    total = over_seeds + row_variance
+    ratio = total / over_seeds if over_seeds else math.inf
+    df = (seeds - 1) * ratio * ratio
+    return max(_quantile(seeds - 1) * math.sqrt(over_seeds), _quantile(df) * math.sqrt(total))
+
+
+def seeds_needed(points: float, seed_variance: float, row_variance: float) -> int | None:
+    """The fewest seeds whose interval is no wider than ± `points`; None where the rows alone leave more than that."""
+    if _quantile(math.inf) ** 2 * row_variance >= points**2:
+        return None
+    enough = 2
+    while half_width(enough, seed_variance, row_variance) > points:
+        enough *= 2
+    between = range(max(2, enough // 2), enough + 1)
+    return between[bisect_left(between, -points, key=lambda n: -half_width(n, seed_variance, row_variance))]
+
+
+def variances(differences: Iterable[Difference]) -> tuple[float, float] | None:
+    """The mean variance over seeds, weighted by degrees of freedom, and the largest of the rows' parts.
+
+    Of the differences that have an interval; None if none has. A variance over few seeds says little by itself, so
+    those of a table are taken together; a rows' part is well known, and the largest one bounds what seeds can do.
+    """
+    found = [
+        (d.seeds - 1, d.seed_variance, d.row_variance)
+        for d in differences
+        if d.seed_variance is not None and d.row_variance is not None
+    ]
+    if not found:
+        return None
+    over_seeds = sum(df * variance for df, variance, _ in found) / sum(df for df, _, _ in found)
+    return over_seeds, max(variance for _, _, variance in found)
+
+
+def _quantile(df: float) -> float:
+    """Of Student's t, two-sided at `LEVEL`; infinite degrees of freedom are the normal distribution's."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(df, (1 + LEVEL) / 2))
 
 
 def binomial_standard_error(accuracy: float, rows: int) -> float:
@@ -96,50 +172,3 @@ def paired_test(differences: Sequence[float]) -> float:
         rng=np.random.default_rng(0),
     )
     return float(result.pvalue)
-
-
-def bootstrap(
-    correct: Mapping[str, Mapping[int, NDArray[np.bool_]]], pairs: Sequence[tuple[str, str]], resamples: int = RESAMPLES
-) -> list[Difference]:
-    """Difference in accuracy of each pair, with a percentile interval over shared seeds and shared test rows.
-
-    `correct[method][seed]` says for each test row [n] whether it was answered rightly. In every resample the rows are
-    drawn once for all runs, because all runs face the same rows, and so are the seeds that both of a pair have; with a
-    single seed only the rows vary. An interval depends on the runs of its pair alone: not on other methods in a table.
-    """
-    runs = [(method, seed) for method, seeds in correct.items() for seed in sorted(seeds)]
-    if not runs:
-        return []
-    answers = np.stack([correct[method][seed] for method, seed in runs], axis=1).astype(np.float32)  # [n, runs]
-    rows = len(answers)
-    rng = np.random.default_rng(0)
-    scores = np.empty((resamples, len(runs)))
-    chunk = max(1, 4_000_000 // rows)
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        drawn = rng.integers(rows, size=(size, rows)) + np.arange(size)[:, None] * rows
-        weights = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows).astype(np.float32)
-        scores[start : start + size] = weights @ answers / rows
-    place = {run: index for index, run in enumerate(runs)}
-    out = []
-    for a, b in pairs:
-        shared = sorted(correct[a].keys() & correct[b].keys())
-        mine, theirs = [place[a, s] for s in shared], [place[b, s] for s in shared]
-        each = scores[:, mine] - scores[:, theirs]  # [resamples, seeds]
-        means = np.take_along_axis(each, _seeds_drawn(len(shared), resamples), axis=1).mean(axis=1)
-        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        observed = float((answers[:, mine].mean(axis=0) - answers[:, theirs].mean(axis=0)).mean())
-        out.append(Difference(a, b, 100 * observed, 100 * float(low), 100 * float(high), len(shared)))
-    return out
-
-
-def _seeds_drawn(seeds: int, resamples: int) -> NDArray[np.int64]:
-    """Which of so many seeds each resample has, [resamples, seeds].
-
-    Few seeds have few resamples of their own (27 for three), and an interval's end can lie at the edge of one. So all
-    of them are taken in turn where that is possible, which leaves nothing to the draw.
-    """
-    if seeds**seeds <= resamples:
-        every = np.array(list(itertools.product(range(seeds), repeat=seeds)), dtype=np.int64)
-        return every[np.arange(resamples) % len(every)]
-    return np.random.default_rng(seeds).integers(seeds, size=(resamples, seeds))

@@ -1,7 +1,7 @@
 """Comparisons: what records say, methods beside each other. Pure functions of records, without torch.
 
 Numbers of several seeds are mean ± sample standard deviation with their count n; with one seed there is no
-deviation. Differences between methods carry a bootstrap interval over shared seeds and the shared test rows.
+deviation. Differences between methods carry an interval for seeds and test rows at large, from the seeds they share.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from fedbench.statistics import (
     Difference,
     Summary,
     binomial_standard_error,
-    bootstrap,
     holm,
     paired_test,
 )
@@ -651,18 +650,34 @@ def _sources(runs: Sequence[Record]) -> list[str]:
 
 
 def _budget(section: Section) -> list[str]:
-    """What is not equal between the proxy methods: parameters held within 2%, and local optimiser steps."""
+    """What is not equal between the proxy methods: parameters held within 2%, local optimiser steps, distillation."""
     rows = [row for row in section.rows if row.summary("accuracy", "proxy", "accuracy") and not row.flag]
     out = []
-    for name, what, tolerance in (
-        ("resident_parameters", "parameters held at a client", 0.02),
-        ("local_steps", "local steps", 0.0),
+    for what, tolerance, measure in (
+        ("parameters held at a client", 0.02, lambda run: _at(run, ("compute", "resident_parameters"))),
+        ("local steps", 0.0, lambda run: _at(run, ("compute", "local_steps"))),
+        ("public rows distilled on, alignments included", 0.0, _distilled),
     ):
-        found = {row.label: value.mean for row in rows if (value := row.summary("compute", name))}
+        each = {row.label: Summary.of(measure(run) for run in row.runs.values()) for row in rows}
+        found = {label: value.mean for label, value in each.items() if value}
         if len(found) > 1 and max(found.values()) > (1 + tolerance) * min(found.values()):
-            each = ", ".join(f"{label} {value:,.0f}" for label, value in found.items())
-            out.append(f"budgets of the proxy methods differ: {what}: {each}")
+            told = ", ".join(f"{label} {value:,.0f}" for label, value in found.items())
+            out.append(f"budgets of the proxy methods differ: {what}: {told}")
     return out
+
+
+def _distilled(run: Record) -> float | None:
+    """Public rows that a run's distillation steps took, before and during training; None where it does not say.
+
+    Steps are those of the settings. An alignment follows every t-th round but the last.
+    """
+    settings, rounds = run.method.get("settings", {}), _at(run, ("scenario", "federation", "rounds"))
+    if not run.distillation or rounds is None or not {"distil_steps", "distil_batch"} <= settings.keys():
+        return None
+    steps, t = settings["distil_steps"], settings.get("t")
+    if t:
+        steps += (int(rounds) - 1) // t * settings["align_steps"]
+    return float(steps * settings["distil_batch"])
 
 
 def _plug_in(run: Record) -> Any:
@@ -695,7 +710,7 @@ def _differences(section: Section) -> None:
         pairs.append((first[CEILING], first[FLOOR]))
     ranked = [label for label, row in rows.items() if row.method not in REFERENCES]
     pairs += [(a, b) for a, b in itertools.combinations(ranked, 2) if paired(a, b)]
-    found = bootstrap(correct, pairs)
+    found = [_difference(a, b, correct[a], correct[b]) for a, b in pairs]
     if pairs and pairs[0][1] == first.get(FLOOR):
         section.headroom = found.pop(0)
     tested = [i for i, difference in enumerate(found) if difference.seeds >= SEEDS_FOR_TEST]
@@ -704,6 +719,13 @@ def _differences(section: Section) -> None:
         a, b = correct[found[i].a], correct[found[i].b]
         raw.append(paired_test([float(a[s].mean() - b[s].mean()) for s in sorted(a.keys() & b.keys())]))
     for i, p in zip(tested, holm(raw), strict=True):
-        d = found[i]
-        found[i] = Difference(d.a, d.b, d.mean, d.low, d.high, d.seeds, p)
+        found[i] = replace(found[i], p=p)
     section.differences = found
+
+
+def _difference(
+    a: str, b: str, mine: Mapping[int, NDArray[np.bool_]], theirs: Mapping[int, NDArray[np.bool_]]
+) -> Difference:
+    """Of two methods by what each answered rightly in a seed [rows]: of this pair and its shared seeds alone."""
+    shared = sorted(mine.keys() & theirs.keys())
+    return Difference.of(a, b, np.stack([mine[s].astype(np.float64) - theirs[s] for s in shared]))

@@ -11,6 +11,7 @@ from fedbench.api import AdamW, Frozen, LocalTask, Source
 from fedbench.evaluate import Evaluation, per_client
 from fedbench.exposure import Exposure
 from fedbench.gradient import aggregation_error, compare, gradient_error
+from fedbench.memory import peak_memory, reset_peak
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.rng import Streams
 from fedbench.training import step_flops
@@ -118,3 +119,16 @@ def test_a_stream_is_its_name() -> None:
     seeds |= {Streams(2, "s").integer(*names[0]), Streams(1, "t").integer(*names[0])}
     assert len(seeds) == 6
     assert streams.integer("partition") == 4638982311281648264, "a stream never changes between versions"
+
+
+def test_a_peak_is_since_the_run_began_and_counts_what_the_process_still_holds() -> None:
+    device = torch.device("cpu")
+    reset_peak(device)
+    before = peak_memory(device)
+    held = np.ones(200 << 17)  # each a float64
+    reset_peak(device)
+    after = peak_memory(device)
+    assert before is not None
+    assert after is not None
+    assert after > before + (190 << 20)
+    assert held.all()

@@ -118,7 +118,7 @@ def test_a_failed_write_leaves_the_old_record_and_nothing_else(tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(FedbenchError, match="No space left"):
         save(make_record(accuracy=0.9), tmp_path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
