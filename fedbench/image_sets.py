@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,15 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from fedbench.data import ImageFiles, Part
+from fedbench.data import Part
 from fedbench.errors import FedbenchError
-from fedbench.sources import find_files, load_from_hub, read_parquet, set_folders
+from fedbench.image_files import SUFFIXES, EncodedImage, ImageFiles
+from fedbench.labels import class_numbers, shown
+from fedbench.sources import cure, find_files, listing, load_from_hub, read_bytes, read_parquet, set_folders
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
 DECODED = 512 * 2**20
 """Images of one size are decoded at once where that takes at most this many bytes."""
 
 Parts = tuple[dict[str, Part], list[str]]
+Rows = tuple[Sequence[EncodedImage | Path], np.ndarray]
+"""Encoded images, and the numbers of their classes [n]."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,8 @@ def load_image_set(name: str, revision: str | None, root: Path | None) -> Parts:
     found = _from_folder(name, kind, root) if root is not None else None
     parts, notes = found or _from_hub(name, kind, revision or kind.revision)
     for role, part in parts.items():
-        if len(part) == 0 or part.labels.min() < 0 or part.labels.max() >= len(kind.classes):
-            raise FedbenchError(
-                f"data set {name}: {role} has {len(part)} images with labels other than 0 to {len(kind.classes) - 1}; "
-                "see docs/data.md for the known layouts"
-            )
+        if len(part) == 0:
+            raise FedbenchError(f"data set {name}: {role} holds no images; see docs/data.md for the known layouts")
     return parts, notes + ([f"{name}: {kind.note}"] if kind.note else [])
 
 
@@ -73,35 +75,32 @@ def _from_folder(name: str, kind: ImageSet, root: Path) -> Parts | None:
     if folders:
         raise FedbenchError(
             f"{folders[0]}: no layout of {name} recognised; expected its official files, train and test as parquet, or "
-            "train/CLASS/*.png and test/CLASS/*.png (docs/data.md)"
+            f"train/CLASS/*.png and test/CLASS/*.png (docs/data.md), but {listing(folders[0])}"
         )
     return None
 
 
-def _images(source: Sequence[bytes | Path]) -> np.ndarray | ImageFiles:
+def _images(source: Sequence[EncodedImage | Path]) -> np.ndarray | ImageFiles:
     """Decoded, uint8 [n, H, W, 3], where all are of one size and that is little; else the files."""
     files = ImageFiles(source, np.arange(len(source)))
     if len(files) == 0:
         return files
-    height, width = first = files.size(0)
-    if len(files) * height * width * 3 > DECODED or any(files.size(i) != first for i in range(1, len(files))):
+    first = files.decode(0)
+    if len(files) * first.size > DECODED:
         return files
-    return np.stack([files.decode(i) for i in range(len(files))])
+    decoded = np.empty((len(files), *first.shape), dtype=np.uint8)
+    for i in range(len(files)):
+        # Decoded one by one, since the size in an image's header need not be the one that it is seen in.
+        if (image := files.decode(i)).shape != first.shape:
+            return files
+        decoded[i] = image
+    return decoded
 
 
-def _joined(parts: Sequence[Part]) -> Part:
-    """Several parts as one; arrays of one size stay an array."""
-    if len(parts) == 1:
-        return parts[0]
-    labels = np.concatenate([part.labels for part in parts])
-    arrays = [part.images for part in parts if isinstance(part.images, np.ndarray)]
-    if len(arrays) == len(parts) and len({a.shape[1:] for a in arrays}) == 1:
-        return Part(labels, images=np.concatenate(arrays))
-    files = [part.images for part in parts if isinstance(part.images, ImageFiles)]
-    if len(files) < len(parts):
-        raise FedbenchError("official parts of one data set hold images of different kinds; convert them to one layout")
-    source = [f.source[int(i)] for f in files for i in f.rows]
-    return Part(labels, images=ImageFiles(source, np.arange(len(source))))
+def _part(read: Sequence[Rows]) -> Part:
+    """The rows of several files or folders as one part."""
+    source = [item for items, _ in read for item in items]
+    return Part(np.concatenate([labels for _, labels in read]), images=_images(source))
 
 
 # ---------------------------------------------------------------- parquet and image folders
@@ -125,35 +124,50 @@ def _parquet(folder: Path, kind: ImageSet) -> Parts | None:
     read = {}
     for names, paths in files.items():
         if not paths:
-            raise FedbenchError(f"{folder}: no {names[0]} file; expected {names[0]}.parquet or its shards")
-        contents: list[bytes | Path] = []
-        labels: list[int] = []
-        for path in paths:
-            table = read_parquet(path)
-            column, label = _columns(f"{path}: unknown layout,", list(table), kind)
-            contents += [cell["bytes"] for cell in table[column]]
-            labels += [int(value) for value in table[label]]
-        read[names] = Part(np.array(labels, dtype=np.int64), images=_images(contents))
-    train, test = _joined([read[names] for names in kind.train]), read["test",]
+            raise FedbenchError(
+                f"{folder}: no {names[0]} file; expected {names[0]}.parquet or its shards, but {listing(folder)}"
+            )
+        read[names] = [_parquet_rows(path, kind) for path in paths]
+    train, test = _part([rows for names in kind.train for rows in read[names]]), _part(read["test",])
     return {"train": train, "test": test}, [f"{folder}: parquet, {len(train)} and {len(test)} images"]
 
 
+def _parquet_rows(path: Path, kind: ImageSet) -> Rows:
+    table = read_parquet(path)
+    column, label = _columns(f"{path}: unknown layout,", list(table), kind)
+    source = [_cell(f"{path}: row {row}", cell) for row, cell in enumerate(table[column], start=1)]
+    return source, class_numbers(str(path), table[label], kind.classes)
+
+
+def _cell(where: str, cell: Any) -> EncodedImage:
+    """The image in a cell of parquet: a struct of the hub's with the file's bytes, or the bytes themselves."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(content, bytes):
+        held = "a path, but no bytes," if isinstance(cell, dict) and cell.get("path") else shown(content)
+        raise FedbenchError(f"{where} holds {held} where an encoded image is expected; fill or remove the row")
+    return EncodedImage(where, content)
+
+
 def _image_folders(folder: Path, kind: ImageSet) -> Parts | None:
-    """train/CLASS/*.png and test/CLASS/*.png, or .jpg; a further training part may be missing."""
+    """train/CLASS/*.png and test/CLASS/*.png, or other formats; a further training part may be missing."""
     if not (folder / "train").is_dir() or not (folder / "test").is_dir():
         return None
     places = [next((folder / name for name in names if (folder / name).is_dir()), None) for names in kind.train]
-    read = [_image_folder(place, kind) for place in places if place is not None]
-    train, test = _joined(read), _image_folder(folder / "test", kind)
-    used = ", ".join(place.name for place in places if place is not None)
-    return {"train": train, "test": test}, [
-        f"{folder}: image folders, {len(train)} images ({used}) and {len(test)} (test)"
-    ]
+    used = [place for place in places if place is not None]
+    remarks: list[str] = []
+    train = _part([_image_folder(place, kind, remarks) for place in used])
+    test = _part([_image_folder(folder / "test", kind, remarks)])
+    names = ", ".join(place.name for place in used)
+    note = f"{folder}: image folders, {len(train)} images ({names}) and {len(test)} (test)"
+    return {"train": train, "test": test}, ["; ".join([note, *remarks])]
 
 
-def _image_folder(folder: Path, kind: ImageSet) -> Part:
-    """CLASS/*.png: classes go by name, or by number from 0 or from 1."""
-    names = {path.name for path in folder.iterdir() if path.is_dir()}
+def _image_folder(folder: Path, kind: ImageSet, remarks: list[str]) -> Rows:
+    """CLASS/*.png and so on, folders in CLASS included; what is left out is added to `remarks`.
+
+    Classes go by name, or by number from 0 or from 1.
+    """
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     by_number = {int(name): name for name in names if name.isdecimal()}
     count = len(kind.classes)
     expected = next((span for span in (range(count), range(1, count + 1)) if {*span} == {*by_number}), None)
@@ -164,15 +178,53 @@ def _image_folder(folder: Path, kind: ImageSet) -> Part:
             f"{folder}: its {len(names)} folders are not the {count} classes, {odd!r} is missing or too many; name "
             "them as the classes are called, or by number"
         )
-    source: list[bytes | Path] = []
+    left_out = Counter(_kind_of_file(path) for path in folder.iterdir() if path.name not in names)
+    source: list[EncodedImage | Path] = []
     labels: list[int] = []
+    empty = []
     for number, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
+        found, others = _image_paths(folder / name)
+        left_out += others
         source += found
         labels += [number] * len(found)
+        if not found:
+            empty.append(name)
+    left = ", ".join(f"{n} {what}" for what, n in sorted(left_out.items()))
     if not source:
-        raise FedbenchError(f"{folder}: its class folders hold no {', '.join(SUFFIXES)} files")
-    return Part(np.array(labels, dtype=np.int64), images=_images(source))
+        raise FedbenchError(
+            f"{folder}: its class folders hold no {', '.join(SUFFIXES)} files{f', but {left}' if left else ''}"
+        )
+    if left:
+        remarks.append(f"left out in {folder.name}: {left}")
+    if empty:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        remarks.append(f"no images in {folder.name} of {', '.join(empty[:3])}{more}")
+    return source, np.array(labels, dtype=np.int64)
+
+
+def _image_paths(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The images in a class's folder and the folders in it, in order, and how many files of what kind are none."""
+    found, others = [], Counter[str]()
+    for place, folders, files in os.walk(folder):
+        for name in files:
+            path = Path(place, name)
+            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+                found.append(path)
+            else:
+                others[_kind_of_file(path)] += 1
+        for name in [name for name in folders if name.startswith(".") or Path(place, name).is_symlink()]:
+            folders.remove(name)
+            others[_kind_of_file(Path(place, name))] += 1
+    return sorted(found), others
+
+
+def _kind_of_file(path: Path) -> str:
+    """What is left out of an image folder, as a note calls it."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return "linked folder"
+    return path.suffix.lower() or "without suffix"
 
 
 # ---------------------------------------------------------------- the hub
@@ -181,18 +233,24 @@ def _image_folder(folder: Path, kind: ImageSet) -> Part:
 class _HubImages(Sequence[Any]):
     """The encoded images of a split, read from the hub's files on disk one by one."""
 
-    def __init__(self, split: Any, column: str) -> None:
+    def __init__(self, where: str, split: Any, column: str) -> None:
         from datasets import Image
 
-        self._split = split.select_columns([column]).cast_column(column, Image(decode=False))
-        self._column = column
+        try:
+            self._split = split.select_columns([column]).cast_column(column, Image(decode=False))
+        except Exception as error:  # arrow raises what it likes for a column that is none of images
+            reason = " ".join(str(error).split())[:160]
+            raise FedbenchError(f"{where}: column {column} holds no encoded images: {reason}") from None
+        self._where, self._column = where, column
 
     def __len__(self) -> int:
         return len(self._split)
 
     def __getitem__(self, i: Any) -> Any:
         cell = self._split[int(i)][self._column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
+        if isinstance(cell, dict) and cell["bytes"] is None and cell["path"] and Path(cell["path"]).is_file():
+            return Path(cell["path"])
+        return _cell(f"{self._where}: row {int(i) + 1}", cell)
 
 
 def _from_hub(name: str, kind: ImageSet, revision: str) -> Parts:
@@ -208,10 +266,12 @@ def _from_hub(name: str, kind: ImageSet, revision: str) -> Parts:
                 f"data set {name}: {repository} at revision {revision[:12]} has the splits {', '.join(loaded)}, "
                 f"{' and '.join(names[0] for names in wanted)} are needed; leave dataset.revision out"
             )
+        where = f"data set {name}: {repository} at revision {revision[:12]}"
         rows = concatenate_datasets([loaded[split] for split in splits])
-        where = f"data set {name}: {repository} at revision {revision[:12]} has"
-        column, label = _columns(where, rows.column_names, kind)
-        parts[role] = Part(np.array(rows[label], dtype=np.int64), images=_images(_HubImages(rows, column)))
+        column, label = _columns(f"{where} has", rows.column_names, kind)
+        where = f"{where}: {' and '.join(map(str, splits))}"
+        labels = class_numbers(where, rows[label], kind.classes)
+        parts[role] = Part(labels, images=_images(_HubImages(where, rows, column)))
     return parts, [note]
 
 
@@ -234,28 +294,37 @@ class Cifar:
             if any((place / name).is_file() for name in batches) and (place / self.train[0]).is_file():
                 if lacking := [name for name in batches if not (place / name).is_file()]:
                     raise FedbenchError(f"{place}: {lacking[0]} is missing; unpack {self.archive} again")
-                return self._parts(place, {name: (place / name).read_bytes() for name in batches})
+                return self._parts(place, kind, {name: read_bytes(place / name) for name in batches})
         if not (path := folder / self.archive).is_file():
             return None
-        return self._parts(path, _archived(path, lambda n: n.removeprefix(f"{self.folder}/") in batches, self.folder))
+        wanted = _archived(path, lambda n: n.removeprefix(f"{self.folder}/") in batches, self.folder)
+        return self._parts(path, kind, wanted)
 
-    def _parts(self, place: Path, contents: Mapping[str, bytes]) -> Parts:
+    def _parts(self, place: Path, kind: ImageSet, contents: Mapping[str, bytes]) -> Parts:
         if lacking := [name for name in (*self.train, self.test) if name not in contents]:
             raise FedbenchError(f"{place}: {lacking[0]} is missing; fetch it again")
-        read = {name: self._batch(f"{place}: {name}", content) for name, content in contents.items()}
-        train, test = _joined([read[name] for name in self.train]), read[self.test]
-        return {"train": train, "test": test}, [f"{place}: python version, {len(train)} and {len(test)} images"]
+        read = {name: self._batch(f"{place}: {name}", content, kind) for name, content in contents.items()}
+        train = [read[name] for name in self.train]
+        parts = {
+            "train": Part(np.concatenate([n for _, n in train]), images=np.concatenate([i for i, _ in train])),
+            "test": Part(read[self.test][1], images=read[self.test][0]),
+        }
+        return parts, [f"{place}: python version, {len(parts['train'])} and {len(parts['test'])} images"]
 
-    def _batch(self, where: str, content: bytes) -> Part:
+    def _batch(self, where: str, content: bytes, kind: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+        """Images [n, 32, 32, 3] and labels [n]."""
         batch = _unpickled(where, content)
         if not isinstance(batch, dict) or b"data" not in batch or self.label not in batch:
             raise FedbenchError(f"{where}: holds no data and {self.label.decode()}; fetch it again")
-        data, labels = np.asarray(batch[b"data"]), np.array(batch[self.label], dtype=np.int64)
+        data, labels = batch[b"data"], batch[self.label]
+        if not isinstance(data, np.ndarray) or not isinstance(labels, list | np.ndarray):
+            raise FedbenchError(f"{where}: data and {self.label.decode()} are no lists of rows; fetch it again")
         if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
             raise FedbenchError(
                 f"{where}: images are {data.dtype} {data.shape}, expected uint8 [n, 3072]; fetch it again"
             )
-        return Part(labels, images=np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)))
+        images = np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        return images, class_numbers(where, labels, kind.classes)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -279,20 +348,26 @@ def _unpickled(where: str, content: bytes) -> Any:
     try:
         return _Unpickler(BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise FedbenchError(f"{where}: is not a batch of CIFAR's python version ({error}); fetch it again") from None
+        reason = " ".join(str(error).split())[:160]
+        raise FedbenchError(f"{where}: is not a batch of CIFAR's python version ({reason}); {cure(content)}") from None
 
 
 def _archived(path: Path, wanted: Callable[[str], bool], folder: str) -> dict[str, bytes]:
     """Contents of an archive's wanted files by name, without the leading folder."""
     try:
         with tarfile.open(path) as archive:
-            return {
+            contents = {
                 member.name.removeprefix("./").removeprefix(f"{folder}/"): file.read()
                 for member in archive
                 if wanted(member.name.removeprefix("./")) and (file := archive.extractfile(member)) is not None
             }
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise FedbenchError(f"{path}: cannot be read as an archive: {error}; fetch it again") from None
+            # The checksum of the whole stands at the end, which a reader of members does not come to.
+            while archive.fileobj is not None and archive.fileobj.read(2**20):
+                pass
+            return contents
+    except Exception as error:  # a damaged archive raises almost anything, zlib's own errors among them
+        reason = " ".join(str(error).split())[:160]
+        raise FedbenchError(f"{path}: cannot be read as an archive: {reason}; fetch it again") from None
 
 
 def flowers(folder: Path, kind: ImageSet) -> Parts | None:
@@ -305,32 +380,37 @@ def flowers(folder: Path, kind: ImageSet) -> Parts | None:
     if not (folder / "imagelabels.mat").is_file() or not (folder / "setid.mat").is_file():
         return None
     try:
-        labels = loadmat(folder / "imagelabels.mat")["labels"].ravel().astype(np.int64) - 1
+        given = loadmat(folder / "imagelabels.mat")["labels"].ravel()
         setid = loadmat(folder / "setid.mat")
-        ids = {part: setid[part].ravel().astype(np.int64) for part in ("trnid", "valid", "tstid")}
+        ids = {part: setid[part].ravel() for part in ("trnid", "valid", "tstid")}
     except Exception as error:  # a damaged file raises almost anything
-        raise FedbenchError(f"{folder}: imagelabels.mat or setid.mat cannot be read: {error}; fetch them") from None
+        reason = " ".join(str(error).split())[:160]
+        raise FedbenchError(f"{folder}: imagelabels.mat or setid.mat cannot be read: {reason}; fetch them") from None
+    labels = class_numbers(f"{folder / 'imagelabels.mat'}", given, kind.classes, first=1)
+    listed = np.concatenate([*ids.values()])
+    if not np.isin(listed, np.arange(1, len(labels) + 1)).all():
+        raise FedbenchError(f"{folder}: setid.mat names images beyond the {len(labels)} of imagelabels.mat")
+    if len(np.unique(listed)) < len(listed):
+        raise FedbenchError(f"{folder}: setid.mat names an image twice, in one part or in two; fetch it again")
     names = [f"image_{i + 1:05}.jpg" for i in range(len(labels))]
     place = next(
         (p for p in (folder / "jpg", folder / "102flowers" / "jpg", folder / "102flowers") if p.is_dir()), None
     )
-    source: list[bytes | Path]
+    source: list[EncodedImage | Path]
     if place is not None:
         missing = [name for name in names if not (place / name).is_file()]
         source = [place / name for name in names]
     elif (archive := folder / "102flowers.tgz").is_file():
         contents = _archived(archive, lambda name: name.endswith(".jpg"), "jpg")
         place, missing = archive, [name for name in names if name not in contents]
-        source = [contents.get(name, b"") for name in names]
+        source = [EncodedImage(f"{archive}: {name}", contents.get(name, b"")) for name in names]
     else:
         raise FedbenchError(f"{folder}: no images; expected 102flowers.tgz or the folder jpg beside imagelabels.mat")
     if missing:
         raise FedbenchError(f"{place}: {missing[0]} is missing ({len(missing)} in all); unpack 102flowers.tgz again")
     parts = {}
     for role, official in (("train", ("trnid", "valid")), ("test", ("tstid",))):
-        rows = np.concatenate([ids[part] for part in official]) - 1
-        if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(labels):
-            raise FedbenchError(f"{folder}: setid.mat names images beyond the {len(labels)} of imagelabels.mat")
+        rows = np.concatenate([ids[part] for part in official]).astype(np.int64) - 1
         parts[role] = Part(labels[rows], images=ImageFiles(source, rows))
     note = f"{place}: official files, {len(parts['train'])} (trnid, valid) and {len(parts['test'])} (tstid) images"
     return parts, [note]

@@ -45,21 +45,59 @@ def find_files(folder: Path, stems: Sequence[str], suffixes: Sequence[str] = (".
         # The hub keeps shards in `data` or in a folder called like the configuration.
         for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
             if shards := sorted(place.glob(f"{stem}-*.parquet")):
-                count = re.search(r"-of-(\d+)", shards[0].name)
-                if count and int(count[1]) != len(shards):
-                    raise FedbenchError(f"{place}: {len(shards)} of {int(count[1])} shards of {stem}; fetch the rest")
+                found = [re.search(r"-(\d+)-of-(\d+)", path.name) for path in shards]
+                counts = {int(shard[2]) for shard in found if shard}
+                if len(counts) > 1 or (counts and None in found):
+                    raise FedbenchError(f"{place}: the shards of {stem} are of several downloads; keep those of one")
+                count = next(iter(counts), len(shards))
+                if count != len(shards):
+                    raise FedbenchError(f"{place}: {len(shards)} of {count} shards of {stem}; fetch the rest")
+                if counts and {int(shard[1]) for shard in found if shard} != {*range(count)}:
+                    raise FedbenchError(f"{place}: the shards of {stem} are not 0 to {count - 1}; fetch them again")
                 return shards
     return []
+
+
+def listing(folder: Path) -> str:
+    """What a folder holds, for a message that says that something is not among it."""
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    if not names:
+        return "the folder is empty"
+    return f"the folder holds {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+
+
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """The content of a file, or the first `most` bytes. Raises FedbenchError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise FedbenchError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+
+def cure(content: bytes) -> str:
+    """What to do about a file that begins with `content` and is not what its name says."""
+    if content.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs; run git lfs pull"
+    if content[:100].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page; fetch the file itself"
+    packer = next((name for start, name in PACKED.items() if content.startswith(start)), None)
+    return f"it is packed with {packer}; unpack it" if packer else "fetch it again"
 
 
 def read_parquet(path: Path) -> Any:
     """A parquet file as a pandas table. Raises FedbenchError for a damaged one."""
     import pandas as pd
 
+    head = read_bytes(path, 200)
     try:
         return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # what pyarrow raises for a damaged file is one of these
-        raise FedbenchError(f"{path}: cannot be read as parquet: {error}; fetch it again") from None
+    except Exception as error:  # a damaged file makes pyarrow raise almost anything
+        reason = " ".join(str(error).split())[:200]
+        raise FedbenchError(f"{path}: cannot be read as parquet: {reason}; {cure(head)}") from None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 
 from fedbench.data import Part
 from fedbench.errors import FedbenchError
-from fedbench.sources import find_files, load_from_hub, read_parquet, set_folders
+from fedbench.labels import class_numbers, shown
+from fedbench.sources import cure, find_files, listing, load_from_hub, read_bytes, read_parquet, set_folders
 
 GLUE = ("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
 SENTENCE = (("text", "sentence", "content"),)
@@ -105,48 +106,100 @@ def read_text_file(path: Path, kind: TextSet) -> tuple[Part, str]:
     """
     if path.suffix == ".parquet":
         table = read_parquet(path)
-        columns = _columns(list(table), kind)
+        columns = _columns(str(path), list(table), kind)
         if columns is None:
             raise FedbenchError(f"{path}: unknown layout, columns {', '.join(map(str, table))}; needs {_wanted(kind)}")
         *texts, labels = (list(table[column]) for column in columns)
-        return _checked(path, texts, labels, 0, kind.classes), f"parquet, columns {_listed(columns)}"
-    try:
-        raw = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FedbenchError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    if not raw.strip():
-        raise FedbenchError(f"{path}: is empty")
-    first = raw.split("\n", 1)[0].rstrip("\r")
+        return _checked(str(path), texts, labels, 0, kind.classes), f"parquet, columns {_listed(columns)}"
+    raw = _read_text(path)
+    first = raw.split("\n", 1)[0]
     if path.suffix == ".tsv":
         # GLUE's TSV knows no quoting: a quotation mark is a character like any other.
-        lines = (line.split("\t") for line in raw.replace("\r\n", "\n").split("\n") if line.strip())
+        lines = (line.split("\t") for line in raw.split("\n") if line.strip())
         head = next(lines)
-        columns = _columns(head, kind)
+        columns = _columns(str(path), head, kind)
         if columns is None:
             raise FedbenchError(
                 f"{path}: unknown layout; first line: {first[:120]!r}; expected a header with {_wanted(kind)}"
             )
         return _table(path, head, columns, lines, kind, "TSV")
-    rows = (row for row in csv.reader(io.StringIO(raw, newline="")) if row)
-    head = next(rows)
-    if (columns := _columns(head, kind)) is not None:
-        return _table(path, head, columns, rows, kind, "CSV")
-    every = [head, *rows]
+    every, remark = _csv_rows(path, raw)
+    head = every[0]
+    if (columns := _columns(str(path), head, kind)) is not None:
+        return _table(path, head, columns, iter(every[1:]), kind, f"CSV{remark}")
     if len(kind.columns) == 1 and all(len(r) == 3 for r in every) and _numbers(r[0] for r in every):
         joined = [f"{title} {description}" for _, title, description in every]
-        part = _checked(path, [joined], [r[0] for r in every], 1, kind.classes)
-        return part, "official CSV: class from 1, title, description"
+        part = _checked(str(path), [joined], [r[0] for r in every], 1, kind.classes)
+        return part, f"official CSV: class from 1, title, description{remark}"
     if len(kind.columns) == 1 and all(len(r) == 2 for r in every) and _numbers(r[1] for r in every):
-        part = _checked(path, [[r[0] for r in every]], [r[1] for r in every], 0, kind.classes)
-        return part, "CSV without header: text, label from 0"
+        part = _checked(str(path), [[r[0] for r in every]], [r[1] for r in every], 0, kind.classes)
+        return part, f"CSV without header: text, label from 0{remark}"
     raise FedbenchError(f"{path}: unknown layout; first line: {first[:120]!r}; see docs/data.md for the known ones")
 
 
-def _columns(head: Sequence[Any], kind: TextSet) -> list[Any] | None:
-    """The columns of each segment and of the labels, as the header has them; None where one is missing."""
-    known = {str(cell).strip().lower(): cell for cell in head}
+def _read_text(path: Path) -> str:
+    """A text file with line ends as `\\n`. Raises FedbenchError where it is not UTF-8 text, or empty."""
+    content = read_bytes(path)
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise FedbenchError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8")
+    try:
+        raw = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fix = cure(content)
+        fix = "save it as UTF-8" if fix == cure(b"") else fix
+        raise FedbenchError(f"{path}: is not UTF-8 at byte {error.start}; {fix}") from None
+    raw = raw.replace("\r\n", "\n").replace("\r", "\n")
+    if (zero := raw.find("\0")) >= 0:
+        line = raw.count("\n", 0, zero) + 1
+        raise FedbenchError(f"{path}: line {line} holds a NUL byte, so it is UTF-16 or damaged; save it as UTF-8")
+    if not raw.strip():
+        raise FedbenchError(f"{path}: is empty")
+    if (fix := cure(content)) != cure(b""):
+        raise FedbenchError(f"{path}: is no table; {fix}")
+    return raw
+
+
+def _csv_rows(path: Path, raw: str) -> tuple[list[list[str]], str]:
+    """The rows of a CSV that hold anything, and a remark on those that span several lines.
+
+    Raises FedbenchError for quotation marks that leave open where a cell ends.
+    """
+    rows: list[list[str]] = []
+    line = several = 0
+    # A cell may hold a whole document; the module's limit is one for the process, so it is put back.
+    limit = csv.field_size_limit(max(len(raw), csv.field_size_limit()))
+    reader = csv.reader(io.StringIO(raw, newline=""), strict=True)
+    try:
+        for row in reader:
+            several += reader.line_num > line + 1
+            line = reader.line_num
+            if row:
+                rows.append(row)
+    except csv.Error as error:
+        raise FedbenchError(
+            f"{path}: the row that begins in line {line + 1} has a stray quotation mark, or one that is never closed "
+            f"({error}); quote that cell and double the marks in it"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+    return rows, f", {several} rows span several lines" if several else ""
+
+
+def _columns(where: str, head: Sequence[Any], kind: TextSet) -> list[Any] | None:
+    """The columns of each segment and of the labels, as the header has them; None where one is missing.
+
+    Raises FedbenchError, which begins with `where`, for two columns of the name that is wanted.
+    """
+    known: dict[str, list[Any]] = {}
+    for cell in head:
+        known.setdefault(str(cell).strip().lower(), []).append(cell)
     found = [next((known[name] for name in names if name in known), None) for names in (*kind.columns, kind.label)]
-    return None if None in found else found
+    columns = [cells for cells in found if cells is not None]
+    if len(columns) < len(found):
+        return None
+    if twice := next((cells for cells in columns if len(cells) > 1), None):
+        raise FedbenchError(f"{where}: has {len(twice)} columns called {str(twice[0]).strip()!r}; keep one of them")
+    return [cells[0] for cells in columns]
 
 
 def _wanted(kind: TextSet) -> str:
@@ -177,39 +230,24 @@ def _table(
     note = f"{layout}, columns {_listed([c.strip() for c in columns])}"
     if broken:
         note += f", {len(broken)} broken rows left out"
-    return _checked(path, texts, labels, 0, kind.classes), note
+    return _checked(str(path), texts, labels, 0, kind.classes), note
 
 
 def _numbers(cells: Iterable[str]) -> bool:
     return all(cell.strip().isdigit() for cell in cells)
 
 
-def _checked(path: Path, texts: Sequence[list[Any]], labels: list[Any], first: int, classes: Sequence[str]) -> Part:
+def _checked(where: str, texts: Sequence[list[Any]], labels: list[Any], first: int, classes: Sequence[str]) -> Part:
     """A Part of these segments; labels are class names, or numbers counted from `first`."""
-    by_name = {name.casefold(): number for number, name in enumerate(classes)}
-    values = np.empty(len(labels), dtype=np.int64)
-    for i, label in enumerate(labels):
-        if isinstance(label, str) and (number := by_name.get(label.strip().casefold())) is not None:
-            values[i] = number
-            continue
-        try:
-            values[i] = int(label) - first
-            if not isinstance(label, str) and label != int(label):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise FedbenchError(
-                f"{path}: row {i + 1} has label {label!r}, expected a whole number or one of {', '.join(classes)}"
-            ) from None
-    if len(values) == 0:
-        raise FedbenchError(f"{path}: holds no rows")
-    if values.min() < 0 or values.max() >= len(classes):
-        bad = int(np.flatnonzero((values < 0) | (values >= len(classes)))[0])
-        span = f"{first} to {len(classes) - 1 + first}"
-        raise FedbenchError(f"{path}: row {bad + 1} has label {labels[bad]!r}, expected {span}")
+    if len(labels) == 0:
+        raise FedbenchError(f"{where}: holds no rows")
+    numbers = class_numbers(where, labels, classes, first)
     for segment in texts:
         if (hole := next((i for i, text in enumerate(segment) if not isinstance(text, str)), None)) is not None:
-            raise FedbenchError(f"{path}: row {hole + 1} has no text, but {segment[hole]!r}; fill or remove it")
-    return Part(values, texts[0], text_pairs=texts[1] if len(texts) > 1 else None)
+            held = segment[hole]
+            fix = "save the column as text" if isinstance(held, bytes) else "fill or remove it"
+            raise FedbenchError(f"{where}: row {hole + 1} has no text, but {shown(held)}; {fix}")
+    return Part(numbers, texts[0], text_pairs=texts[1] if len(texts) > 1 else None)
 
 
 def _from_folder(name: str, kind: TextSet, root: Path) -> tuple[dict[str, Part], list[str]] | None:
@@ -223,12 +261,14 @@ def _from_folder(name: str, kind: TextSet, root: Path) -> tuple[dict[str, Part],
         files = find_files(folder, stems, (".csv", ".tsv", ".parquet"))
         if not files:
             raise FedbenchError(
-                f"{folder}: no {role} file for {name}; expected {' or '.join(stems)} as .csv, .tsv or .parquet"
+                f"{folder}: no {role} file for {name}; expected {' or '.join(stems)} as .csv, .tsv or .parquet, but "
+                f"{listing(folder)}"
             )
         read = [read_text_file(path, kind) for path in files]
         parts[role] = _joined([part for part, _ in read])
         called = kind.test_name if role == "test" else role
-        notes.append(f"{called}: {files[0]} ({read[0][1]}), {len(parts[role])} rows")
+        shards = f" and {len(files) - 1} further shards" if len(files) > 1 else ""
+        notes.append(f"{called}: {files[0]}{shards} ({read[0][1]}), {len(parts[role])} rows")
     return parts, notes
 
 
@@ -244,12 +284,13 @@ def _from_hub(name: str, kind: TextSet, revision: str) -> tuple[dict[str, Part],
     splits = {"train": "train", "test": test} | {role: split for role, (_, split) in kind.extra_tests.items()}
     parts = {}
     for role, split in splits.items():
-        columns = _columns(list(loaded[split].column_names), kind) if split in loaded else None
+        where = f"{repository}/{split}"
+        columns = _columns(where, list(loaded[split].column_names), kind) if split in loaded else None
         if columns is None:
             raise FedbenchError(
                 f"data set {name}: {repository} at revision {revision[:12]} has no split {split} with {_wanted(kind)}; "
                 "leave dataset.revision out"
             )
         *texts, labels = (list(loaded[split][column]) for column in columns)
-        parts[role] = _checked(Path(f"{repository}/{split}"), texts, labels, 0, kind.classes)
+        parts[role] = _checked(where, texts, labels, 0, kind.classes)
     return parts, [note]

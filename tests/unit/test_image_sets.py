@@ -7,6 +7,7 @@ import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,10 @@ from helpers import save_tiny, smoke_request
 from PIL import Image
 from scipy.io import savemat
 
-from fedbench.data import ImageFiles, RawData
+from fedbench.data import RawData
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
+from fedbench.image_files import ImageFiles
 from fedbench.image_sets import IMAGE_SETS
 from fedbench.loading import load_data
 from fedbench.scenario import DatasetSettings, PublicSettings
@@ -165,6 +167,172 @@ def test_image_folders_go_by_class_name_or_number(tmp_path: Path) -> None:
         load_data(CIFAR10, None, tmp_path / "named")
 
 
+def image_folders(root: Path, name: Callable[[int], str] = lambda i: f"{i}.png") -> Path:
+    """CIFAR-10 with three training images and one test image a class."""
+    for part, each in (("train", 3), ("test", 1)):
+        for label, called in enumerate(IMAGE_SETS["cifar10"].classes):
+            for i in range(each):
+                path = root / "cifar10" / part / called / name(i)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(images(1, 10 * label + i)[0]).save(path, lossless=True)
+    return root / "cifar10"
+
+
+def test_image_folders_of_other_formats_and_folders_in_them_hold_the_same(tmp_path: Path) -> None:
+    image_folders(tmp_path / "a")
+    expected = load_data(CIFAR10, None, tmp_path / "a")
+    image_folders(tmp_path / "b", lambda i: ("0.webp", "1.BMP", "2.tiff")[i])
+    assert load_data(CIFAR10, None, tmp_path / "b").content_hash == expected.content_hash
+    image_folders(tmp_path / "c", lambda i: ("0.PNG", "1/images/x.ppm", "2.PNG")[i])
+    found = load_data(CIFAR10, None, tmp_path / "c")
+    assert (len(found.train), len(found.validation)) == (20, 10)
+    # In the order of their paths, in which `1/` comes between `0.PNG` and `2.PNG`.
+    assert found.content_hash == expected.content_hash
+    assert not any("left out" in note for note in found.notes)
+
+
+def test_files_that_are_left_out_of_image_folders_are_counted(tmp_path: Path) -> None:
+    folder = image_folders(tmp_path)
+    before = load_data(CIFAR10, None, tmp_path).content_hash
+    for name in ("train/cat/a.txt", "train/dog/b.TXT", "train/cat/.0.png", "train/.DS_Store", "train/dog/c.heic"):
+        (folder / name).write_bytes(b"x")
+    (folder / "train" / "ship" / "README").write_bytes(b"x")
+    (folder / "train" / "index.csv").write_bytes(b"x")
+    for hidden in (folder / "train" / ".ipynb_checkpoints", folder / "train" / "ship" / ".thumbnails"):
+        hidden.mkdir()
+        (hidden / "0.png").write_bytes(b"x")
+    (folder / "train" / "frog" / "more").symlink_to(folder / "train" / "cat")
+    data = load_data(CIFAR10, None, tmp_path)
+    assert data.content_hash == before
+    assert any(
+        "30 images (train) and 10 (test); left out in train: "
+        "1 .csv, 1 .heic, 2 .txt, 4 hidden, 1 linked folder, 1 without suffix" in note
+        for note in data.notes
+    )
+
+
+def test_classes_without_images_are_said(tmp_path: Path) -> None:
+    folder = image_folders(tmp_path)
+    for path in (folder / "test" / "dog").iterdir():
+        path.rename(path.with_suffix(".jxl"))
+    data = load_data(CIFAR10, None, tmp_path)
+    assert any("left out in test: 1 .jxl; no images in test of dog" in note for note in data.notes)
+    for path in (folder / "test").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(FedbenchError, match=r"test: its class folders hold no \.png.* files, but 1 \.jxl"):
+        load_data(CIFAR10, None, tmp_path)
+
+
+def test_a_damaged_or_missing_image_is_named(tmp_path: Path) -> None:
+    path = image_folders(tmp_path) / "train" / "bird" / "0.png"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(FedbenchError, match=r"train/bird/0\.png: cannot be decoded"):
+        load_data(CIFAR10, None, tmp_path)
+    path.unlink()
+    path.symlink_to(tmp_path / "gone.png")
+    with pytest.raises(FedbenchError, match=r"train/bird/0\.png: cannot be read"):
+        load_data(CIFAR10, None, tmp_path)
+
+
+def test_images_that_were_held_upright_have_a_size_of_their_own(tmp_path: Path) -> None:
+    """All headers say 12 x 8; one image says that it was turned."""
+    folder = image_folders(tmp_path)
+    exif = Image.Exif()
+    for path in folder.rglob("*.png"):
+        exif[0x0112] = 6 if path.match("train/cat/1.png") else 1
+        Image.fromarray(images(1, 0, 12)[0, :8]).save(path, exif=exif)
+    data = load_data(CIFAR10, None, tmp_path)
+    parts = (data.train, data.validation)
+    assert all(isinstance(part.images, ImageFiles) for part in parts)
+    sizes = [part.images.decode(i).shape for part in parts for i in range(len(part))]  # type: ignore[union-attr]
+    assert (sizes.count((8, 12, 3)), sizes.count((12, 8, 3))) == (29, 1)
+    assert isinstance(data.test.images, np.ndarray)
+
+
+def cifar10_parquet(root: Path, change: Callable[[list[Any], list[Any]], object] | None = None) -> None:
+    """30 training and 10 test images; `change` is made to cells and labels of the training rows."""
+    folder = root / "cifar10"
+    folder.mkdir(parents=True)
+    for split, n in (("train", 30), ("test", 10)):
+        cells: list[Any] = [{"bytes": png(row), "path": None} for row in images(n, n)]
+        labels: list[Any] = [i % 10 for i in range(n)]
+        if change is not None and split == "train":
+            change(cells, labels)
+        pd.DataFrame({"img": cells, "label": labels}).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cells, labels: cells.__setitem__(slice(None), [cell["bytes"] for cell in cells]),
+        lambda cells, labels: labels.__setitem__(slice(None), [IMAGE_SETS["cifar10"].classes[i] for i in labels]),
+        lambda cells, labels: labels.__setitem__(slice(None), map(float, labels)),
+        lambda cells, labels: labels.__setitem__(slice(None), map(str, labels)),
+    ],
+    ids=["bytes", "names", "floats", "numbers in text"],
+)
+def test_images_and_labels_of_other_types_are_read_from_parquet(tmp_path: Path, change: Any) -> None:
+    cifar10_parquet(tmp_path / "a")
+    cifar10_parquet(tmp_path / "b", change)
+    expected, found = (load_data(CIFAR10, None, tmp_path / root) for root in "ab")
+    assert found.content_hash == expected.content_hash
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda cells, labels: cells.__setitem__(5, None), "row 6 holds None where an encoded image is expected"),
+        (lambda cells, labels: cells.__setitem__(5, {"bytes": None, "path": "a.png"}), "row 6 holds a path, but no b"),
+        (lambda cells, labels: cells.__setitem__(slice(None), ["a.png"] * 30), "row 1 holds 'a.png' where an"),
+        (lambda cells, labels: cells.__setitem__(slice(None), [[1, 2]] * 30), "row 1 holds array.* where an"),
+        (lambda cells, labels: cells[5].__setitem__("bytes", b""), "row 6: cannot be decoded as an image"),
+        (lambda cells, labels: labels.__setitem__(5, 0.5), "row 6 has label 0.5, expected a whole number or one of a"),
+        (lambda cells, labels: labels.__setitem__(5, None), "row 6 has label nan, expected a whole number"),
+        (lambda cells, labels: labels.__setitem__(5, 10), "row 6 has label 10, expected 0 to 9"),
+        (lambda cells, labels: labels.__setitem__(slice(None), [True] * 30), "row 1 has label True, expected a whole"),
+        (lambda cells, labels: labels.__setitem__(slice(None), ["hound"] * 30), "row 1 has label 'hound', expected a"),
+    ],
+)
+def test_bad_rows_of_parquet_are_named(tmp_path: Path, change: Any, says: str) -> None:
+    cifar10_parquet(tmp_path, change)
+    with pytest.raises(FedbenchError, match=rf"cifar10/train\.parquet: {says}") as caught:
+        load_data(CIFAR10, None, tmp_path)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, column: Any, labels: list[Any]) -> None:
+    """A hub whose CIFAR-10 has these images and labels in both splits."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"img": column, "label": labels})
+    splits = datasets.DatasetDict(train=rows, test=rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+
+
+@pytest.mark.parametrize(
+    ("row", "label", "says"),
+    [
+        (None, 0, "train: row 2 holds None where an encoded image is expected"),
+        ({"bytes": None, "path": "/absent/a.png"}, 0, "train: row 2 holds a path, but no bytes"),
+        ({"bytes": b"x", "path": None}, 0, "train: row 2: cannot be decoded as an image"),
+        ({"bytes": png(images(1, 1)[0]), "path": None}, None, "train: row 2 has label None, expected a whole number"),
+        ({"bytes": png(images(1, 1)[0]), "path": None}, 0.5, "train: row 2 has label 0.5, expected a whole number"),
+        ({"bytes": png(images(1, 1)[0]), "path": None}, 11, "train: row 2 has label 11, expected 0 to 9"),
+    ],
+)
+def test_bad_rows_of_the_hub_are_named(monkeypatch: pytest.MonkeyPatch, row: Any, label: Any, says: str) -> None:
+    hub(monkeypatch, [{"bytes": png(images(1, 0)[0]), "path": None}, row], [0, label])
+    with pytest.raises(FedbenchError, match=f"data set cifar10: uoft-cs/cifar10 at revision 0b2714987fa4: {says}"):
+        load_data(CIFAR10, None, None)
+
+
+def test_a_column_of_the_hub_without_images_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, [1, 2], [0, 1])
+    with pytest.raises(FedbenchError, match="train: column img holds no encoded images"):
+        load_data(CIFAR10, None, None)
+
+
 def cifar100(folder: Path, train: int) -> None:
     """Fine labels in turn, coarse labels all 0; 100 test images."""
     folder.mkdir()
@@ -199,7 +367,10 @@ class Evil:
         ("data_batch_2", b"half a fi", "is not a batch of CIFAR's python version"),
         ("test_batch", pickle.dumps({b"data": 1}, protocol=2), "test_batch: holds no data and labels"),
         ("test_batch", batch(images(2, 0), [0], b"labels"), "expected uint8 .n, 3072."),
-        ("data_batch_1", batch(images(6, 0), [10] * 6, b"labels"), "labels other than 0 to 9"),
+        ("data_batch_1", batch(images(6, 0), [9] * 5 + [10], b"labels"), "data_batch_1: row 6 has label 10, exp"),
+        ("data_batch_3", batch(images(2, 0), [0, 0.5], b"labels"), "data_batch_3: row 2 has label 0.5"),  # type: ignore[list-item]
+        ("data_batch_3", pickle.dumps({b"data": [[1], [1, 2]], b"labels": [0, 1]}, 2), "are no lists of rows"),
+        ("data_batch_3", pickle.dumps({b"data": np.zeros(3072, np.uint8), b"labels": 1}, 2), "are no lists of rows"),
         ("data_batch_4", None, "data_batch_4 is missing; unpack cifar-10-python.tar.gz again"),
     ],
 )
@@ -218,8 +389,21 @@ def test_bad_batches_are_named_and_run_no_code(
 
 def test_a_cut_off_archive_is_named(tmp_path: Path) -> None:
     path = archive(cifar10(tmp_path / "x"), tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py")
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(FedbenchError, match=r"cifar-10-python\.tar\.gz: cannot be read as an archive"):
+    whole = path.read_bytes()
+    for content in (whole[:5000], whole[:-4], b""):
+        path.write_bytes(content)
+        with pytest.raises(FedbenchError, match=r"cifar-10-python\.tar\.gz: cannot be read as an archive"):
+            load_data(CIFAR10, None, tmp_path)
+
+
+@pytest.mark.parametrize("place", [0.25, 0.5, 0.75])
+def test_a_bit_that_flipped_in_an_archive_is_named(tmp_path: Path, place: float) -> None:
+    """Pixels hardly compress, so that the archive unpacks with one other pixel; only its checksum tells."""
+    path = archive(cifar10(tmp_path / "x"), tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py")
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FedbenchError, match=r"cifar-10-python\.tar\.gz: (cannot be read|\w+ is )"):
         load_data(CIFAR10, None, tmp_path)
 
 
@@ -270,6 +454,16 @@ def test_flowers_as_their_authors_publish_them(tmp_path: Path) -> None:
         (lambda f: (f / "jpg" / "image_00007.jpg").unlink(), r"image_00007\.jpg is missing \(1 in all\)"),
         (lambda f: (f / "setid.mat").write_bytes(b"x"), r"setid\.mat cannot be read"),
         (lambda f: savemat(f / "imagelabels.mat", {"labels": np.ones((1, 50))}), "names images beyond the 50"),
+        (
+            lambda f: savemat(f / "imagelabels.mat", {"labels": np.full((1, 408), 1.5)}),
+            r"imagelabels\.mat: row 1 has label 1\.5, expected a whole number",
+        ),
+        (
+            lambda f: savemat(f / "imagelabels.mat", {"labels": np.full((1, 408), 103)}),
+            r"imagelabels\.mat: row 1 has label 103, expected 1 to 102",
+        ),
+        (lambda f: savemat(f / "setid.mat", {n: [[1.0, 1.5]] for n in ("trnid", "valid", "tstid")}), "images beyond"),
+        (lambda f: savemat(f / "setid.mat", {n: [[1, 2]] for n in ("trnid", "valid", "tstid")}), "an image twice"),
         (lambda f: (f / "jpg").rename(f / "pictures"), "no images; expected 102flowers.tgz or the folder jpg"),
         (lambda f: (f / "setid.mat").unlink(), "no layout of flowers102 recognised"),
     ],

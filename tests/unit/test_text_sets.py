@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 import pytest
@@ -18,6 +21,7 @@ from fedbench.text_sets import TEXT_SETS, read_text_file
 OFFICIAL = '"3","Wall St. Bears","Short-sellers, ""Wall Street"" are\\seeing green"\n"1","Peace","talks\\begin"\n'
 TEXT_FIRST = '"Wall St. Bears Short-sellers, ""green"" again",2\n"Peace talks, begin",0\n'
 GLUE = 'sentence\tlabel\nhide new secretions\t0\na "quoted film\t1\n'
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
 LABEL_FIRST = "label\tcontent\n0\thide new secretions\n1\ta fine film\n"
 
 
@@ -98,6 +102,159 @@ def test_holes_in_parquet_are_named(tmp_path: Path, text: str | None, label: flo
         read_text_file(path, TEXT_SETS["sst2"])
 
 
+DOCUMENT = "a good film, " * 11_000
+
+
+def test_a_cell_may_hold_a_whole_document(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    path = write(tmp_path / "train.csv", f'text,label\n"{DOCUMENT}",1\nshort,0\n')
+    part, note = read_text_file(path, TEXT_SETS["sst2"])
+    assert (part.texts, part.labels.tolist()) == ([DOCUMENT, "short"], [1, 0])
+    assert note == "CSV, columns text and label"
+    assert csv.field_size_limit() == limit, "the module's limit is the process's"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('text,label\na film,1\n"never closed,0\nanother,1\nthe last,0\n', 3),
+        ('text,label\na film,1\n\n"two\nlines",0\n"quoted" and not,1\n', 6),
+        ('"a film",1\n"stray,0\n"another",1\n', 2),
+        ('"3","Bears","short"\n"1","Peace","talks\n', 2),
+    ],
+)
+def test_marks_that_leave_open_where_a_cell_ends_are_an_error(tmp_path: Path, text: str, line: int) -> None:
+    """A mark that is never closed would swallow the rest of the file as one text."""
+    path = write(tmp_path / "train.csv", text)
+    with pytest.raises(
+        FedbenchError, match=rf"train\.csv: the row that begins in line {line} has a stray quotation mark"
+    ):
+        read_text_file(path, TEXT_SETS["agnews"])
+
+
+def test_marks_within_a_cell_are_text(tmp_path: Path) -> None:
+    part, note = read_text_file(write(tmp_path / "train.csv", 'text,label\na 12" disc,1\nb,0\n'), TEXT_SETS["sst2"])
+    assert part.texts == ['a 12" disc', "b"]
+    assert "span" not in note
+
+
+@pytest.mark.parametrize("text", ['text,label\n"two\nlines",0\na,1\n', '"two\r\nlines",0\r\na,1\r\n'])
+def test_rows_of_several_lines_are_said(tmp_path: Path, text: str) -> None:
+    part, note = read_text_file(write(tmp_path / "train.csv", text), TEXT_SETS["sst2"])
+    assert part.texts == ["two\nlines", "a"]
+    assert "1 rows span several lines" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "text,label\nx,1\n".encode("utf-16"), "is UTF-16 or UTF-32; save it as UTF-8"),
+        ("a.tsv", "text\tlabel\nx\t1\n".encode("utf-32"), "is UTF-16 or UTF-32; save it as UTF-8"),
+        ("a.csv", "text,label\nx,1\n".encode("utf-16-le"), "line 1 holds a NUL byte, so it is UTF-16 or damaged"),
+        ("a.tsv", b"text\tlabel\na\t1\nb\0c\t0\n", "line 3 holds a NUL byte, so it is UTF-16 or damaged"),
+        ("a.csv", gzip.compress(b"text,label\nx,1\n"), "is not UTF-8 at byte 1; it is packed with gzip; unpack it"),
+        ("a.csv", LFS, "is no table; it is a pointer of git-lfs; run git lfs pull"),
+        ("a.parquet", LFS, "cannot be read as parquet: .*; it is a pointer of git-lfs; run git lfs pull"),
+        ("a.csv", b"<html><body>Sign in</body></html>", "is no table; it is a web page; fetch the file itself"),
+        ("a.parquet", b"", "cannot be read as parquet: .*; fetch it again"),
+        ("a.csv", b"\xef\xbb\xbf", "is empty"),
+        ("a.csv", b"text,label\n", "holds no rows"),
+        ("a.tsv", b"text\tlabel\na\t1\nb", "row 2 has 1 columns, the header has 2"),
+        ("a.tsv", b"text\tlabel\na\t1\nb\t", "row 2 has label '', expected a whole number"),
+        ("a.csv", b"text,label\na,1,,\n", "row 1 has 4 columns, the header has 2"),
+        ("a.csv", b"text,label\na,1\n,\n", "row 2 has label '', expected a whole number"),
+        ("a.csv", b"text,label,Text\na,1,b\n", "has 2 columns called 'text'; keep one of them"),
+        ("a.tsv", b"text\tlabel\tlabel\na\t1\t0\n", "has 2 columns called 'label'; keep one of them"),
+        ("a.csv", b"text,label\na,1\nb," + b"9" * 30 + b"\n", "row 2 has label '9{30}', expected 0 to 1"),
+        ("a.csv", b"text,label\na,1\nb,inf\n", "row 2 has label 'inf', expected a whole number or one of negative"),
+        ("a.csv", b"text,label\na,1\nb,True\n", "row 2 has label 'True', expected a whole number"),
+    ],
+)
+def test_files_that_are_not_what_they_seem_are_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FedbenchError, match=rf"{name.replace('.', '[.]')}: {says}") as caught:
+        read_text_file(tmp_path / name, TEXT_SETS["sst2"])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_folder_called_like_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sst2" / "train.csv").mkdir(parents=True)
+    with pytest.raises(FedbenchError, match=r"train\.csv: cannot be read: Is a directory"):
+        load_data(DatasetSettings(name="sst2"), None, tmp_path)
+
+
+def test_further_columns_may_be_called_alike(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.csv", "text,label,,\na,1,x,\nb,0,,\n")
+    assert read_text_file(path, TEXT_SETS["sst2"])[0].texts == ["a", "b"]
+
+
+def test_labels_that_pandas_wrote_beside_holes_are_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.csv", "text,label\na,1.0\nb,0.0\n")
+    assert read_text_file(path, TEXT_SETS["sst2"])[0].labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("compression", ["snappy", "gzip", "zstd"])
+@pytest.mark.parametrize("labels", [[1, 0], [1.0, 0.0], ["positive", "Negative"], ["1", "0"]])
+def test_parquet_of_any_types_holds_the_same(
+    tmp_path: Path, labels: list[object], compression: Literal["snappy", "gzip", "zstd"]
+) -> None:
+    path = tmp_path / "train.parquet"
+    table = pd.DataFrame({"sentence": pd.Categorical(["x", "y"]), "label": pd.Categorical(labels)})
+    table.to_parquet(path, compression=compression)
+    plain = tmp_path / "plain.parquet"
+    pd.DataFrame({"sentence": ["x", "y"], "label": labels}).to_parquet(plain)
+    for file in (path, plain):
+        part, _ = read_text_file(file, TEXT_SETS["sst2"])
+        assert (part.texts, part.labels.tolist()) == (["x", "y"], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "says"),
+    [
+        ([b"x", b"y"], [0, 1], "row 1 has no text, but b'x'; save the column as text"),
+        ([["x"], ["y"]], [0, 1], "row 1 has no text, but array.*; fill or remove it"),
+        ([{"a": "x" * 999}] * 2, [0, 1], "row 1 has no text, but .*; fill or remove it"),
+        (["x", "y"], [True, False], "row 1 has label True, expected a whole number or one of negative, positive"),
+        (["x", "y"], [[0], [1]], "row 1 has label array"),
+        (["x", "y"], [b"0", b"1"], "row 1 has label b'0', expected a whole number"),
+        (["x", "y"], [0.0, float("nan")], "row 2 has label nan, expected a whole number"),
+        (["x", "y"], [0.0, float("inf")], "row 2 has label inf, expected a whole number"),
+        ([], [], "holds no rows"),
+    ],
+)
+def test_parquet_of_other_types_is_named(tmp_path: Path, texts: list[Any], labels: list[Any], says: str) -> None:
+    path = tmp_path / "train.parquet"
+    pd.DataFrame({"sentence": texts, "label": labels}).to_parquet(path)
+    with pytest.raises(FedbenchError, match=rf"train\.parquet: {says}") as caught:
+        read_text_file(path, TEXT_SETS["sst2"])
+    assert len(str(caught.value)) < 300
+
+
+def test_what_a_folder_holds_instead_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "sst2"
+    (folder / "old").mkdir(parents=True)
+    write(folder / "train.csv.gz", "")
+    with pytest.raises(FedbenchError, match=r"no train file for sst2; .*, but the folder holds old/, train\.csv\.gz$"):
+        load_data(DatasetSettings(name="sst2"), None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shards", "says"),
+    [
+        (["00000-of-00002", "00000-of-00002-0a1b"], "the shards of train are not 0 to 1; fetch them again"),
+        (["00000-of-00002", "00001-of-00003"], "the shards of train are of several downloads; keep those of one"),
+        (["00000-of-00002", "00001-of-00002", "old"], "the shards of train are of several downloads"),
+        (["00001-of-00002"], "1 of 2 shards of train; fetch the rest"),
+    ],
+)
+def test_shards_are_those_of_one_download(tmp_path: Path, shards: list[str], says: str) -> None:
+    (tmp_path / "sst2").mkdir()
+    for shard in shards:
+        pd.DataFrame({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "sst2" / f"train-{shard}.parquet")
+    with pytest.raises(FedbenchError, match=says):
+        load_data(DatasetSettings(name="sst2"), None, tmp_path)
+
+
 def agnews(root: Path, train: str = "train_5k.csv") -> DatasetSettings:
     rows = "".join(f'"row number {i} of {"abcd"[i % 4]}",{i % 4}\n' for i in range(40))
     write(root / "ag_news" / train, rows)
@@ -149,6 +306,27 @@ def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch: pytest.MonkeyPatch)
     assert asked == [TEXT_SETS["agnews"].revision, "mine"]
     assert len(asked[0]) == 40, "a full commit, no branch"
     assert any(asked[0][:12] in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "says"),
+    [
+        (["a", None], [0, 1], "row 2 has no text, but None"),
+        (["a", "b"], [0, None], "row 2 has label None, expected a whole number"),
+        (["a", "b"], [0, -1], "row 2 has label -1, expected 0 to 3"),
+    ],
+)
+def test_holes_on_the_hub_are_named(
+    monkeypatch: pytest.MonkeyPatch, texts: list[Any], labels: list[Any], says: str
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": texts, "label": labels})
+    splits = datasets.DatasetDict(train=rows, test=rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+    with pytest.raises(FedbenchError, match=f"fancyzhx/ag_news/train: {says}"):
+        load_data(DatasetSettings(name="agnews", validation=1), None, None)
 
 
 def test_the_environment_variable_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
