@@ -446,11 +446,11 @@ class Run:
             "bytes_up": self.transport.ledger.total("up", round=round),
             "bytes_down": self.transport.ledger.total("down", round=round),
         }
-        last = round + 1 == self.federation.rounds
-        if (round + 1) % self.evaluation.every == 0 or last:
-            if not aligned:
-                self._gradient_error(round, "round")
-            entry |= self._validate(round)
+        due = (round + 1) % self.evaluation.every == 0 or round + 1 == self.federation.rounds
+        if due and not aligned:
+            self._gradient_error(round, "round")
+        if due or self.evaluation.selection == "best":
+            entry |= self._validate(round, due)
         self.rounds.append(entry)
 
     def _bounds(self, cid: ClientId, task: LocalTask, inbox: Sequence[Message]) -> Bounds:
@@ -496,18 +496,25 @@ class Run:
                 f"{round + 1}; lower lr"
             ) from None
 
-    def _validate(self, round: int) -> dict[str, Any]:
-        """Validation scores of plug-in and proxy; the proxy's is what a deployment could see and select on."""
+    def _validate(self, round: int, due: bool) -> dict[str, Any]:
+        """Scores on the validation rows: of the proxy, which is what a deployment could see and select on.
+
+        due: whether the plug-in is scored too, in rounds of evaluation. Where there is no proxy it always is.
+        """
+        rows = self.p.loaded.validation
+        found: dict[str, Any] = {}
         with self.time("evaluate"):
-            plug_in = self._evaluate(self.server.plug_in(), self.p.loaded.validation, round).accuracy
             proxy = self.server.proxy()
-            seen = plug_in if proxy is None else self._evaluate(proxy, self.p.loaded.validation, round).accuracy
+            if due or proxy is None:
+                found["plug_in_validation"] = self._evaluate(self.server.plug_in(), rows, round).accuracy
+            found["proxy_validation"] = None if proxy is None else self._evaluate(proxy, rows, round).accuracy
+        seen = found["plug_in_validation"] if proxy is None else found["proxy_validation"]
         if self.evaluation.selection == "best" and (self.best is None or seen > self.best.score):
             state = self.server.state()
             tensors = {n: t.detach().cpu().clone() for n, t in state.tensors.items()}
             self.best = Best(seen, round, State(tensors, deepcopy(dict(state.values))))
-        self.progress.advance(0, accuracy=plug_in)
-        return {"plug_in_validation": plug_in, "proxy_validation": None if proxy is None else seen}
+        self.progress.advance(0, accuracy=found.get("plug_in_validation", seen))
+        return found
 
     def _observe(self, delivered: Sequence[tuple[ClientId, Sequence[Message]]]) -> None:
         """Count what a broadcast exposes of the FM: each set-up message, and the proxy as an alignment left it."""
@@ -658,7 +665,11 @@ class Run:
                 for test, rows in p.loaded.extra_tests.items()
             }
         counts = self.partition.label_counts(labels, classes)
-        final: Mapping[str, Any] = next((r for r in reversed(self.rounds) if r["round"] == selected), {})
+        final = dict(next((r for r in self.rounds if r["round"] == selected), {}))
+        if final and "plug_in_validation" not in final:
+            with self.time("evaluate"):
+                rows = p.loaded.validation
+                final["plug_in_validation"] = self._evaluate(server.plug_in(), rows, selected).accuracy
         accuracy: dict[str, Any] = {
             "selection": {"rule": self.evaluation.selection, "round": selected},
             "plug_in": plug_in.block(rows=True),

@@ -78,7 +78,11 @@ class Federation(Settings):
 
 
 class EvaluationSettings(Settings):
-    """When and on what to evaluate; `selection` says which round the test set scores, never by looking at it."""
+    """When and on what to evaluate; `selection` says which round the test set scores, never by looking at it.
+
+    every: rounds between two evaluations of gradient error and plug-in. selection: the last round; or the best, by the
+    proxy's score on the validation rows after every round (the FM's own where clients train that), of equals the first.
+    """
 
     every: int = Field(5, ge=1)
     probe_size: int = Field(64, ge=0)

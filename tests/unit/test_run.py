@@ -152,6 +152,26 @@ def test_no_row_of_a_test_set_is_looked_at_before_the_end(tmp_path: Path, monkey
     assert {tuple(row) for row in this.probe.tokens or ()} <= {tuple(row) for row in loaded.validation.tokens or ()}
 
 
+@pytest.mark.parametrize("method", ["fedpft", "fedavg-lora"])
+def test_the_best_round_is_the_best_of_all_by_what_a_deployment_could_see(tmp_path: Path, method: str) -> None:
+    settings = {"rounds": "5", "evaluation.every": "4", "evaluation.selection": "best", "lr": "5e-2"}
+    this = Run(prepared(tmp_path, method, **settings), Silent())
+    this.loop(None)
+    seen = "plug_in_validation" if method == "fedavg-lora" else "proxy_validation"
+    scores = [r[seen] for r in this.rounds]
+    assert all(score is not None for score in scores), "every round is scored"
+    assert len({round(score, 6) for score in scores}) > 1
+    if method == "fedpft":
+        whole = [r["round"] for r in this.rounds if "plug_in_validation" in r]
+        assert whole == [3, 4], "the plug-in in rounds of evaluation and the last"
+    record = this.finish()
+    best = scores.index(max(scores))
+    assert record.accuracy["selection"] == {"rule": "best", "round": best}
+    assert record.accuracy["validation"]["proxy" if method == "fedpft" else "plug_in"] == pytest.approx(max(scores))
+    own = evaluate(this.server.plug_in(), this.p.loaded.validation, 64, CPU).accuracy
+    assert record.accuracy["validation"]["plug_in"] == pytest.approx(own)
+
+
 def test_plug_in_and_proxy_are_scored_as_what_they_are(tmp_path: Path) -> None:
     this = Run(prepared(tmp_path, "fedot", emulator="1", lr="3e-2"), Silent())
     this.loop(None)
