@@ -24,12 +24,13 @@ from fedbench.data import Examples
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES
-from fedbench.foundation import FoundationModel, ImageProcessor, load_fm
+from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import FedPFT, zeros
 from fedbench.models import LoraSpec, ModuleCache, Parts, build, get_tensors, set_tensors, tunable_names
 from fedbench.packing import logits, packing
+from fedbench.processors import ImageProcessor
 from fedbench.testing import tensors_close
 from fedbench.training import execute
 
@@ -291,18 +292,39 @@ def test_size_and_normalisation_come_from_the_checkpoints_processor(tmp_path: Pa
     assert load_fm(str(folder), 2, tmp_path).processor == expected
     path.write_text(json.dumps(settings | {"do_normalize": False}))
     assert load_fm(str(folder), 2, tmp_path).processor == ImageProcessor(8, (0.0,) * 3, (1.0,) * 3, 3)
-    path.write_text('{"size": 8}')  # as older checkpoints have it
-    assert load_fm(str(folder), 2, tmp_path).processor == ImageProcessor(8, (0.5,) * 3, (0.5,) * 3, 3)
+    default = ImageProcessor(8, (0.5,) * 3, (0.5,) * 3, 3)
+    for change in (
+        {"size": 8},  # as older checkpoints have it
+        {"size": [8, 8], "image_mean": None, "image_std": None},  # null stands for the default
+        {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255},  # one number is that of all channels
+    ):
+        path.write_text(json.dumps(change))
+        assert load_fm(str(folder), 2, tmp_path).processor == default
     for change, says in (
         ({"size": {"height": 16, "width": 16}}, "the model takes 8 x 8"),
         ({"size": {"shortest_edge": 8}}, "the model takes 8 x 8"),
-        ({"do_center_crop": True}, "crops, does not rescale"),
-        ({"resample": 1}, "resamples by 1; supported are"),
-        ({"image_mean": [0.5]}, "1 means and 3 deviations"),
+        ({"do_center_crop": True}, "asks for do_center_crop true; supported are"),
+        ({"do_resize": False}, "asks for do_resize false"),
+        ({"do_rescale": False}, "asks for do_rescale false"),
+        ({"do_pad": True}, "asks for do_pad true"),
+        ({"rescale_factor": 1 / 127.5}, "asks for rescale_factor 0.0078"),
+        ({"resample": 1}, "asks for resample 1; supported are"),
+        ({"resample": [2]}, "asks for resample"),
+        ({"size": [8, 9]}, "the model takes 8 x 8"),
+        ({"size": []}, "the model takes 8 x 8"),
+        ({"image_mean": [0.5]}, r"image_mean is \[0.5\], expected 3 numbers"),
+        ({"image_mean": "0.5"}, "image_mean is 0.5, expected 3 numbers"),
+        ({"image_std": [0.5, float("nan"), 0.5]}, "image_std is .*expected 3 numbers"),
+        ({"image_std": [0.5, 0, 0.5]}, "a deviation has to be above 0"),
+        ({"image_std": 0}, "a deviation has to be above 0"),
+        ({"image_processor_type": "DeiTImageProcessor", "do_center_crop": None}, "set do_center_crop in it"),
     ):
         path.write_text(json.dumps(settings | change))
         with pytest.raises(FedbenchError, match=says):
             load_fm(str(folder), 2, tmp_path)
+    path.write_text("[1]")
+    with pytest.raises(FedbenchError, match=r"preprocessor_config\.json holds no JSON object"):
+        load_fm(str(folder), 2, tmp_path)
     path.write_text("{")
     with pytest.raises(FedbenchError, match=r"cannot read .*preprocessor_config\.json"):
         load_fm(str(folder), 2, tmp_path)
