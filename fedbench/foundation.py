@@ -164,7 +164,7 @@ def _same_labels(config: Mapping[str, Any], class_names: tuple[str, ...]) -> boo
 
 _NOT_OURS = (
     "model_type", "id2label", "label2id", "num_labels", "problem_type", "return_dict", "output_hidden_states",
-    "output_attentions", "torchscript",
+    "output_attentions", "torchscript", "auto_map",
 )  # fmt: skip
 """Settings of a task or of a caller, which are no part of the model."""
 

@@ -58,7 +58,9 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config = AutoConfig.for_model(spec.model_type, **spec.config)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
         vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     except Exception as error:  # transformers and tokenizers raise many kinds for files that are not what they seem
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
