@@ -12,47 +12,50 @@ from pathlib import Path
 from typing import Any
 
 from fedbench.errors import FedbenchError
-from fedbench.families import FAMILIES, NOT_COMPUTED, Family
+from fedbench.families import FAMILIES, NOT_COMPUTED, WITHOUT_MEANING, Family
 
 _POINTER = b"version https://git-lfs"
-_READ = (".json", ".txt", ".model", ".safetensors", ".bin")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where transformers looks for weights, in this order."""
+_OTHERS = ("config.", "preprocessor_config.", "tokenizer", "vocab.", "merges.", "special_tokens", "added_tokens")
+"""How the names of the other files it reads begin."""
 
 
 def check_files(folder: Path) -> None:
     """Raise FedbenchError for what is there in name only: git-lfs pointers, empty files, missing or cut weights."""
     for path in sorted(folder.iterdir()):
-        if path.suffix in _READ and path.is_file():
-            with _opened(path) as file:
-                start = file.read(len(_POINTER))
-            if start == _POINTER:
-                raise FedbenchError(f"{path} is a git-lfs pointer, not the file; run `git lfs pull` in {folder}")
-            if not start and path.suffix != ".txt":
-                raise FedbenchError(f"{path} is empty; fetch it again")
+        if path.name.startswith(_OTHERS) and path.is_file():
+            _check_content(path)
     found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise FedbenchError(f"{folder} has no weights: it lacks {_WEIGHTS[0]} and {_WEIGHTS[2]}; fetch one of them")
+    _check_content(found)
     shards = [found]
     if found.suffix == ".json":
         names = read_object(found).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise FedbenchError(f"{found} names no shards; fetch it again")
-        shards = [folder / str(name) for name in sorted(set(map(str, names.values())))]
+        shards = [folder / name for name in sorted(set(map(str, names.values())))]
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise FedbenchError(
                 f"{folder} lacks {len(missing)} of {len(shards)} shards that {found.name} names; fetch {missing[0]}"
             )
     for shard in shards:
+        _check_content(shard)
         if shard.suffix == ".safetensors":
             _check_safetensors(shard)
 
 
-def _opened(path: Path) -> Any:
+def _check_content(path: Path) -> None:
     try:
-        return path.open("rb")
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
     except OSError as error:
         raise FedbenchError(f"cannot read {path}: {error.strerror}") from None
+    if start == _POINTER:
+        raise FedbenchError(f"{path} is a git-lfs pointer, not the file; run `git lfs pull` in {path.parent}")
+    if not start:
+        raise FedbenchError(f"{path} is empty; fetch it again")
 
 
 def _check_safetensors(path: Path) -> None:
@@ -108,6 +111,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise FedbenchError(f"{path}: {family.activation} {activation!r} is no activation known to transformers")
     return config
+
+
+def unused_settings(config: Mapping[str, Any]) -> list[str]:
+    """The names of settings that are set, that the model makes no use of, and that are not known to have no meaning."""
+    from transformers import AutoConfig
+
+    used = AutoConfig.for_model(config["model_type"]).to_dict()
+    known = {*used, *NOT_COMPUTED, *WITHOUT_MEANING}
+    return sorted(name for name, value in config.items() if value and name not in known and not name.startswith("_"))
 
 
 def _short(value: Any) -> str:

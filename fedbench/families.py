@@ -132,3 +132,15 @@ NOT_COMPUTED: dict[str, tuple[Any, str]] = {
 
 transformers keeps a setting that it has no use for, so a model of another make would run as if it were a plain one.
 """
+
+WITHOUT_MEANING = (
+    "model_type", "num_labels", "torch_dtype", "torchscript", "use_bfloat16", "finetuning_task",
+    "task_specific_params", "auto_map", "tokenizer_class", "prefix", "sentence_transformers",
+    "gradient_checkpointing", "output_past", "output_attentions", "directionality", "pooler_fc_size",
+    "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type", "tie_weights_",
+    "n_words", "do_sample", "early_stopping", "length_penalty", "max_length", "min_length", "num_beams",
+    "num_beam_groups", "num_return_sequences", "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
+    "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "decoder_start_token_id",
+    "remove_invalid_values",
+)  # fmt: skip
+"""Settings of checkpoints that no encoder makes use of: of tasks, of text generation, of training, of files."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedbench.checkpoints import check_files, check_left_over, label_names, read_config
+from fedbench.checkpoints import check_files, check_left_over, label_names, read_config, unused_settings
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES, Family
 from fedbench.files import packaged_file
@@ -148,7 +148,11 @@ def _checkpoint(
     if not _same_labels(config, class_names):
         head = None
     digest = hashlib.sha256((spec.to_json() + state_digest(state | (head or {}))).encode()).hexdigest()
-    return FoundationModel(fm_label(name), spec, state, processor, digest, head, provenance)
+    label = fm_label(name)
+    notes: tuple[str, ...] = ()
+    if unused := unused_settings(config):
+        notes = (f"FM {label}: config.json has settings that the model makes no use of: {', '.join(unused)}",)
+    return FoundationModel(label, spec, state, processor, digest, head, provenance, notes)
 
 
 def own_labels(folder: Path) -> tuple[str, ...]:

@@ -405,6 +405,14 @@ def test_settings_that_are_no_part_of_the_model_change_nothing(bert: Path, setti
         assert after.content_hash == before.content_hash
 
 
+def test_settings_nobody_knows_are_noted(bert: Path) -> None:
+    assert load_fm(str(bert), 3, bert).notes == ()
+    assert load_fm("minilm-l6", 3, bert).notes == ()
+    configure(bert, task_specific_params={"a": 1}, use_alibi=True, expert_count=4, use_experts=False)
+    [note] = load_fm(str(bert), 3, bert).notes
+    assert note.endswith("config.json has settings that the model makes no use of: expert_count, use_alibi")
+
+
 def test_labels_in_a_list_are_labels(bert: Path) -> None:
     configure(bert, id2label=["Negative", "Positive"])
     assert load_fm(str(bert), 2, bert, ("negative", "positive")).trained_head is not None
@@ -472,6 +480,13 @@ def test_a_git_lfs_pointer_is_said_to_be_one(bert: Path, file: str) -> None:
     refused(bert, f"{file} is a git-lfs pointer, not the file; run `git lfs pull` in ")
 
 
+def test_files_that_are_not_read_may_be_anything(bert: Path) -> None:
+    for name in ("pytorch_model.bin", "training_args.bin", "model_card.json", "README.txt"):
+        (bert / name).write_text(POINTER)
+    (bert / "eval_results.json").write_text("")
+    load_fm(str(bert), 3, bert)
+
+
 def test_pickled_weights_that_are_a_pointer_or_no_pickle_are_not_said_to_run_code(bert: Path) -> None:
     (bert / "model.safetensors").unlink()
     for content, says in (
@@ -524,7 +539,8 @@ def test_a_checkpoint_without_a_vocabulary_is_refused(bert: Path) -> None:
         (words[:5], "holds special tokens alone"),
         (words[:40], "the tokenizer has 40 tokens up to number 39, the model has embeddings of 114"),
         ([*words, "more"], "the tokenizer has 115 tokens up to number 114, the model has embeddings of 114"),
-        ([""], "no tokenizer that can be read|special tokens alone"),
+        ([""], "vocab.txt is empty"),
+        (["", ""], "the tokenizer has 6 tokens"),
     ):
         (bert / "vocab.txt").write_text("\n".join(left))
         refused(bert, says)
