@@ -253,7 +253,7 @@ def show_command(
     plugin: Plugins = None,
 ) -> None:
     """Show the resolved settings of a method or scenario and where each came from; or what a model is."""
-    from fedbench.fms import FMS
+    from fedbench.fms import FMS, fm_folder
     from fedbench.registry import Registry, nearest
 
     registry = Registry(tuple(plugin or ()))
@@ -268,7 +268,7 @@ def show_command(
         found = load_scenario(path, split, profile, given)
         console.print(f"[bold]{name}[/bold]  {found.title}\n{path}", highlight=False, soft_wrap=True)
         console.print(_settings_table(found.provenance()))
-    elif name in FMS or Path(name).expanduser().is_dir():
+    elif name in FMS or fm_folder(name):
         _show_fm(console, name, FMS.get(name, "a checkpoint in a folder"))
     else:
         known = [*registry.methods, *registry.scenarios, *FMS]
@@ -358,7 +358,7 @@ def table_command(
     from fedbench.records import load_all
     from fedbench.registry import nearest
     from fedbench.render import render, terminal
-    from fedbench.tables import compare
+    from fedbench.tables import compare, of_fm
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():
@@ -368,9 +368,9 @@ def table_command(
     found = load_all(folder / "records")
     if fm:
         known = {*FMS, *(str(record.identity.get("fm")) for record in found)}
-        if fm not in known:
+        found = of_fm(found, fm)
+        if not found and fm not in FMS:
             raise FedbenchError(f"--fm {fm}: {folder} has no records of it; {nearest(fm, known)}")
-        found = [record for record in found if record.identity.get("fm") == fm]
     if scenario:
         found = [record for record in found if record.identity["scenario"] in scenario]
         cells = [cell for cell in cells if cell.scenario in scenario] if cells is not None else None
@@ -472,12 +472,15 @@ def export_command(
     record: Annotated[Path, typer.Argument(metavar="RECORD", help="The record of a run, a JSON file.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the adapter goes.")],
     cache: CacheDir = None,
+    fm: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The folder of the run's FM, where it was given as one.")
+    ] = None,
 ) -> None:
     """Write a run's tuned adapter and head in peft's format, for use with plain transformers and peft."""
     from fedbench.engine import cache_folder
     from fedbench.export import export_adapter
 
-    done = export_adapter(record, folder, cache_folder(cache))
+    done = export_adapter(record, folder, cache_folder(cache), fm)
     revision = f", revision={done.revision!r}" if done.revision else ""
     print(f"{folder}: adapter_config.json, adapter_model.safetensors; to use them:\n")
     print(f"from peft import PeftModel\nfrom transformers import {done.architecture}\n")

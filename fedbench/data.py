@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,8 @@ from fedbench.errors import FedbenchError
 from fedbench.image_files import ImageFiles
 
 if TYPE_CHECKING:
-    from fedbench.foundation import FoundationModel, ImageProcessor
+    from fedbench.foundation import FoundationModel
+    from fedbench.processors import ImageProcessor
 
 CHUNK = 8192
 """Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""
@@ -145,7 +147,7 @@ class Examples:
 
     def content_hash(self) -> str:
         """SHA-256 of everything a model can see."""
-        digest = hashlib.sha256(self.labels.numpy().tobytes() + self.lengths.tobytes() + bytes([self.pad_token % 256]))
+        digest = hashlib.sha256(self.labels.numpy().tobytes() + self.lengths.tobytes() + str(self.pad_token).encode())
         for row in self.tokens or ():
             digest.update(row.astype(np.int32).tobytes())
         for row in self.segments or ():
@@ -192,7 +194,7 @@ def encode(part: Part, fm: FoundationModel, max_length: int) -> Examples:
     """Tokenise texts for this FM, or make images ready for it.
 
     A row keeps at most `max_length` tokens; of a pair the longer segment is cut first. Raises FedbenchError where FM
-    and data set are of different kinds.
+    and data set are of different kinds, and where a row has more tokens than the FM has positions or token types.
     """
     labels = torch.from_numpy(part.labels.astype(np.int64))
     if fm.family.modality == "image":
@@ -211,7 +213,31 @@ def encode(part: Part, fm: FoundationModel, max_length: int) -> Examples:
         tokens += [np.asarray(row, dtype=np.int32) for row in found["input_ids"]]
         if segments is not None:
             segments += [np.asarray(row, dtype=np.int8) for row in found["token_type_ids"]]
-    return Examples(labels, tokens, None, int(fm.processor.pad_token_id or 0), segments)
+    if (longest := max(map(len, tokens), default=0)) > (room := fm.positions()):
+        raise FedbenchError(
+            f"dataset.max_length is {max_length} and a row has {longest} tokens, but FM {fm.name} has positions for "
+            f"{room}; set dataset.max_length to {room} or less"
+        )
+    if segments and (types := 1 + max(int(row.max()) for row in segments)) > fm.segments():
+        raise FedbenchError(
+            f"FM {fm.name}: its tokenizer gives {types} token types to pairs, the model has {fm.segments()}; they "
+            "belong to different models"
+        )
+    return Examples(labels, tokens, None, int(fm.processor.pad_token_id), segments)
+
+
+def inputs_hash(parts: Mapping[str, Examples], fm: FoundationModel) -> str:
+    """SHA-256 of what the FM's tokenizer or image settings made of the rows, by role.
+
+    Of images, whose contents are part of the data's own hash, sizes and settings stand for the pixels.
+    """
+    text = fm.family.modality == "text"
+    made = {
+        role: rows.content_hash() if text or rows.pixels is None else list(rows.pixels.shape)
+        for role, rows in parts.items()
+    }
+    about = [made, None if text else repr(fm.processor)]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _encode_images(labels: Tensor, images: np.ndarray | ImageFiles, processor: ImageProcessor) -> Examples:

@@ -27,7 +27,7 @@ from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Meth
 from fedbench.checkpoint import Checkpoint, read_checkpoint
 from fedbench.claims import claim
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples, RawData, encode
+from fedbench.data import Examples, RawData, encode, inputs_hash
 from fedbench.errors import DamagedFileError, DivergedError, FedbenchError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.export import adapter_path, keep_adapter
@@ -40,6 +40,7 @@ from fedbench.memory import peak_memory, reset_peak
 from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.packing import packing
 from fedbench.partition import Partition, partition
+from fedbench.processors import unknown_tokens
 from fedbench.records import SCHEMA, Record, record_key, save
 from fedbench.registry import Registry
 from fedbench.rng import Streams
@@ -111,9 +112,15 @@ class Prepared:
     planned: tuple[str, ...]
 
     @property
+    def fm_name(self) -> str:
+        """What records call the FM."""
+        return self.loaded.fm.name
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was loaded, in lines for the user."""
-        return (*self.loaded.data.notes, f"FM: {self.loaded.fm.name} ({self.loaded.fm.provenance['source']})")
+        fm = f"FM: {self.fm_name} ({self.loaded.fm.provenance['source']})"
+        return (*self.loaded.data.notes, fm, *self.loaded.notes)
 
 
 def cache_folder(given: Path | None = None) -> Path:
@@ -168,7 +175,10 @@ def choose_executor(name: str, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Data and FM, loaded and encoded; `extra_tests` by name, in order."""
+    """Data and FM, loaded and encoded; `extra_tests` by name, in order.
+
+    inputs_hash: `fedbench.data.inputs_hash` of all of them. notes: what the FM makes of the data, for the user.
+    """
 
     data: RawData
     fm: FoundationModel
@@ -177,6 +187,8 @@ class Loaded:
     test: Examples
     public: Examples | None
     extra_tests: Mapping[str, Examples]
+    inputs_hash: str
+    notes: tuple[str, ...]
 
 
 @lru_cache(maxsize=2)
@@ -186,16 +198,15 @@ def _load(
     """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
     data = load_data(dataset, public, data_dir)
     model = load_fm(fm, len(data.class_names), cache, data.class_names)
-    length = dataset.max_length
-    return Loaded(
-        data,
-        model,
-        encode(data.train, model, length),
-        encode(data.validation, model, length),
-        encode(data.test, model, length),
-        None if data.public is None else encode(data.public, model, length),
-        {name: encode(part, model, length) for name, part in data.extra_tests.items()},
-    )
+    raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
+    raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
+    parts = {role: encode(part, model, dataset.max_length) for role, part in raw.items() if part is not None}
+    extra = {name: parts[f"test {name}"] for name in data.extra_tests}
+    notes = model.notes
+    if (tokens := parts["train"].tokens) and (unknown := unknown_tokens(model.processor, tokens[:1000])):
+        notes += (f"FM {model.name}: {unknown}",)
+    main = parts["train"], parts["validation"], parts["test"], parts.get("public")
+    return Loaded(data, model, *main, extra, inputs_hash(parts, model), notes)
 
 
 def split_settings(
@@ -237,7 +248,7 @@ def prepare(request: RunRequest) -> Prepared:
     method = make_method(kind, {**given, **parse_values(mine)}, request)
     device = choose_device(request.device)
     precision = choose_precision(request.precision, device)
-    fm_name = request.fm or scenario.fm
+    fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
     loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request.cache), folder)
     data, fm = loaded.data, loaded.fm
@@ -254,9 +265,11 @@ def prepare(request: RunRequest) -> Prepared:
     scenario = scenario.model_copy(update={"split": split_used, "federation": federation, "fm": fm_name})
     identity = {
         "schema": SCHEMA,
-        "scenario": scenario.identity(request.method),
+        # Which FM it is its hash says: names and places of folders are not what decides a result.
+        "scenario": {name: value for name, value in scenario.identity(request.method).items() if name != "fm"},
         "data_hash": data.content_hash,
         "fm_hash": fm.content_hash,
+        "inputs_hash": loaded.inputs_hash,
         "precision": precision,
         "method": {"name": method.name, "version": method.version, "settings": method.model_dump(mode="json")},
         "seed": request.seed,
@@ -706,9 +719,10 @@ class Run:
                 "fm": p.loaded.fm.name,
                 "data_hash": p.loaded.data.content_hash,
                 "fm_hash": p.loaded.fm.content_hash,
+                "inputs_hash": p.loaded.inputs_hash,
                 "precision": p.precision,
             },
-            scenario=dict(p.identity["scenario"]) | {"title": p.scenario.title},
+            scenario=dict(p.identity["scenario"]) | {"title": p.scenario.title, "fm": p.loaded.fm.name},
             method=dict(p.identity["method"]) | {"planned": list(p.planned)},
             accuracy=dict(accuracy),
             communication={

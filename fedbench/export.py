@@ -19,7 +19,8 @@ from torch import nn
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES
 from fedbench.files import load_tensors, save_tensors
-from fedbench.foundation import MINILM_HUB, load_fm
+from fedbench.fms import fm_folder
+from fedbench.foundation import MINILM_HUB, load_fm, own_labels
 from fedbench.models import get_tensors, tunable_names
 from fedbench.records import Record, load
 
@@ -61,11 +62,13 @@ class Exported:
     num_labels: int
 
 
-def export_adapter(record: Path, folder: Path, cache: Path) -> Exported:
+def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = None) -> Exported:
     """Write the adapter of the run in the file `record` to `folder`, in peft's format.
 
-    An FM without a checkpoint of its own (one pre-trained by fedbench, kept in `cache`) is written to `folder`/base.
-    Raises FedbenchError where the record has no tuned adapter, or the run's file of it is gone.
+    fm: the folder of the run's FM, for one that was given so: records do not say where folders lie. An FM without a
+    checkpoint of its own (one pre-trained by fedbench, kept in `cache`) is written to `folder`/base. Raises
+    FedbenchError where the record has no tuned adapter, where the run's file of it is gone, and where the FM is not at
+    hand or another than that of the run.
     """
     from peft import LoraConfig
 
@@ -84,7 +87,7 @@ def export_adapter(record: Path, folder: Path, cache: Path) -> Exported:
     if not lora:
         raise FedbenchError(f"{record}: {run.identity['method']} tunes no LoRA, so there is no adapter to export")
     family = FAMILIES[about["model_type"]]
-    base, revision = _base(run, about["num_labels"], folder, cache)
+    base, revision = _base(run, about["num_labels"], folder, cache, fm)
     ranks, alphas = ({name: pair[i] for name, pair in lora.items()} for i in (0, 1))
     r, alpha = next(iter(lora.values()))
     config = LoraConfig(
@@ -106,16 +109,29 @@ def export_adapter(record: Path, folder: Path, cache: Path) -> Exported:
     return Exported(base, revision, f"AutoModelFor{task}", about["num_labels"])
 
 
-def _base(run: Record, num_labels: int, folder: Path, cache: Path) -> tuple[str, str | None]:
+def _base(run: Record, num_labels: int, folder: Path, cache: Path, given: str | None) -> tuple[str, str | None]:
     """Hub id or folder of the checkpoint the adapter belongs to, and its revision."""
-    name, origin = run.identity["fm"], run.provenance["fm"]
+    name, origin = str(run.identity["fm"]), run.provenance.get("fm", {})
+    if given is not None:
+        path = fm_folder(given)
+        if path is None:
+            raise FedbenchError(f"--fm {given}: no such folder; give the folder of the checkpoint of {name}")
+        # A head that was trained for the run's classes, which are not in the record, is part of what its hash is of.
+        found = (load_fm(given, num_labels, cache, names).content_hash for names in ((), own_labels(path)))
+        if run.identity["fm_hash"] not in found:
+            raise FedbenchError(f"--fm {given}: not the checkpoint of this run, by its hash; give that of {name}")
+        return str(path.resolve()), None
     if name == "minilm-l6":
         return MINILM_HUB, None
     if "revision" in origin:
         return origin["source"], origin["revision"]
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser().resolve()), None
+    if name != "vit-digits":
+        raise FedbenchError(
+            f"the FM {name} was given as a folder, and a record does not say where that lies; give --fm PATH"
+        )
     fm = load_fm(name, num_labels, cache)
+    if fm.content_hash != run.identity["fm_hash"]:
+        raise FedbenchError(f"the {name} in {cache} is another than that of this run; give --cache with the run's")
     plain: Any = fm.build(None, torch.device("cpu"))
     plain.save_pretrained(folder / "base")
     return str((folder / "base").resolve()), None

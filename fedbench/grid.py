@@ -50,6 +50,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fedbench.claims import claim
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.files import try_folder
+from fedbench.fms import fm_label
 from fedbench.records import SCHEMA, Record, load, record_key, record_path, save
 from fedbench.registry import nearest
 
@@ -213,10 +214,12 @@ class Cell:
 
 
 class Prepared(Protocol):
-    """A cell made ready: its key, and what the key is the hash of."""
+    """A cell made ready: its key, what the key is the hash of, and what records call its FM."""
 
     @property
     def key(self) -> str: ...
+    @property
+    def fm_name(self) -> str: ...
     @property
     def identity(self) -> Mapping[str, Any]: ...
 
@@ -323,7 +326,7 @@ def failure(cell: Cell, prepared: Prepared | None, error: BaseException) -> Reco
             "method_version": method.get("version"),
             "scenario": cell.scenario,
             "seed": cell.seed,
-            "fm": cell.fm or identity.get("scenario", {}).get("fm"),
+            "fm": prepared.fm_name if prepared else cell.fm and fm_label(cell.fm),
             "data_hash": identity.get("data_hash"),
             "fm_hash": identity.get("fm_hash"),
             "precision": identity.get("precision"),

@@ -1,12 +1,13 @@
 """Records: one JSON file a run, its key, and the store on disk.
 
 A record says what was run, what came out and what it cost. Its key is the SHA-256 of everything that decides the
-result; two records of one key agree in all but times, peak memory and provenance (`comparable`).
+result; two records of one key agree in all but times, peak memory, provenance and the name of the FM (`comparable`).
 
 Blocks of a record, as the engine fills them (shares from 0 to 1, sizes in bytes, losses in nats, times in seconds;
 null where a number does not exist):
 
-    identity        key, method, method_version, scenario, seed, fm, data_hash, fm_hash, precision
+    identity        key, method, method_version, scenario, seed, fm (its name), data_hash, fm_hash, precision;
+                    inputs_hash: what the FM's tokenizer or image settings made of the data
     scenario        the resolved settings;  method: name, version, settings
     accuracy        selection; plug_in, proxy, untouched: accuracy, macro_f1, loss, rows, correct (packed bits);
                     gap; validation; per_client; unavailable: the reason where there is nothing to score. A loss of
@@ -44,12 +45,14 @@ from fedbench.errors import FedbenchError
 from fedbench.files import write_text
 from fedbench.formats import one_line
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
+"""Schemas that are read: of the first, keys hold the FM as it was given, a path perhaps, and no `inputs_hash`."""
 SIGNIFICANT_DIGITS = 9
 """Floats of a record are rounded to this many digits: enough for any measure, and stable under one more rounding."""
 
 WIDTH = 120
-VOLATILE = ("provenance", "compute.seconds", "compute.peak_memory_bytes")
+VOLATILE = ("provenance", "compute.seconds", "compute.peak_memory_bytes", "identity.fm", "scenario.fm")
 """Dotted paths of what two runs of one key may differ in."""
 
 _DEPTH = 32
@@ -196,8 +199,9 @@ def _load(path: Path, folders: bool) -> Record:
     except ValueError as error:
         raise FedbenchError(f"{where}: not a record, JSON expected: {error}; delete the file and run again") from None
     schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise FedbenchError(f"{path}: schema {schema!r}, this fedbench reads schema {SCHEMA}; run again or upgrade")
+    if type(schema) is not int or schema not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise FedbenchError(f"{path}: schema {schema!r}, this fedbench reads schemas {known}; run again or upgrade")
     try:
         record = Record.model_validate(content)
     except ValidationError as error:

@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedbench.errors import FedbenchError
+from fedbench.fms import FMS, fm_label, is_called, recorded_label
 from fedbench.formats import MEGA, seeds_text
 from fedbench.records import Record, diverged, no_upload, rounds_without_upload, unpack_correct
 from fedbench.statistics import (
@@ -255,16 +256,18 @@ def compare(
     cells of their FM; where no cell has one of their FMs, beside those of every FM.
     """
     records = list(records)
+    names = fm_names(records, [cell.fm for cell in cells or () if cell.fm is not None])
     if cells is not None:
-        records = [record for record in records if any(_belongs(record, cell) for cell in cells)]
+        records = [record for record in records if any(_belongs(record, cell, names) for cell in cells)]
     by_section: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: (r.identity["scenario"], str(r.identity.get("fm")), r.key)):
-        by_section[record.identity["scenario"], _fm(record, records)].append(record)
+        by_section[record.identity["scenario"], _fm(record, records, names)].append(record)
     order: dict[tuple[str, str | None], int] = {}
     for cell in cells or ():
-        order.setdefault((cell.scenario, cell.fm), len(order))
-        if cell.fm is not None:
-            by_section.setdefault((cell.scenario, cell.fm), [])
+        asked = _asked(cell)
+        order.setdefault((cell.scenario, asked), len(order))
+        if asked is not None:
+            by_section.setdefault((cell.scenario, asked), [])
         elif not any(scenario == cell.scenario for scenario, _ in by_section):
             by_section[cell.scenario, ""] = []
 
@@ -273,28 +276,59 @@ def compare(
 
     sections = []
     for scenario, fm in sorted(by_section, key=place):
-        wanted = None if cells is None else [c for c in cells if c.scenario == scenario and c.fm in (None, fm)]
-        sections.append(_section(scenario, fm, by_section[scenario, fm], wanted))
+        wanted = None if cells is None else [c for c in cells if c.scenario == scenario and _asked(c) in (None, fm)]
+        sections.append(_section(scenario, fm, by_section[scenario, fm], wanted, names))
     if cells is None:
         _add_absent(sections)
     return Comparison(sections, title, _beside(sections, cells, reported) if cells and reported else [])
 
 
-def _fm(record: Record, records: Sequence[Record]) -> str:
+def fm_names(records: Iterable[Record], asked: Sequence[str] = ()) -> dict[str, str]:
+    """What each FM is called, by its hash: one name, whatever its folder was called from run to run.
+
+    That is the name it has among `asked`, FMs as a user gives them, else one that comes with the project, else the
+    first.
+    """
+    called: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        digest, name = record.identity.get("fm_hash"), record.identity.get("fm")
+        if digest and name:
+            called[str(digest)].add(str(name))
+    out = {}
+    for digest, names in called.items():
+        wanted = [fm_label(given) for given in asked if any(is_called(name, given) for name in names)]
+        known = sorted(map(recorded_label, names), key=lambda name: (name not in FMS, name))
+        out[digest] = [*wanted, *known][0]
+    return out
+
+
+def of_fm(records: Sequence[Record], fm: str) -> list[Record]:
+    """The records of the FM given as `fm`, under whatever names they have it."""
+    names = fm_names(records, [fm])
+    return [record for record in records if is_called(_fm(record, (), names), fm)]
+
+
+def _asked(cell: Cell) -> str | None:
+    """What records call the FM that a cell asks for; None where it leaves that to its scenario."""
+    return None if cell.fm is None else fm_label(cell.fm)
+
+
+def _fm(record: Record, records: Sequence[Record], names: Mapping[str, str]) -> str:
     """The record's FM. A run that failed before its FM was known goes with the others of its scenario."""
     own = record.identity.get("fm")
     if own:
-        return str(own)
-    others = [r.identity.get("fm") for r in records if r.identity["scenario"] == record.identity["scenario"]]
-    return min((str(fm) for fm in others if fm), default="")
+        return names.get(str(record.identity.get("fm_hash")), recorded_label(str(own)))
+    scenario = record.identity["scenario"]
+    others = [r for r in records if r.identity["scenario"] == scenario and r.identity.get("fm")]
+    return min((_fm(other, (), names) for other in others), default="")
 
 
-def _belongs(record: Record, cell: Cell) -> bool:
+def _belongs(record: Record, cell: Cell, names: Mapping[str, str]) -> bool:
     """Whether the record is of this cell, as far as names and the cell's own settings tell."""
     who = record.identity
     if (who["method"], who["scenario"], who["seed"]) != (cell.method, cell.scenario, cell.seed):
         return False
-    if cell.fm is not None and who.get("fm") != cell.fm:
+    if cell.fm is not None and not is_called(_fm(record, (), names), cell.fm):
         return False
     return not _departures(record, cell.settings)
 
@@ -326,7 +360,9 @@ def _equal(found: Any, value: Any) -> bool:
         return str(found).lower() == str(value).lower()
 
 
-def _section(scenario: str, fm: str, records: list[Record], cells: Sequence[Cell] | None) -> Section:
+def _section(
+    scenario: str, fm: str, records: list[Record], cells: Sequence[Cell] | None, names: Mapping[str, str]
+) -> Section:
     rows: list[Row] = []
     conditions = _conditions(records)
     # What a grid asks for, or what is there: name of the row -> method, variant, records, seeds expected.
@@ -337,7 +373,7 @@ def _section(scenario: str, fm: str, records: list[Record], cells: Sequence[Cell
     else:
         for name in dict.fromkeys(cell.row for cell in cells):
             group = [cell for cell in cells if cell.row == name]
-            own = [r for r in records if any(_belongs(r, cell) for cell in group)]
+            own = [r for r in records if any(_belongs(r, cell, names) for cell in group)]
             asked[name] = group[0].method, group[0].variant, own, len(group)
     twice: list[str] = []
     for name, (method, variant, own, expected) in asked.items():
@@ -367,8 +403,8 @@ def _section(scenario: str, fm: str, records: list[Record], cells: Sequence[Cell
 
 def _beside(sections: Sequence[Section], cells: Sequence[Cell], reported: Reported) -> list[Beside]:
     """One table for each FM of the publication, beside our runs with the same FM if the grid has it."""
-    fms = [fm for fm in dict.fromkeys(cell.fm for cell in cells) if fm is not None]
-    pairs = [(fm, fm) for fm in reported.figures if fm in fms]
+    fms = [fm for fm in dict.fromkeys(map(_asked, cells)) if fm is not None]
+    pairs = [(fm_label(fm), fm) for fm in reported.figures if fm_label(fm) in fms]
     pairs = pairs or [(fm, theirs) for theirs in reported.figures for fm in fms]
     for row in (row for section in sections for row in section.rows if row.runs):
         row.departures = tuple(_departures(next(iter(row.runs.values())), reported.setting))
@@ -519,8 +555,9 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 def _conditions(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """By record key: all that has to agree between two rows for their numbers to be comparable.
 
-    That is the scenario without the methods' own settings, data, FM and precision. What a reference changes by its
-    nature (`method.planned`: a partition of one client, no rounds) does not make it another scenario.
+    That is the scenario without the methods' own settings, data, FM, what that makes of the data, and precision. What a
+    reference changes by its nature (`method.planned`: a partition of one client, no rounds) does not make it another
+    scenario.
     """
     out = {}
     for record in records:
@@ -529,9 +566,9 @@ def _conditions(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
         found = {
             path: value
             for path, value in _flat(record.scenario).items()
-            if path not in ("title", "name") and not path.startswith("methods.") and path != "methods"
+            if path not in ("title", "name", "fm") and not path.startswith("methods.") and path != "methods"
         }
-        for name in ("data_hash", "fm_hash", "precision"):
+        for name in ("data_hash", "fm_hash", "inputs_hash", "precision"):
             found[name] = record.identity.get(name)
         # Of the tokenizer or image processor; records did not always say it.
         if inputs := record.identity.get("inputs_hash"):

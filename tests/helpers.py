@@ -107,7 +107,9 @@ def save_tiny(family: str, folder: Path) -> Path:
         )
         transformers.DistilBertForSequenceClassification(distilbert).save_pretrained(folder)
     else:
-        roberta = transformers.RobertaConfig(**SMALL, vocab_size=200, max_position_embeddings=66, initializer_range=0.2)
+        # The padding token of the tokenizer below: positions are counted from it.
+        sizes = {**SMALL, "max_position_embeddings": 66, "pad_token_id": 0}
+        roberta = transformers.RobertaConfig(**sizes, vocab_size=200, initializer_range=0.2)
         transformers.RobertaForSequenceClassification(roberta).save_pretrained(folder)
     if family != "vit":
         save_tiny_bert(folder / "t")  # any tokenizer will do

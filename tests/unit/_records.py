@@ -67,7 +67,7 @@ def make_record(
         identity={
             "key": record_key([method, seed, scenario, settings, federation, data_hash, fm]),
             "method": method, "method_version": 1, "scenario": scenario, "seed": seed, "fm": fm,
-            "data_hash": data_hash, "fm_hash": "f" * 64, "precision": "fp32",
+            "data_hash": data_hash, "fm_hash": record_key(fm), "precision": "fp32",
         },
         scenario={"name": scenario, "title": "A title", "federation": federation, "split": {"clients": 50}},
         method=method_block,

@@ -209,7 +209,7 @@ def test_a_grid_at_another_fm_runs_every_cell_once(invoke: Invoke, tmp_path: Pat
     assert code == 0, out + err
     assert "1 of 1 cells finished, 0 failed" in out
     (path,) = (tmp_path / "runs").glob("records/tweets-iid/head-only/*.json")
-    assert json.loads(path.read_text())["identity"]["fm"] == str(tiny_bert)
+    assert json.loads(path.read_text())["identity"]["fm"] == tiny_bert.name
     code, out, _ = invoke("table", "--results", tmp_path / "runs", "--grid", grid, "--fm", tiny_bert, "--format", "csv")
     assert code == 0
     assert out.splitlines()[1].split(",")[4] == "complete"

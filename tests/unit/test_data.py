@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from fedbench.data import Batch, Examples, Part, encode, to_pixels
 from fedbench.embedded import _mnist, tweet_words
 from fedbench.errors import FedbenchError
-from fedbench.foundation import FoundationModel, ImageProcessor, load_fm
+from fedbench.foundation import FoundationModel, load_fm
 from fedbench.image_files import EncodedImage, ImageFiles
 from fedbench.loading import load_data
 from fedbench.models import LoraSpec, initial_tunables, set_tensors
 from fedbench.packing import logits, packing
+from fedbench.processors import ImageProcessor
 from fedbench.rng import Streams
 from fedbench.scenario import DatasetSettings, PublicSettings
 
@@ -79,7 +80,7 @@ def test_texts_are_tokenised_and_cut() -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     processor = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    fm = SimpleNamespace(name="m", family=SimpleNamespace(modality="text"), processor=processor)
+    fm = SimpleNamespace(name="m", family=SimpleNamespace(modality="text"), processor=processor, positions=lambda: 5)
     rows = encode(Part(np.array([1, 0]), ["a film", "a a a a a a"]), fm, 5)  # type: ignore[arg-type]
     assert rows.tokens is not None
     assert [t.tolist() for t in rows.tokens] == [[2, 4, 5, 3], [2, 4, 4, 4, 3]]
@@ -152,7 +153,7 @@ def test_segments_are_part_of_what_a_model_sees(bert: FoundationModel) -> None:
 
 def test_a_family_without_token_types_gets_none(bert: FoundationModel) -> None:
     family = SimpleNamespace(modality="text", token_types=False)
-    plain = SimpleNamespace(name="m", family=family, processor=bert.processor)
+    plain = SimpleNamespace(name="m", family=family, processor=bert.processor, positions=bert.positions)
     rows = encode(pairs(), plain, 32)  # type: ignore[arg-type]
     assert rows.segments is None
     assert set(rows.batch([0]).inputs) == {"input_ids", "attention_mask"}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny, smoke_request
+from helpers import save_tiny, save_tiny_bert, smoke_request
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ from fedbench.data import Examples
 from fedbench.engine import Prepared, prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.export import adapter_path, export_adapter
+from fedbench.files import save_tensors
 from fedbench.models import LoraSpec, set_tensors
 from fedbench.records import Record, path_of, unpack_correct
 
@@ -36,10 +37,6 @@ class Done:
 def train(family: str, folder: Path, method: str = "fedpft", **settings: str) -> Done:
     """A tiny run on a random checkpoint of the family, trained hard enough that the adapter matters."""
     checkpoint = save_tiny(family, folder / "fm")
-    if family == "roberta":
-        # RoBERTa counts positions after its padding token, which has to be that of the tokenizer it was given here.
-        config = checkpoint / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 0}))
     scenario = "digits-noniid" if family == "vit" else "tweets-noniid"
     prepared = prepare(smoke_request(folder, method, scenario, checkpoint, **{"lr": "2e-2", **settings}))
     record = run(prepared)
@@ -58,7 +55,7 @@ def test_plain_transformers_and_peft_give_the_runs_logits_and_accuracy(family: s
     from peft import PeftModel
 
     done = train(family, tmp_path)
-    made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache")
+    made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache", str(done.checkpoint))
     assert made.base == str(done.checkpoint.resolve())
     auto = getattr(transformers, made.architecture)
     base = auto.from_pretrained(made.base, num_labels=made.num_labels, ignore_mismatched_sizes=True)
@@ -89,8 +86,13 @@ def test_an_fm_without_a_checkpoint_is_exported_with_the_adapter(
     from transformers import AutoModelForImageClassification
 
     done = train("vit", tmp_path)
-    done.checkpoint.rename(tmp_path / "gone")
-    monkeypatch.setattr("fedbench.export.load_fm", lambda *_: done.prepared.loaded.fm)
+    # As if it was the FM that has no checkpoint but what fedbench pre-trained.
+    done.path.write_text(done.path.read_text().replace('"fm": "fm"', '"fm": "vit-digits"'))
+    fm = done.prepared.loaded.fm
+    monkeypatch.setattr("fedbench.export.load_fm", lambda *_: replace(fm, content_hash="another"))
+    with pytest.raises(FedbenchError, match="is another than that of this run"):
+        export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache")
+    monkeypatch.setattr("fedbench.export.load_fm", lambda *_: fm)
     made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache")
     base = AutoModelForImageClassification.from_pretrained(made.base)
     rows = done.prepared.loaded.test
@@ -104,7 +106,8 @@ def test_the_command_line_prints_code_that_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = train("bert", tmp_path, "fedot", emulator="1")
-    monkeypatch.setattr(sys, "argv", ["fedbench", "export", str(done.path), str(tmp_path / "out")])
+    asked = ["fedbench", "export", str(done.path), str(tmp_path / "out"), "--fm", str(done.checkpoint)]
+    monkeypatch.setattr(sys, "argv", asked)
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code
@@ -116,12 +119,44 @@ def test_the_command_line_prints_code_that_runs(
     assert share == pytest.approx(done.record.accuracy["plug_in"]["accuracy"])
 
 
+def test_an_fm_given_as_a_folder_is_asked_for_and_checked(tmp_path: Path) -> None:
+    done = train("bert", tmp_path, "fedavg-lora")
+    out, cache = tmp_path / "adapter", tmp_path / "cache"
+    assert str(tmp_path) not in done.path.read_text(), "a record holds no folder names"
+    for fm, says in (
+        (None, "the FM fm was given as a folder, .*; give --fm PATH"),
+        (str(tmp_path / "none"), "no such folder; give the folder of the checkpoint of fm"),
+        (str(save_tiny_bert(tmp_path / "other", seed=1)), "not the checkpoint of this run, by its hash"),
+    ):
+        with pytest.raises(FedbenchError, match=says):
+            export_adapter(done.path, out, cache, fm)
+    assert not out.exists()
+    moved = done.checkpoint.rename(tmp_path / "moved")
+    assert export_adapter(done.path, out, cache, str(moved)).base == str(moved.resolve())
+
+
+def test_a_checkpoint_with_a_trained_head_is_known_again(tmp_path: Path) -> None:
+    checkpoint = save_tiny("bert", tmp_path / "fm")
+    config = json.loads((checkpoint / "config.json").read_text())
+    names = ["Negative", "Neutral", "Positive"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (checkpoint / "config.json").write_text(json.dumps(config | labels))
+    weights = load_file(checkpoint / "model.safetensors")
+    weights |= {"classifier.weight": torch.ones(3, 16), "classifier.bias": torch.zeros(3)}
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    prepared = prepare(smoke_request(tmp_path, "fedavg-lora", "tweets-noniid", checkpoint, rounds="1"))
+    assert prepared.loaded.fm.trained_head is not None
+    record = run(prepared)
+    made = export_adapter(path_of(record, tmp_path / "runs" / "records"), tmp_path / "out", tmp_path, str(checkpoint))
+    assert made.base == str(checkpoint.resolve())
+
+
 def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     done = train("bert", tmp_path, "head-only")
     with pytest.raises(FedbenchError, match="head-only tunes no LoRA"):
         export_adapter(done.path, tmp_path / "out", tmp_path)
     kept = adapter_path(tmp_path / "runs", done.record.key)
-    save_file({"x": torch.zeros(1)}, kept, metadata={"fedbench": json.dumps({"key": "another"})})
+    save_tensors(kept, {"x": torch.zeros(1)}, {"fedbench": json.dumps({"key": "another"})})
     with pytest.raises(FedbenchError, match="belongs to another run"):
         export_adapter(done.path, tmp_path / "out", tmp_path)
     kept.unlink()

@@ -274,6 +274,7 @@ class FakePrepared:
     cell: Cell
     key: str
     identity: Mapping[str, Any]
+    fm_name: str = "minilm-l6"
 
 
 @dataclass
@@ -287,7 +288,7 @@ class FakeRunner:
     def prepare(self, cell: Cell) -> FakePrepared:
         self._maybe(cell, "prepare")
         identity = {
-            "scenario": {"fm": "minilm-l6"}, "data_hash": "d", "fm_hash": "f", "precision": "fp32",
+            "scenario": {}, "data_hash": "d", "fm_hash": "f", "precision": "fp32",
             "method": {"name": cell.method, "version": 2, "settings": {}},
         }  # fmt: skip
         return FakePrepared(cell, record_key(["run", cell.method, cell.scenario, cell.seed]), identity)

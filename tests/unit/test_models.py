@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_tiny, save_tiny_bert, tiny_fm, train_rows
+from safetensors.torch import save_file
 
 from fedbench.data import Batch
 from fedbench.errors import FedbenchError
@@ -216,9 +217,18 @@ def test_the_embedded_minilm_computes_what_transformers_computes(tmp_path: Path)
             assert torch.allclose(hidden, expected, atol=tolerance), (hidden - expected).abs().max()
 
 
+def save_nothing_but_a_config(folder: Path, text: str) -> Path:
+    (folder / "config.json").write_text(text)
+    return folder
+
+
 def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FedbenchError, match=r"cannot read .*config\.json"):
+    with pytest.raises(FedbenchError, match="has no weights: it lacks model.safetensors and pytorch_model.bin"):
+        load_fm(str(save_nothing_but_a_config(tmp_path, "{}")), 2, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((10).to_bytes(8, "little") + b'{"a":null}')
+    with pytest.raises(FedbenchError, match=r"model\.safetensors is damaged or cut short .*fetch it again"):
         load_fm(str(tmp_path), 2, tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(FedbenchError, match="'gpt2' is not supported; known: bert, roberta, distilbert, vit"):
         load_fm(str(tmp_path), 2, tmp_path)

@@ -196,9 +196,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     for text, complaint in (
         ("{", "JSON expected"),
         ("[]", "schema None"),
-        ('{"schema": 99}', "schema 99"),
+        ('{"schema": 99}', "schema 99, this fedbench reads schemas 1 and 2"),
         ('{"schema": 1, "status": "complete", "identity": {"key": "k"}}', "identity.key: string should match pattern"),
         ('{"schema": 1, "status": "complete", "identity": {}}', "identity.key: field required"),
+        ('{"schema": true}', "schema True"),
         ('{"schema": 1, "status": "maybe", "identity": {}}', "status"),
     ):
         path.write_text(text)
@@ -429,6 +430,24 @@ def test_a_run_without_uploads_is_as_it_started() -> None:
     assert records.no_upload(refused) == f"every upload was refused: {said}"
     # A method without rounds waits for no upload.
     assert records.no_upload(make_record("zero-shot", federation={"rounds": 0})) == ""
+
+
+def test_records_of_the_first_schema_stay_readable(tmp_path: Path) -> None:
+    old = make_record()
+    assert old.schema_version == 1
+    assert "inputs_hash" not in old.identity
+    new = Record.model_validate({**old.to_json(), "schema": records.SCHEMA})
+    assert records.SCHEMA == 2
+    for record in (old, new):
+        assert load(save(record, tmp_path)) == record
+
+
+def test_the_name_of_an_fm_is_nothing_that_two_runs_of_one_key_have_to_share() -> None:
+    a = make_record()
+    b = a.model_copy(update={"identity": {**a.identity, "fm": "renamed"}, "scenario": {**a.scenario, "fm": "renamed"}})
+    assert differences(a, b) == []
+    c = a.model_copy(update={"identity": {**a.identity, "fm_hash": "another"}})
+    assert differences(a, c) == ["identity.fm_hash"]
 
 
 def test_unknown_blocks_are_refused() -> None:

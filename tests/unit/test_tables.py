@@ -20,11 +20,11 @@ from rich.console import Console, RenderableType
 from fedbench import cli, report, tables
 from fedbench import render as render_module
 from fedbench.errors import FedbenchError
-from fedbench.grid import Grid, load_grid
+from fedbench.grid import Cell, Grid, load_grid
 from fedbench.records import Record, save
 from fedbench.render import accuracy_text, beside_frame, comments, overview_frame, render, terminal
 from fedbench.statistics import Summary, binomial_standard_error, holm, paired_test
-from fedbench.tables import compare
+from fedbench.tables import compare, of_fm
 
 
 def shown(renderable: RenderableType, width: int = 120) -> str:
@@ -797,3 +797,60 @@ def test_summary_of_a_failed_and_of_an_unavailable_run() -> None:
     assert "failed: ValueError: no" in shown(report.summary(make_record(accuracy=None, status="failed")))
     record = make_record("zero-shot", accuracy=None, unavailable="no head [of its own]")
     assert "not available: no head [of its own]" in shown(report.summary(record))
+
+
+# ---------------------------------------------------------------- foundation models by name and by hash
+
+
+def of(record: Record, fm: str, digest: str = "h") -> Record:
+    """The record as one of an FM called `fm` whose hash is `digest`."""
+    identity = {**record.identity, "fm": fm, "fm_hash": digest}
+    return record.model_copy(update={"identity": identity, "scenario": {**record.scenario, "fm": fm}})
+
+
+def test_records_of_one_hash_share_a_section_whatever_the_folder_was_called() -> None:
+    runs = [of(make_record(seed=seed), fm) for seed, fm in enumerate(("tiny", "renamed", "/home/somebody/tiny/"))]
+    [section] = compare(runs).sections
+    assert section.fm == "renamed", "the first of its names"
+    [row] = section.rows
+    assert sorted(row.runs) == [0, 1, 2]
+    assert row.label == "fedpft"
+    assert "somebody" not in render(compare(runs[2:]), "markdown"), "of a path the last part is told"
+
+
+def test_another_fm_of_the_same_name_is_told_apart() -> None:
+    runs = [of(make_record(seed=seed), "tiny", digest) for seed, digest in enumerate(("aaaaaaaa1", "bbbbbbbb2"))]
+    [section] = compare(runs).sections
+    assert {row.label for row in section.rows} == {"fedpft [fm_hash aaaaaaaa]", "fedpft [fm_hash bbbbbbbb]"}
+
+
+def test_runs_that_read_other_inputs_are_told_apart() -> None:
+    a, b = make_record(seed=0), make_record(seed=1)
+    runs = [
+        r.model_copy(update={"identity": {**r.identity, "inputs_hash": digest}}) for r, digest in ((a, "1"), (b, "2"))
+    ]
+    [section] = compare(runs).sections
+    assert {row.label for row in section.rows} == {"fedpft [inputs_hash 1]", "fedpft [inputs_hash 2]"}
+
+
+def test_a_cell_takes_records_by_the_folders_own_name_and_by_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    runs = [of(make_record(seed=0), "tiny"), of(make_record(seed=1), "renamed"), of(make_record(seed=2), "other", "o")]
+    for given in ("tiny", "tiny/", "./tiny", str(tmp_path / "tiny"), "/somewhere/else/tiny"):
+        cells = [Cell("fedpft", "agnews-noniid", seed, given) for seed in range(3)]
+        [section] = compare(runs, cells).sections
+        assert section.fm == "tiny"
+        [row] = section.rows
+        assert (sorted(row.runs), row.expected) == ([0, 1], 3)
+    assert [r.identity["seed"] for r in of_fm(runs, "tiny/")] == [0, 1]
+    assert [r.identity["seed"] for r in of_fm(runs, "renamed")] == [0, 1]
+    assert of_fm(runs, "absent") == []
+
+
+def test_an_older_record_that_holds_a_path_is_of_its_cell() -> None:
+    runs = [of(make_record(), "models/tiny")]
+    [section] = compare(runs, [Cell("fedpft", "agnews-noniid", 0, "models/tiny")]).sections
+    assert list(section.rows[0].runs) == [0]

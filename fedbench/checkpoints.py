@@ -1,0 +1,159 @@
+"""Checkpoint folders in transformers' format: whether their files are whole, and their model one that runs here.
+
+A setting or a tensor that a checkpoint has and the model built from it has not would be left out without a word, and
+the result would be another model's. So whatever asks for that is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedbench.errors import FedbenchError
+from fedbench.families import FAMILIES, NOT_COMPUTED, WITHOUT_MEANING, Family
+
+_POINTER = b"version https://git-lfs"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Where transformers looks for weights, in this order."""
+_OTHERS = ("config.", "preprocessor_config.", "tokenizer", "vocab.", "merges.", "special_tokens", "added_tokens")
+"""How the names of the other files it reads begin."""
+
+
+def check_files(folder: Path) -> None:
+    """Raise FedbenchError for what is there in name only: git-lfs pointers, empty files, missing or cut weights."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(_OTHERS) and path.is_file():
+            _check_content(path)
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise FedbenchError(f"{folder} has no weights: it lacks {_WEIGHTS[0]} and {_WEIGHTS[2]}; fetch one of them")
+    _check_content(found)
+    shards = [found]
+    if found.suffix == ".json":
+        names = read_object(found).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise FedbenchError(f"{found} names no shards; fetch it again")
+        shards = [folder / name for name in sorted(set(map(str, names.values())))]
+        if missing := [shard.name for shard in shards if not shard.is_file()]:
+            raise FedbenchError(
+                f"{folder} lacks {len(missing)} of {len(shards)} shards that {found.name} names; fetch {missing[0]}"
+            )
+    for shard in shards:
+        _check_content(shard)
+        if shard.suffix == ".safetensors":
+            _check_safetensors(shard)
+
+
+def _check_content(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        raise FedbenchError(f"cannot read {path}: {error.strerror}") from None
+    if start == _POINTER:
+        raise FedbenchError(f"{path} is a git-lfs pointer, not the file; run `git lfs pull` in {path.parent}")
+    if not start:
+        raise FedbenchError(f"{path} is empty; fetch it again")
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # Opening compares the header with the file's length.
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise FedbenchError(f"{path} is damaged or cut short ({error}); fetch it again") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises FedbenchError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FedbenchError(f"cannot read {path}: {error}; give a folder in transformers' format") from None
+    if not isinstance(found, dict):
+        raise FedbenchError(f"{path} holds no JSON object; give a folder in transformers' format")
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's configuration, of a family that is known and with nothing in it that would not be computed.
+
+    Raises FedbenchError otherwise, naming the setting.
+    """
+    path = folder / "config.json"
+    config = read_object(path)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise FedbenchError(f"{path}: model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}")
+    for setting, (plain, what) in NOT_COMPUTED.items():
+        value = config.get(setting)
+        if value and value != plain:
+            raise FedbenchError(f"{path}: {setting} {_short(value)} asks for {what}, which is not supported")
+    code = config.get("auto_map")
+    if isinstance(code, dict) and any(str(name).startswith("AutoModel") for name in code):
+        raise FedbenchError(f"{path}: auto_map asks for model code of the checkpoint's own, which is not run")
+    family = FAMILIES[kind]
+    if family.position_offset == "after padding token" and type(config.get("pad_token_id", 1)) is not int:
+        raise FedbenchError(f"{path}: pad_token_id is {config['pad_token_id']}; positions are counted from it")
+    for side in ("image_size", "patch_size"):
+        if isinstance(value := config.get(side), list):
+            if not value or any(v != value[0] for v in value):
+                raise FedbenchError(f"{path}: {side} {_short(value)} is no square, which is not supported")
+            config[side] = value[0]
+    from transformers.activations import ACT2FN
+
+    activation = config.get(family.activation, "gelu")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise FedbenchError(f"{path}: {family.activation} {activation!r} is no activation known to transformers")
+    return config
+
+
+def unused_settings(config: Mapping[str, Any]) -> list[str]:
+    """The names of settings that are set, that the model makes no use of, and that are not known to have no meaning."""
+    from transformers import AutoConfig
+
+    used = AutoConfig.for_model(config["model_type"]).to_dict()
+    known = {*used, *NOT_COMPUTED, *WITHOUT_MEANING}
+    return sorted(name for name, value in config.items() if value and name not in known and not name.startswith("_"))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def label_names(config: Mapping[str, Any]) -> list[str]:
+    """A checkpoint's own labels in order, from a mapping by number or a list; none where they are neither."""
+    labels = config.get("id2label")
+    if isinstance(labels, dict):
+        labels = [labels.get(str(i)) for i in range(len(labels))]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        return []
+    return labels
+
+
+def check_left_over(folder: Path, family: Family, names: Iterable[str]) -> None:
+    """Raise FedbenchError where tensors that no part of the model took belong to the encoder.
+
+    Those of other heads and of a pooler that classification does without are no part of it.
+    """
+    # Checkpoints of the bare model have no prefix; older ones of ViT keep their layers in an `encoder`.
+    paths = [path.partition(".") for path in (family.embeddings, family.layers)]
+    inside = {"encoder", "layernorm", *(rest.partition(".")[0] for _, _, rest in paths)}
+    prefix = f"{paths[0][0]}."
+    left = sorted(
+        name
+        for name in names
+        if (name.removeprefix(prefix).partition(".")[0] in inside and not name.endswith(family.left_over))
+        or any(part.startswith("lora_") for part in name.split("."))
+    )
+    if left:
+        raise FedbenchError(
+            f"{folder} holds {left[0]!r} ({len(left)} such tensors), which config.json gives the model no place for; "
+            "merge adapters into the weights, or correct config.json"
+        )

@@ -1,0 +1,174 @@
+"""What makes numbers of an FM's inputs: its tokenizer, or its image settings, read from its folder and checked.
+
+Both decide a result as much as the weights do, and both are easily lost: transformers makes up a tokenizer of special
+tokens alone where a vocabulary is missing. What cannot belong to the model is refused, what looks odd is noted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fedbench.errors import FedbenchError
+
+if TYPE_CHECKING:
+    from fedbench.models import ModelSpec
+
+VOCABULARIES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
+"""Files that hold a vocabulary: one of these sets has to be whole."""
+SMALLEST_SHARE = 0.5
+"""A tokenizer with fewer tokens than this share of the model's embeddings is another model's."""
+UNKNOWN_NOTED = 0.05
+"""Share of unknown tokens in the data from which on the notes say so."""
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """What an image model expects: square images of `size` pixels, [channels, size, size], (x - mean) / std.
+
+    resample: how images are brought to that size, as torchvision calls it.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: int
+    resample: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+
+
+def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
+    """The tokenizer in a checkpoint's folder, which has to be one of a model with that many token embeddings.
+
+    Raises FedbenchError where there is no vocabulary, where its size or a token's number does not fit the model, where
+    a special token is missing, and where rows do not begin with a special token, which is what a head reads.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    files = {path.name for path in folder.iterdir()}
+    if not any(files.issuperset(names) for names in VOCABULARIES):
+        known = ", ".join(" with ".join(names) for names in VOCABULARIES)
+        raise FedbenchError(f"{folder} has no vocabulary: it lacks {known}; add the files of the model's tokenizer")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config = AutoConfig.for_model(spec.model_type, **spec.config)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
+        vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    except Exception as error:  # transformers and tokenizers raise many kinds for files that are not what they seem
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise FedbenchError(f"{folder} has no tokenizer that can be read ({why}); fetch its files again") from None
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    if not set(vocabulary) - special:
+        raise FedbenchError(f"{folder}: the vocabulary holds special tokens alone; fetch the tokenizer's files again")
+    if (largest := max(vocabulary.values())) >= embeddings or len(vocabulary) < SMALLEST_SHARE * embeddings:
+        raise FedbenchError(
+            f"{folder}: the tokenizer has {len(vocabulary)} tokens up to number {largest}, the model has embeddings of "
+            f"{embeddings}; they belong to different models"
+        )
+    for role, token in (
+        ("padding", tokenizer.pad_token_id),
+        ("unknown words", tokenizer.unk_token_id),
+        ("the start of a row", tokenizer.cls_token_id),
+        ("the end of a segment", tokenizer.sep_token_id),
+    ):
+        if token is None or token not in vocabulary.values():
+            raise FedbenchError(f"{folder}: the tokenizer has no token for {role}; complete its files")
+    if spec.family.position_offset == "after padding token" and tokenizer.pad_token_id != spec.config["pad_token_id"]:
+        raise FedbenchError(
+            f"{folder}: the model counts positions from padding token {spec.config['pad_token_id']}, the tokenizer "
+            f"pads with {tokenizer.pad_token_id}; they belong to different models"
+        )
+    row = tokenizer("a")["input_ids"]
+    if len(row) < 3 or row[0] != tokenizer.cls_token_id or row[-1] != tokenizer.sep_token_id:
+        raise FedbenchError(
+            f"{folder}: the tokenizer puts no {tokenizer.cls_token} and {tokenizer.sep_token} around a row, which the "
+            "model was trained with; complete its files"
+        )
+    return tokenizer
+
+
+def unknown_tokens(tokenizer: Any, rows: Sequence[np.ndarray]) -> str | None:
+    """A note where more than `UNKNOWN_NOTED` of the tokens of `rows` are unknown to the tokenizer."""
+    tokens = np.concatenate(rows)
+    other = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
+    words = tokens[~np.isin(tokens, other)]
+    share = float((words == tokenizer.unk_token_id).mean()) if len(words) else 0.0
+    if share <= UNKNOWN_NOTED:
+        return None
+    return f"{share:.0%} of the tokens are unknown to the tokenizer; see that it is the model's and of this language"
+
+
+_RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, which checkpoints use, and torchvision's names."""
+_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+_EXPLICIT = ("size", "image_mean", "image_std", "resample", "do_center_crop")
+
+
+def read_image_processor(path: Path, spec: ModelSpec) -> ImageProcessor:
+    """Image size and normalisation from the checkpoint's processor; the family's defaults where it has none.
+
+    Raises FedbenchError for a processor that does other things than resizing to a square, scaling to 0..1 and
+    normalising, and for values that no image can be normalised with.
+    """
+    settings: Any = {}
+    if path.exists():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FedbenchError(f"cannot read {path}: {error}; fetch it again") from None
+    if not isinstance(settings, dict):
+        raise FedbenchError(f"{path} holds no JSON object; fetch it again")
+    settings = {key: value for key, value in settings.items() if value is not None}  # null stands for the default
+    kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViT")
+    if not kind.startswith("ViT") and (unsaid := [key for key in _EXPLICIT if key not in settings]):
+        raise FedbenchError(f"{path} is of a {kind}, whose defaults may differ; set {unsaid[0]} in it")
+    expected, channels = int(spec.config.get("image_size", 224)), int(spec.config.get("num_channels", 3))
+    size = settings.get("size", expected)
+    if isinstance(size, dict):
+        sides = [size.get("height"), size.get("width")]
+    else:
+        sides = list(size) if isinstance(size, list) else [size]
+    if any(side != expected for side in sides) or not sides:
+        raise FedbenchError(
+            f"{path} asks for images of size {size}, the model takes {expected} x {expected}; "
+            "set size to that, a square"
+        )
+    resample = settings.get("resample", 2)
+    other = [key for key, value in settings.items() if key.startswith("do_") and key not in _STEPS and value]
+    other += [key for key in ("crop_pct",) if settings.get(key)]
+    skipped = [key for key in ("do_resize", "do_rescale") if not settings.get(key, True)]
+    scaled = settings.get("rescale_factor", 1 / 255)
+    if other or skipped or not _is(scaled, 1 / 255) or isinstance(resample, (list, dict)) or resample not in _RESAMPLE:
+        asked = [f"{key} {settings[key]}".lower() for key in (*other, *skipped)]
+        asked += [] if _is(scaled, 1 / 255) else [f"rescale_factor {scaled}"]
+        asked = asked or [f"resample {resample}"]
+        raise FedbenchError(
+            f"{path} asks for {', '.join(asked)}; supported are resizing to a square by "
+            f"{', '.join(_RESAMPLE.values())} ({', '.join(map(str, _RESAMPLE))}) and scaling 8 bits to 0..1"
+        )
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if settings.get("do_normalize", True):
+        mean, std = (_each(path, key, settings.get(key, 0.5), channels) for key in ("image_mean", "image_std"))
+    if min(std) <= 0:
+        raise FedbenchError(f"{path}: image_std is {settings['image_std']}; a deviation has to be above 0")
+    return ImageProcessor(expected, mean, std, channels, _RESAMPLE[resample])
+
+
+def _is(value: Any, expected: float) -> bool:
+    return isinstance(value, (int, float)) and math.isclose(value, expected, rel_tol=1e-6)
+
+
+def _each(path: Path, key: str, value: Any, channels: int) -> tuple[float, ...]:
+    """A mean or deviation of each channel; a single number is that of all."""
+    values = value if isinstance(value, list) else [value] * channels
+    if len(values) != channels or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+        raise FedbenchError(f"{path}: {key} is {value}, expected {channels} numbers, one a channel")
+    return tuple(map(float, values))
