@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedbench.errors import FedbenchError
+from fedbench.errors import FedbenchError, one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fedbench.engine import RunRequest
     from fedbench.records import Record
@@ -37,25 +40,69 @@ app = typer.Typer(
     ),
 )
 
+
+def _given(option: str) -> Callable[[str], str]:
+    """A parser of text that may not be empty, as it is where a shell's variable is not set."""
+
+    def parse(text: str) -> str:
+        if not text.strip():
+            raise FedbenchError(f"{option}: an empty value; leave the option out for its default")
+        return text
+
+    return parse
+
+
+def _folder(option: str) -> Callable[[str], Path]:
+    """A parser of a folder, which may be one yet to be made."""
+
+    def parse(text: str | Path) -> Path:  # typer parses defaults too
+        path = text if isinstance(text, Path) else Path(_given(option)(text))
+        if path.exists() and not path.is_dir():
+            raise FedbenchError(f"{option} {path}: a file is there, not a folder; name a folder")
+        return path
+
+    return parse
+
+
 Plugins = Annotated[
     list[str] | None,
-    typer.Option("--plugin", metavar="FILE|DIR|MODULE", help="Methods or scenarios of your own; may be repeated."),
+    typer.Option(
+        "--plugin",
+        metavar="FILE|DIR|MODULE",
+        parser=_given("--plugin"),
+        help="Methods or scenarios of your own; may be repeated.",
+    ),
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", metavar="DIR", help="Folder with data sets on disk; also [bold]$FEDBENCH_DATA[/bold]."),
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        parser=_folder("--data-dir"),
+        help="Folder with data sets on disk; also [bold]$FEDBENCH_DATA[/bold].",
+    ),
 ]
 CacheDir = Annotated[
     Path | None,
-    typer.Option("--cache", metavar="DIR", help="Folder for what is reused; also [bold]$FEDBENCH_CACHE[/bold]."),
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        parser=_folder("--cache"),
+        help="Folder for what is reused; also [bold]$FEDBENCH_CACHE[/bold].",
+    ),
+]
+Results = Annotated[
+    Path, typer.Option("--results", metavar="DIR", parser=_folder("--results"), help="Where the records go.")
 ]
 FM = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|ID|PATH",
+        parser=_given("--fm"),
         help="Foundation model: a name, a hub id or a folder with a checkpoint; default: the scenario's.",
     ),
 ]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random stream.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one.")]
 Settings = Annotated[
     list[str] | None,
@@ -119,14 +166,40 @@ PrecisionOption = Annotated[
 
 
 def main() -> None:
-    """Entry point: bad input ends in one line and exit code 2."""
+    """Entry point: bad input ends in one line and exit code 2, a reader that has gone (`head`) in silence and 141."""
     # Read when torch is loaded. Threads that spin while they wait make a busy machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # ± on a terminal that knows ASCII alone
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what fails here would fail when the interpreter ends, where nothing can answer it
     except FedbenchError as error:
-        print(f"fedbench: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error))
+    except BrokenPipeError:
+        _leave_quietly()
+    except OSError as error:
+        _stop(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # answered by rich or click, with exit code 1
+            _leave_quietly()
+        raise
+
+
+def _stop(message: str) -> None:
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    print(f"fedbench: {printable(line)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _leave_quietly() -> None:
+    """End as a program does whose output is no longer read: 128 and the number of SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _version(wanted: bool) -> None:
@@ -151,14 +224,14 @@ def run_command(
     method: Annotated[str, typer.Option(help="Name of a method; see [bold]fedbench list methods[/bold].")],
     scenario: Annotated[str, typer.Option(help="Name of a scenario; see [bold]fedbench list scenarios[/bold].")],
     fm: FM = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random stream.")] = 0,
+    seed: Seed = 0,
     rounds: Rounds = None,
     settings: Settings = None,
     profile: Profile = None,
     device: Device = "auto",
     precision: PrecisionOption = Precision.auto,
     data_dir: DataDir = None,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where the record goes.")] = Path("runs"),
+    results: Results = Path("runs"),
     cache: CacheDir = None,
     plugin: Plugins = None,
     executor: Annotated[
@@ -193,7 +266,7 @@ def run_command(
         )  # fmt: skip
         prepared = engine.prepare(request)
     for note in prepared.notes:
-        console.print(note, style="dim", highlight=False, markup=False)
+        console.print(printable(note), style="dim", highlight=False, markup=False)
     path = records.record_path(results / "records", prepared.scenario.name, method, seed, prepared.key)
     before = records.load(path) if path.exists() else None
     try:
@@ -203,7 +276,7 @@ def run_command(
         console.print("stopped; the same command goes on after the last finished round")
         raise typer.Exit(130) from None
     console.print(report.summary(record))
-    console.print(f"record: {path}", highlight=False, soft_wrap=True)
+    console.print(printable(f"record: {path}"), highlight=False, markup=False, soft_wrap=True)
     if before is not None and before.status == "complete":
         different = records.differences(before, record)
         if different:
@@ -266,7 +339,7 @@ def show_command(
 
         path, split = registry.find_scenario(name)
         found = load_scenario(path, split, profile, given)
-        console.print(f"[bold]{name}[/bold]  {found.title}\n{path}", highlight=False, soft_wrap=True)
+        console.print(_headline(name, printable(f"{found.title}\n{path}", but="\n")), soft_wrap=True)
         console.print(_settings_table(found.provenance()))
     elif name in FMS or fm_folder(name):
         _show_fm(console, name, FMS.get(name, "a checkpoint in a folder"))
@@ -280,15 +353,19 @@ def grid_command(
     grid: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A grid of scenarios/grids, or a TOML file.")],
     methods: Annotated[str | None, typer.Option(metavar="A,B", help="Only these methods.")] = None,
     scenarios: Annotated[str | None, typer.Option(metavar="A,B", help="Only these scenarios.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the grid's own.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Seeds 0 to N-1 instead of the grid's own.")
+    ] = None,
     fm: Annotated[
         str | None,
-        typer.Option(metavar="NAME|ID|PATH", help="Run every cell once, at this FM instead of the grid's."),
+        typer.Option(
+            metavar="NAME|ID|PATH", parser=_given("--fm"), help="Run every cell once, at this FM instead of the grid's."
+        ),
     ] = None,
     device: Device = "auto",
     precision: PrecisionOption = Precision.auto,
     data_dir: DataDir = None,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where the records go.")] = Path("runs"),
+    results: Results = Path("runs"),
     cache: CacheDir = None,
     profile: Profile = None,
     plugin: Plugins = None,
@@ -315,7 +392,8 @@ def grid_command(
         console.print("    another process is at it; looked at again later", highlight=False, markup=False)
 
     def after(index: int, outcome: Outcome) -> None:
-        console.print(f"    {outcome.status}{_score(outcome.record)}", highlight=False, markup=False, soft_wrap=True)
+        text = printable(f"    {outcome.status}{_score(outcome.record)}")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     try:
         with ConsoleProgress(console) as progress:
@@ -349,7 +427,9 @@ def table_command(
     scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario; may be repeated.")] = None,
     fm: Annotated[
         str | None,
-        typer.Option(metavar="NAME|ID|PATH", help="Only records of this FM, instead of the grid's."),
+        typer.Option(
+            metavar="NAME|ID|PATH", parser=_given("--fm"), help="Only records of this FM, instead of the grid's."
+        ),
     ] = None,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
@@ -390,14 +470,14 @@ def gradient_command(
     method: Annotated[list[str], typer.Option(help="A method with a proxy; may be repeated.")],
     scenario: Annotated[str, typer.Option(help="Name of a scenario; see [bold]fedbench list scenarios[/bold].")],
     fm: FM = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random stream.")] = 0,
+    seed: Seed = 0,
     rounds: Rounds = None,
     settings: Settings = None,
     profile: Profile = None,
     device: Device = "auto",
     precision: PrecisionOption = Precision.auto,
     data_dir: DataDir = None,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where tables, picture and numbers go.")] = Path("runs"),
+    results: Results = Path("runs"),
     cache: CacheDir = None,
     plugin: Plugins = None,
     workers: Workers = None,
@@ -426,7 +506,7 @@ def gradient_command(
         )  # fmt: skip
         prepared = [engine.prepare(asked(method=name)) for name in dict.fromkeys(method)]
     for note in prepared[0].notes:
-        console.print(note, style="dim", highlight=False, markup=False)
+        console.print(printable(note), style="dim", highlight=False, markup=False)
     try:
         with ConsoleProgress(console) as progress:
             studies = study.study(prepared, progress)
@@ -435,7 +515,8 @@ def gradient_command(
         raise typer.Exit(130) from None
     path = study_report.save(studies, results)
     console.print(study_report.terminal(studies))
-    console.print(f"tables: {path}; picture: {path.with_suffix('.png').name}", highlight=False, soft_wrap=True)
+    about = printable(f"tables: {path}; picture: {path.with_suffix('.png').name}")
+    console.print(about, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("check")
@@ -446,21 +527,25 @@ def check_command(
     data_dir: DataDir = None,
     plugin: Plugins = None,
 ) -> None:
-    """Run the contract suite on a method: same seed same record, resume, and both sides in processes of their own."""
+    """Run the contract suite on a method: it trains and learns, a seed gives one record, both sides can be apart."""
     from fedbench.registry import Registry
 
     registry = Registry(tuple(plugin or ()))
     registry.find_method(method)
     registry.find_scenario(scenario)
-    from fedbench.testing import check_method
+    from fedbench.testing import CheckResult, check_method
 
     console = _console()
-    results = check_method(method, tuple(plugin or ()), scenario=scenario, fm=fm, data_dir=data_dir)
-    for result in results:
+
+    def show(result: CheckResult) -> None:
         mark = "[green]ok[/green]  " if result.ok else "[red]fails[/red]"
         console.print(mark, result.name, highlight=False, soft_wrap=True)
         if result.detail:
-            console.print(f"      {result.detail}", style="dim", highlight=False, markup=False, soft_wrap=True)
+            detail = printable(result.detail, but="\n")
+            console.print(f"      {detail}", style="dim", highlight=False, markup=False, soft_wrap=True)
+        sys.stdout.flush()  # a clause takes seconds, and a pipe is buffered
+
+    results = check_method(method, tuple(plugin or ()), scenario=scenario, fm=fm, data_dir=data_dir, report=show)
     broken = sum(not result.ok for result in results)
     console.print(f"{method} on {scenario}: {len(results) - broken} of {len(results)} clauses hold", highlight=False)
     if broken:
@@ -470,7 +555,7 @@ def check_command(
 @app.command("export", epilog="Example: fedbench export runs/records/tweets-noniid/fedpft/s0-….json adapter")
 def export_command(
     record: Annotated[Path, typer.Argument(metavar="RECORD", help="The record of a run, a JSON file.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the adapter goes.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", parser=_folder("DIR"), help="Where the adapter goes.")],
     cache: CacheDir = None,
     fm: Annotated[
         str | None, typer.Option(metavar="PATH", help="The folder of the run's FM, where it was given as one.")
@@ -493,11 +578,13 @@ def export_command(
 @app.command("doctor")
 def doctor_command(data_dir: DataDir = None, cache: CacheDir = None) -> None:
     """Say what this machine has: device, bf16, caches, data and models found, hub reachable."""
+    from rich.text import Text
+
     from fedbench.doctor import facts
 
     table = _grid("what", "found")
     for name, found in facts(data_dir, cache):
-        table.add_row(name, found)
+        table.add_row(Text(name), Text(printable(found)))
     _console().print(table)
 
 
@@ -528,13 +615,20 @@ def _grid(*columns: str) -> Table:
     return table
 
 
+def _headline(name: str, text: str) -> Text:
+    from rich.text import Text
+
+    return Text.assemble((name, "bold"), f"  {text}")
+
+
 def _listing(title: str, rows: list[tuple[str, str, str, bool]]) -> Table:
     from rich.text import Text
 
     table = _grid(title, "", "")
     for name, text, origin, broken in rows:
         origin = "" if origin == "fedbench" else origin
-        table.add_row(name, Text(text, style="red" if broken else ""), Text(origin, style="dim"))
+        shown = Text(printable(text), style="red" if broken else "")
+        table.add_row(Text(name), shown, Text(printable(origin), style="dim"))
     return table
 
 
@@ -543,7 +637,7 @@ def _settings_table(settings: dict[str, tuple[Any, str]]) -> Table:
 
     table = _grid("setting", "value", "from")
     for key, (value, source) in settings.items():
-        table.add_row(Text(key), Text(str(value)), Text(source, style="dim"))
+        table.add_row(Text(printable(key)), Text(printable(str(value))), Text(printable(source), style="dim"))
     return table
 
 
@@ -562,6 +656,8 @@ def _pairs(settings: list[str] | None, rounds: int | None) -> dict[str, str]:
         key, equals, value = setting.partition("=")
         if not equals or not key.strip():
             raise FedbenchError(f"--set {setting}: write it as key=value")
+        if key.strip() in pairs:
+            raise FedbenchError(f"--set {key.strip()}: given twice; give it once")
         pairs[key.strip()] = value.strip()
     if rounds is not None:
         if pairs.keys() & {"rounds", "federation.rounds"}:
@@ -572,13 +668,18 @@ def _pairs(settings: list[str] | None, rounds: int | None) -> dict[str, str]:
 
 def _request(*, rounds: int | None, settings: list[str] | None, plugins: list[str] | None, **rest: Any) -> RunRequest:
     from fedbench.engine import RunRequest
+    from fedbench.grid import LARGEST_SEED
 
+    if rest["seed"] > LARGEST_SEED:
+        raise FedbenchError(f"--seed {rest['seed']}: too large; use at most {LARGEST_SEED}")
     return RunRequest(settings=_pairs(settings, rounds), plugins=tuple(plugins or ()), **rest)
 
 
 def _show_fm(console: Console, name: str, description: str) -> None:
     """Print what a foundation model is and where it came from; this loads it."""
-    console.print(f"[bold]{name}[/bold]  {description}", highlight=False, soft_wrap=True)
+    from rich.text import Text
+
+    console.print(_headline(printable(name), description), soft_wrap=True)
     from fedbench.engine import cache_folder
     from fedbench.foundation import load_fm
 
@@ -595,7 +696,7 @@ def _show_fm(console: Console, name: str, description: str) -> None:
         **fm.provenance,
     }
     for key, value in rows.items():
-        table.add_row(key, str(value))
+        table.add_row(key, Text(printable(str(value))))
     console.print(table)
 
 
@@ -606,8 +707,6 @@ def _names(text: str | None) -> list[str]:
 
 def _score(record: Record) -> str:
     """What came of a grid's cell, in a few words."""
-    from fedbench.formats import one_line
-
     if record.error:
         return one_line(f": {record.error['type']}: {record.error['message']}")
     plug_in = record.accuracy.get("plug_in")
@@ -626,13 +725,13 @@ def _show_method(
     from fedbench.scenario import load_scenario
 
     entry, kind = registry.find_method(name), registry.load_method(name)
-    console.print(f"[bold]{name}[/bold]  version {kind.version}, of {entry.origin}", highlight=False, soft_wrap=True)
+    console.print(_headline(name, printable(f"version {kind.version}, of {entry.origin}")), soft_wrap=True)
     fields = kind.model_fields
     # The class describes the method, the bases that declare hyper-parameters describe those.
     described = [c for c in kind.__mro__ if c is kind or (set(vars(c).get("__annotations__", ())) & set(fields))]
     for owner in described:
         if owner.__doc__:
-            console.print(cleandoc(owner.__doc__) + "\n", highlight=False, markup=False)
+            console.print(printable(cleandoc(owner.__doc__), but="\n") + "\n", highlight=False, markup=False)
     mine, rest = split_settings(given, list(fields), name)
     values: dict[str, Any] = {}
     sources = dict.fromkeys(fields, "default")
@@ -642,7 +741,7 @@ def _show_method(
         for field, (value, table) in scenario_settings(kind, found).items():
             values[field], sources[field] = value, f"{path.name} [methods.{table}]"
     elif rest:
-        raise FedbenchError(f"--set {next(iter(rest))}: {name} has no such hyper-parameter; it has {', '.join(fields)}")
+        raise FedbenchError(f"--set {next(iter(rest))}: a setting of scenarios; name one with --scenario")
     values |= parse_values(mine)
     sources |= dict.fromkeys(mine, "--set")
     method = make_method(kind, values, RunRequest(method=name, scenario=scenario or "the command line"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def _folders(data_dir: Path | None, cache: Path | None) -> Iterator[tuple[str, s
         where = "--data-dir or FEDBENCH_DATA, the hub or its cache"
         yield "data", f"no folder given; all scenarios but tweets-* and digits-* need {where}"
         return
-    inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    try:
+        inside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        yield "data", f"{folder}: cannot be read: {error.strerror}"
+        return
     yield "data", f"{folder}: {', '.join(inside)}" if inside else f"{folder}: no such folder, or nothing in it"
 
 
@@ -69,4 +74,9 @@ def _describe(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}, not made yet"
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return f"{folder}, {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB"
+    sizes = []
+    for path in files:
+        with suppress(FileNotFoundError):  # a run may be tidying up
+            sizes.append(path.stat().st_size)
+    written = "" if os.access(folder, os.W_OK) else "; it cannot be written to"
+    return f"{folder}, {len(sizes)} files, {sum(sizes) / 1e6:.0f} MB{written}"

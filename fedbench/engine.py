@@ -42,9 +42,9 @@ from fedbench.packing import packing
 from fedbench.partition import Partition, partition
 from fedbench.processors import unknown_tokens
 from fedbench.records import SCHEMA, Record, record_key, save
-from fedbench.registry import Registry
+from fedbench.registry import Registry, nearest
 from fedbench.rng import Streams
-from fedbench.scenario import DatasetSettings, PublicSettings, Scenario, load_scenario
+from fedbench.scenario import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake
 from fedbench.sources import data_folder
 from fedbench.training import execute, execute_all, has_dropout, most_tokens, step_flops
 from fedbench.transport import SETUP_KINDS, Bounds, Ledger, Transport
@@ -215,22 +215,28 @@ def split_settings(
     """Sort `--set` pairs into the scenario's and the method's.
 
     A hyper-parameter's name, bare or behind `method.`, is the method's; `rounds` is short for federation.rounds;
-    what is left has to be a dotted key of the scenario.
+    what is left has to be a dotted key of the scenario. Raises FedbenchError for a name that is neither, and for
+    two names of one setting.
     """
     mine: dict[str, str] = {}
     scenario: dict[str, str] = {}
     for key, value in settings.items():
         bare = key.removeprefix("method.").removeprefix(f"methods.{method}.").replace("-", "_")
+        whole = "federation.rounds" if key == "rounds" else key
         if bare in fields:
-            mine[bare] = value
-        elif key == "rounds":
-            scenario["federation.rounds"] = value
+            name, side = bare, mine
+        elif whole in KEYS or whole.startswith("methods."):
+            name, side = whole, scenario
         elif key.startswith("method."):
-            raise FedbenchError(
-                f"--set {key}: {method} has no such hyper-parameter; it has {', '.join(sorted(fields))}"
-            )
+            raise FedbenchError(f"--set {key}: {method} has no such hyper-parameter; {nearest(bare, fields)}")
         else:
-            scenario[key] = value
+            raise FedbenchError(
+                f"--set {key}: {method} has no such hyper-parameter, and scenarios have no such setting; "
+                f"{nearest(key, [*fields, *KEYS])}"
+            )
+        if name in side:
+            raise FedbenchError(f"--set {key}: {name} is set twice; set it once")
+        side[name] = value
     return mine, scenario
 
 
@@ -316,7 +322,7 @@ def parse_values(settings: Mapping[str, str]) -> dict[str, Any]:
     for key, text in settings.items():
         try:
             out[key] = None if text.lower() in ("none", "null") else json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # of a number of thousands of digits, and of as many brackets
             out[key] = text
     return out
 
@@ -328,13 +334,13 @@ def make_method(kind: type[Method], settings: Mapping[str, Any], request: RunReq
     try:
         return kind(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        known = ", ".join(kind.model_fields)
-        raise FedbenchError(
-            f"{request.scenario}: hyper-parameter {name!r} of {request.method}: {first['msg'].lower()}; "
-            f"it takes {known}"
-        ) from None
+        wrong = mistake(error)
+        name = wrong.place[0] if wrong.place else ""
+        if wrong.unknown:
+            message = f"no such hyper-parameter; {nearest(name, kind.model_fields)}"
+        else:
+            message = f"{wrong.message}; it takes {', '.join(kind.model_fields)}"
+        raise FedbenchError(f"{request.scenario}: hyper-parameter {name!r} of {request.method}: {message}") from None
 
 
 class Stopwatch:

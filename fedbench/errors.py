@@ -1,4 +1,8 @@
-"""Errors a user can act on."""
+"""Errors a user can act on, and text of others made fit for a terminal."""
+
+from __future__ import annotations
+
+import re
 
 
 class FedbenchError(Exception):
@@ -22,3 +26,18 @@ class DivergedError(FedbenchError):
 
 class ClaimedError(FedbenchError):
     """Another process is at the same run."""
+
+
+def printable(text: str, but: str = "") -> str:
+    """`text` with every character that a terminal would act on, those in `but` excepted, written as its escape.
+
+    That is control characters, and those that reorder or hide others.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in but else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: object) -> str:
+    """`text` as it can be shown anywhere: printable, and on one line."""
+    return printable(re.sub(r"\s", " ", str(text)))

@@ -32,16 +32,3 @@ def p_value(p: float) -> str:
 
 def seeds_text(n: int) -> str:
     return f"{n} seed" + ("" if n == 1 else "s")
-
-
-def one_line(text: object) -> str:
-    """`text` as it can be shown anywhere: on one line, and what no terminal should be sent as an escape (\\x1b).
-
-    That is control characters, and those that reorder or hide others.
-    """
-    shown = str(text)
-    if shown.isprintable():
-        return shown
-    return "".join(
-        c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode("ascii") for c in shown
-    )

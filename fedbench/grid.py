@@ -37,7 +37,6 @@ import itertools
 import json
 import sys
 import time
-import tomllib
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,11 +51,18 @@ from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.files import try_folder
 from fedbench.fms import fm_label
 from fedbench.records import SCHEMA, Record, load, record_key, record_path, save
-from fedbench.registry import nearest
+from fedbench.registry import bad_name, nearest
+from fedbench.scenario import mistake, read_toml
 
 Status = Literal["skipped", "complete", "failed"]
 WAIT = 2.0
 """Seconds between two looks at cells that other processes are at."""
+
+MOST_SEEDS = 10_000
+"""Seeds that a number may stand for."""
+
+LARGEST_SEED = 2**63 - 1
+"""Tables hold seeds as 64-bit integers."""
 
 
 class Overrides(BaseModel):
@@ -124,7 +130,11 @@ class Grid(BaseModel):
     @classmethod
     def _counted(cls, seeds: Any) -> Any:
         """A number N stands for the seeds 0 to N-1."""
-        return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+        if not isinstance(seeds, int) or isinstance(seeds, bool):
+            return seeds
+        if seeds > MOST_SEEDS:
+            raise ValueError(f"{seeds} seeds are more than {MOST_SEEDS}; list those to run")
+        return list(range(seeds))
 
     @field_validator("methods", "scenarios", "seeds", "fms", "variants")
     @classmethod
@@ -133,9 +143,18 @@ class Grid(BaseModel):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise ValueError(f"{name!r} is there twice")
-        if any(isinstance(value, int) and value < 0 for value in values):
-            raise ValueError("seeds are 0 or larger")
+        if any(isinstance(value, int) and not 0 <= value <= LARGEST_SEED for value in values):
+            raise ValueError(f"seeds are 0 or larger, up to {LARGEST_SEED}")
         return values
+
+    @field_validator("methods", "scenarios")
+    @classmethod
+    def _named(cls, names: list[str]) -> list[str]:
+        """They become folders of records, those of cells that fail among them."""
+        for name in names:
+            if why := bad_name(name):
+                raise ValueError(why)
+        return names
 
     def only(
         self,
@@ -386,23 +405,16 @@ def load_grid(name: str) -> Grid:
             raise FedbenchError(f"there is no grid {name!r}; {nearest(name, known)}; or give a .toml file")
         path = known[name]
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FedbenchError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise FedbenchError(f"{path}: not TOML: {error}") from None
-    try:
-        grid = Grid.model_validate(content)
+        grid = Grid.model_validate(read_toml(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])).rstrip(".")
-        extra = ""
-        if first["type"] == "extra_forbidden":
-            table = first["loc"][0] if len(first["loc"]) > 1 else ""
-            inner: dict[Any, type[BaseModel]] = {"overrides": Overrides, "variants": Variant, "reported": Reported}
-            extra = f"; {nearest(str(first['loc'][-1]), inner.get(table, Grid).model_fields)}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise FedbenchError(f"{path}: {place}: {message[0].lower()}{message[1:]}{extra}") from None
+        wrong = mistake(error)
+        place = ".".join(wrong.place).rstrip(".")
+        message = wrong.message
+        if wrong.unknown:
+            table = wrong.place[0] if len(wrong.place) > 1 else ""
+            inner: dict[str, type[BaseModel]] = {"overrides": Overrides, "variants": Variant, "reported": Reported}
+            message = f"unknown field; {nearest(wrong.place[-1], inner.get(table, Grid).model_fields)}"
+        raise FedbenchError(f"{path}: {place}: {message}") from None
     for entry in grid.overrides:
         _known(f"{path}: overrides", entry.methods or (), grid.methods)
         _known(f"{path}: overrides", entry.scenarios or (), grid.scenarios)

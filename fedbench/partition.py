@@ -14,6 +14,18 @@ from fedbench.scenario import SplitSettings
 TRIES = 1000
 """Draws of a random split before its minimum size is called unreachable."""
 
+HOPELESS = ((16, 60.0), (64, 36.0), (200, 30.0))
+"""(draws, clients left too small in the mean of those): where the draws that are left to try cannot help.
+
+Sizes that sum to a constant are negatively associated, so where m clients are too small on average, a draw leaves none
+with a probability of at most exp(-m) (Joag-Dev & Proschan 1983), and the count varies by at most sqrt(m). With m
+estimated from that many draws, less four deviations of the estimate, all TRIES together have a chance below 1e-9.
+"""
+
+
+SHARDS_PER_ROW = 10
+"""Most shards for each row: beyond that nearly all are empty, and drawing them takes the machine's memory."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -59,8 +71,8 @@ class Partition:
 def partition(labels: np.ndarray, split: SplitSettings, rng: np.random.Generator) -> Partition:
     """Divide rows with these labels [n] as `split` says.
 
-    Random kinds are drawn anew until every client has `min_size` rows. Raises FedbenchError if that cannot be, or was
-    not reached in TRIES draws.
+    Random kinds are drawn anew until every client has `min_size` rows. Raises FedbenchError if that cannot be, was not
+    reached in TRIES draws, or is out of reach as the first draws went.
     """
     n, clients = len(labels), split.clients
     if n < clients * split.min_size:
@@ -68,20 +80,32 @@ def partition(labels: np.ndarray, split: SplitSettings, rng: np.random.Generator
             f"split: {clients} clients with at least {split.min_size} rows each need {clients * split.min_size} rows, "
             f"there are {n}; lower split.clients or split.min_size"
         )
+    shards = clients * split.shards_per_client
+    if split.kind == "shards" and shards > SHARDS_PER_ROW * n:
+        raise FedbenchError(
+            f"split: {clients} clients with {split.shards_per_client} shards each need {shards} shards, there are {n} "
+            "rows to cut; lower split.shards_per_client"
+        )
+    lacking = 0
     for attempt in range(1, TRIES + 1):
         owner = _KINDS[split.kind](labels, split, rng)
-        if np.bincount(owner, minlength=clients).min() >= split.min_size:
+        short = int((np.bincount(owner, minlength=clients) < split.min_size).sum())
+        if not short:
             order = np.argsort(owner, kind="stable")
             bounds = np.searchsorted(owner[order], np.arange(1, clients))
             return Partition(tuple(np.split(order, bounds)), attempt)
+        lacking += short
+        if any(attempt == draws and lacking / attempt > most for draws, most in HOPELESS):
+            break
     about, fix = (
         (f"{split.shards_per_client} shards a client", "change split.shards_per_client")
         if split.kind == "shards"
         else (f"alpha {split.alpha}", "raise split.alpha")
     )
     raise FedbenchError(
-        f"split: {TRIES} draws of {split.kind} ({about}) over {clients} clients never gave every client "
-        f"{split.min_size} rows; {fix}, or lower split.clients or split.min_size"
+        f"split: {attempt} draws of {split.kind} ({about}) over {clients} clients never gave every client "
+        f"{split.min_size} rows, {lacking / attempt:.0f} had fewer on average; {fix}, or lower split.clients or "
+        "split.min_size"
     )
 
 
@@ -92,7 +116,7 @@ def _cut(rows: np.ndarray, shares: np.ndarray, owner: np.ndarray) -> None:
     a row more. Over a hundred classes that adds up, so sets with few rows a class use `dirichlet-clients`.
     """
     bounds = (np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
-    owner[rows] = np.searchsorted(bounds, np.arange(len(rows)), side="right")
+    owner[rows] = np.repeat(np.arange(len(shares)), np.diff(bounds, prepend=0, append=len(rows)))
 
 
 def _iid(labels: np.ndarray, split: SplitSettings, rng: np.random.Generator) -> np.ndarray:
@@ -104,7 +128,7 @@ def _iid(labels: np.ndarray, split: SplitSettings, rng: np.random.Generator) -> 
 def _dirichlet(labels: np.ndarray, split: SplitSettings, rng: np.random.Generator) -> np.ndarray:
     """Each class is cut over all clients by one Dirichlet draw (Yurochkin et al. 2019)."""
     owner = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
+    for label in np.flatnonzero(np.bincount(labels)):
         rows = rng.permutation(np.flatnonzero(labels == label))
         _cut(rows, rng.dirichlet(np.full(split.clients, split.alpha)), owner)
     return owner

@@ -41,9 +41,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedbench.blocks import BLOCKS, Rounds
-from fedbench.errors import FedbenchError
+from fedbench.errors import FedbenchError, one_line
 from fedbench.files import write_text
-from fedbench.formats import one_line
 
 SCHEMA = 2
 READABLE = (1, 2)

@@ -3,9 +3,9 @@
 Built in: every file of `methods/` and `scenarios/`. Entry points: the groups `fedbench.methods` (a Method class)
 and `fedbench.scenarios` (a TOML file inside a package, `package:file.toml`). `--plugin`: a file, a folder or a module.
 
-A name is a file stem, or an entry point's key, with `_` written as `-`; a scenario's name ends in the name of its
-split. Discovery parses and never imports, so it neither loads torch nor fails on a broken plugin; `load_method`
-imports.
+A method is called what its class says, `name: ClassVar[str] = "..."`; a file in which no class says so goes by its stem
+with `_` written as `-`, an entry point by its key. A scenario's name is its file's stem and the name of its split.
+Discovery parses and never imports, so it neither loads torch nor fails on a broken plugin; `load_method` imports.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedbench.errors import FedbenchError
+from fedbench.errors import FedbenchError, printable
 
 if TYPE_CHECKING:
     from fedbench.api import Method
@@ -76,11 +76,14 @@ class Registry:
     def __init__(self, plugins: Sequence[str] = ()) -> None:
         methods: dict[str, MethodEntry] = {}
         scenarios: dict[str, ScenarioEntry] = {}
-        for entry in chain(_built_in(), _entry_points(), *map(_given, plugins)):
-            if isinstance(entry, MethodEntry):
-                _add(methods, entry)
-            else:
-                _add(scenarios, entry)
+        self._brought: dict[str, list[str]] = {}
+        for entry in chain(_built_in(), _entry_points()):
+            _add(methods, entry) if isinstance(entry, MethodEntry) else _add(scenarios, entry)
+        for plugin in plugins:
+            names = self._brought.setdefault(plugin, [])
+            for entry in _given(plugin):
+                names.append(entry.name)
+                _add(methods, entry) if isinstance(entry, MethodEntry) else _add(scenarios, entry)
         self.methods = dict(sorted(methods.items()))
         self.scenarios = dict(sorted(scenarios.items()))
 
@@ -91,7 +94,7 @@ class Registry:
     def find_method(self, name: str) -> MethodEntry:
         """Where the method is, without importing it. Raises FedbenchError for an unknown one."""
         if name not in self.methods:
-            raise FedbenchError(f"there is no method {name!r}; {nearest(name, self.methods)}")
+            raise FedbenchError(f"there is no method {name!r}; {nearest(name, self.methods)}{self._plugins()}")
         return self.methods[name]
 
     def find_scenario(self, name: str) -> tuple[Path, str]:
@@ -102,10 +105,16 @@ class Registry:
                 if broken.error and name.startswith(broken.name + "-"):
                     raise FedbenchError(broken.error)
             known = [known for known, entry in self.scenarios.items() if not entry.error]
-            raise FedbenchError(f"there is no scenario {name!r}; {nearest(name, known)}")
+            raise FedbenchError(f"there is no scenario {name!r}; {nearest(name, known)}{self._plugins()}")
         if entry.error:
             raise FedbenchError(entry.error)
         return entry.path, entry.split
+
+    def _plugins(self) -> str:
+        """What each `--plugin` brought, for an error about a name that is in none of them."""
+        return "".join(
+            f"; --plugin {plugin} brings {', '.join(names) or 'nothing'}" for plugin, names in self._brought.items()
+        )
 
 
 def plugin_name(stem: str) -> str:
@@ -113,19 +122,73 @@ def plugin_name(stem: str) -> str:
     return stem.replace("_", "-")
 
 
+NAME = re.compile(r"[^\W_][\w.-]{0,99}")
+"""Names become folders and file names, and are printed."""
+
+
+def bad_name(name: str) -> str | None:
+    """Why `name` cannot be a plugin's, a split's or a profile's name; None where it can."""
+    if NAME.fullmatch(name):
+        return None
+    return f"{printable(name)!r} is no name: use up to 100 letters, digits, '.', '_' and '-', a letter or digit first"
+
+
+SYNONYMS = {
+    "lr": ("learning_rate", "learningrate", "eta", "local_lr", "client_lr", "step_size"),
+    "lora_r": ("rank", "lora_rank", "r"),
+    "weight_decay": ("wd",),
+    "clip_norm": ("max_grad_norm", "grad_clip", "gradient_clip", "clip"),
+    "clients": ("num_clients", "n_clients", "nr_clients", "total_clients"),
+    "rounds": ("num_rounds", "n_rounds", "nr_rounds", "global_rounds", "comm_rounds", "communication_rounds"),
+    "local_epochs": ("epochs", "num_epochs", "n_epochs", "local_ep"),
+    "max_steps": ("steps", "local_steps", "num_steps"),
+    "batch_size": ("batch", "bs", "local_bs", "train_batch_size"),
+    "fraction": ("frac", "participation", "client_fraction", "fraction_fit", "sample_rate"),
+    "alpha": ("beta", "concentration", "dirichlet_alpha", "dir_alpha"),
+    "min_size": ("min_samples", "min_partition_size", "min_rows"),
+    "max_length": ("max_len", "max_seq_len", "max_seq_length", "seq_len"),
+    "every": ("eval_every", "evaluate_every"),
+    "kind": ("partition", "partitioner"),
+    "fm": ("model", "backbone", "foundation_model"),
+    "name": ("dataset",),
+}
+"""What other projects call a setting, by its last name here."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A closing phrase for an error about an unknown name: the nearest known ones, else all of them."""
+    """A closing phrase for an error about an unknown name: the nearest known ones, else all of them.
+
+    Of dotted names the last part counts too, as it is or as other projects call it.
+    """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    last = _last(name).replace("-", "_").lower()
+    meant = {last, *(ours for ours, theirs in SYNONYMS.items() if last in theirs)}
+    close = [known for known in names if _last(known) in meant]
+    if not close:
+        likeness = {known: max(_likeness(name, known), _likeness(last, _last(known))) for known in names}
+        best = max(likeness.values(), default=0.0)
+        close = [k for k in sorted(names, key=lambda k: -likeness[k]) if likeness[k] >= max(0.5, best - 0.1)]
     if close:
-        return "did you mean " + " or ".join(close) + "?"
+        return "did you mean " + " or ".join(close[:3]) + "?"
     return "known: " + (", ".join(names) or "none")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def import_method(entry: MethodEntry) -> type[Method]:
     """Import what was found and return its Method class; a failure of any kind becomes a FedbenchError."""
+    from inspect import isabstract
+
     from fedbench.api import Method
 
+    if entry.error:
+        raise FedbenchError(entry.error)
     try:
         module = _import_file(entry.path) if entry.path and not entry.module else importlib.import_module(entry.module)
     except (Exception, SystemExit) as error:
@@ -142,10 +205,16 @@ def import_method(entry: MethodEntry) -> type[Method]:
     classes = [c for c in candidates if isinstance(c, type) and issubclass(c, Method)]
     for candidate in classes:
         if getattr(candidate, "name", None) == entry.name:
+            if isabstract(candidate):
+                lacking = " and ".join(sorted(candidate.__abstractmethods__))
+                raise FedbenchError(
+                    f"method {entry.name!r} of {entry.origin}: {candidate.__name__} does not define {lacking}; "
+                    "docs/adding-a-method.md says what a method needs"
+                )
             return candidate
     names = sorted(str(c.name) for c in classes if hasattr(c, "name"))
     raise FedbenchError(
-        f"{entry.origin} should define a Method with name = {entry.name!r}, as the plugin is called; "
+        f'{entry.origin} should define a Method with name: ClassVar[str] = "{entry.name}"; '
         + (f"it defines {', '.join(names)}" if names else "it defines no Method with a name")
     )
 
@@ -189,9 +258,14 @@ def _import_file(path: Path) -> Any:
 
 
 def _built_in() -> Iterator[MethodEntry | ScenarioEntry]:
+    for group in (METHODS_GROUP, SCENARIOS_GROUP):
+        if not _folders(group):
+            raise FedbenchError(
+                f"{Path(__file__).parent} comes without {group}; install fedbench, or use a whole clone"
+            )
     for folder in _folders(METHODS_GROUP):
         for path in _sources(folder):
-            yield _method_file(path, f"{METHODS_GROUP}.{path.stem}", "fedbench")
+            yield from _method_file(path, f"{METHODS_GROUP}.{path.stem}", "fedbench")
     for folder in _folders(SCENARIOS_GROUP):
         for path in sorted(folder.glob("*.toml")):
             yield from _scenario_file(path, "fedbench")
@@ -199,12 +273,14 @@ def _built_in() -> Iterator[MethodEntry | ScenarioEntry]:
 
 def _entry_points() -> Iterator[MethodEntry | ScenarioEntry]:
     for point in entry_points(group=METHODS_GROUP):
+        name, origin = plugin_name(point.name), _distribution(point)
         yield MethodEntry(
-            name=plugin_name(point.name),
-            origin=_distribution(point),
+            name=printable(name),
+            origin=origin,
             module=point.module,
             attribute=point.attr or None,
-            summary=str(point.dist.metadata["Summary"] or "") if point.dist else "",
+            summary=printable(str(point.dist.metadata["Summary"] or "")) if point.dist else "",
+            error=f"a method of {origin}: {why}" if (why := bad_name(name)) else None,
         )
     for point in entry_points(group=SCENARIOS_GROUP):
         name, origin = plugin_name(point.name), _distribution(point)
@@ -224,13 +300,13 @@ def _given(plugin: str) -> Iterator[MethodEntry | ScenarioEntry]:
     path = Path(plugin).expanduser()
     if path.is_dir():
         for source in _sources(path):
-            yield _method_file(source, "", f"--plugin {source}")
+            yield from _method_file(source, "", f"--plugin {source}")
         for table in sorted(path.glob("*.toml")):
             yield from _scenario_file(table, f"--plugin {table}")
     elif path.is_file() and path.suffix == ".toml":
         yield from _scenario_file(path, f"--plugin {plugin}")
     elif path.is_file() and path.suffix == ".py":
-        yield _method_file(path, "", f"--plugin {plugin}")
+        yield from _method_file(path, "", f"--plugin {plugin}")
     elif not all(part.isidentifier() for part in plugin.split(".")):
         raise FedbenchError(f"--plugin {plugin}: no such .py or .toml file, folder or module")
     else:
@@ -245,11 +321,11 @@ def _given_module(plugin: str) -> Iterator[MethodEntry | ScenarioEntry]:
     if spec.submodule_search_locations is None:
         path = Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
         stem = plugin.rpartition(".")[2]
-        yield _method_file(path, plugin, origin) if path else MethodEntry(plugin_name(stem), origin, plugin)
+        yield from _method_file(path, plugin, origin) if path else [MethodEntry(plugin_name(stem), origin, plugin)]
         return
     for folder in map(Path, spec.submodule_search_locations):
         for source in _sources(folder):
-            yield _method_file(source, f"{plugin}.{source.stem}", origin)
+            yield from _method_file(source, f"{plugin}.{source.stem}", origin)
         for table in sorted(folder.glob("*.toml")):
             yield from _scenario_file(table, origin)
 
@@ -274,24 +350,52 @@ def _distribution(point: EntryPoint) -> str:
     return f"the package {point.dist.name}" if point.dist else f"the entry point {point.name}"
 
 
-def _method_file(path: Path, module: str, origin: str) -> MethodEntry:
-    name = plugin_name(path.stem)
+def _method_file(path: Path, module: str, origin: str) -> Iterator[MethodEntry]:
+    """The methods in a Python file: one for each name its classes give, else one of the file's own name."""
+    stem = printable(plugin_name(path.stem))
     try:
-        docstring = ast.get_docstring(ast.parse(path.read_bytes())) or ""
-    except (SyntaxError, ValueError, OSError) as error:
-        return MethodEntry(name, origin, module, path, error=f"{path} cannot be parsed: {error}")
-    return MethodEntry(name, origin, module, path, summary=docstring.partition("\n")[0])
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
+        about = f"{printable(str(path))} cannot be parsed: {type(error).__name__}: {error}"
+        yield MethodEntry(stem, origin, module, path, error=about)
+        return
+    summary = printable((ast.get_docstring(tree) or "").partition("\n")[0])
+    for name in _class_names(tree) or [plugin_name(path.stem)]:
+        if why := bad_name(name):
+            yield MethodEntry(stem, origin, module, path, summary, error=f"{printable(str(path))}: {why}")
+        else:
+            yield MethodEntry(name, origin, module, path, summary=summary)
+
+
+def _class_names(tree: ast.Module) -> list[str]:
+    """What the classes of a file call themselves: `name = "..."` or `name: ClassVar[str] = "..."` in a subclass.
+
+    Anything else annotated is a field, not a name.
+    """
+    names = []
+    for owner in tree.body:
+        for line in owner.body if isinstance(owner, ast.ClassDef) and owner.bases else ():
+            if isinstance(line, ast.Assign):
+                targets: list[ast.expr] = line.targets
+            elif isinstance(line, ast.AnnAssign) and "ClassVar" in ast.unparse(line.annotation):
+                targets = [line.target]
+            else:
+                continue
+            called = any(isinstance(target, ast.Name) and target.id == "name" for target in targets)
+            if called and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str):
+                names.append(line.value.value)
+    return list(dict.fromkeys(names))
 
 
 def _scenario_file(path: Path, origin: str) -> Iterator[ScenarioEntry]:
-    from fedbench.scenario import split_names
+    from fedbench.scenario import read_toml, split_names
 
     name = plugin_name(path.stem)
     try:
         splits = split_names(path)
-        title = str(tomllib.loads(path.read_text(encoding="utf-8")).get("title", ""))
-    except (FedbenchError, OSError, ValueError) as error:
-        yield ScenarioEntry(name, origin, path, "", error=str(error))
+        title = str(read_toml(path).get("title", ""))
+    except FedbenchError as error:
+        yield ScenarioEntry(printable(name), origin, path, "", error=str(error))
         return
     for split in splits:
         yield ScenarioEntry(f"{name}-{split}", origin, path, split, summary=title)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from fedbench.errors import FedbenchError
-from fedbench.formats import MEGA, one_line, signed, three_digits
+from fedbench.errors import FedbenchError, one_line
+from fedbench.formats import MEGA, signed, three_digits
 from fedbench.statistics import SEEDS_FOR_TEST, half_width, seeds_needed, variances
 from fedbench.tables import CEILING, FLAG, FLOOR, Beside, Comparison, Row, Section, test_path
 

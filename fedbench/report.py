@@ -10,7 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fedbench.formats import MEGA, megabytes, one_line, signed
+from fedbench.errors import one_line
+from fedbench.formats import MEGA, megabytes, signed
 from fedbench.records import Record, diverged, no_upload, rounds_without_upload
 from fedbench.statistics import binomial_standard_error
 

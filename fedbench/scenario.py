@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from fedbench.errors import FedbenchError
+from fedbench.errors import FedbenchError, printable
+from fedbench.registry import bad_name, nearest, plugin_name
 
 
 class Settings(BaseModel):
-    """A table of a scenario file: immutable, unknown fields forbidden."""
+    """A table of a scenario file: immutable, unknown fields forbidden, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DatasetSettings(Settings):
@@ -52,7 +54,7 @@ class SplitSettings(Settings):
 
     kind: Literal["iid", "dirichlet", "dirichlet-clients", "shards", "quantity"]
     clients: int = Field(ge=1)
-    alpha: float = Field(0.5, gt=0, allow_inf_nan=False)
+    alpha: float = Field(0.5, gt=0, le=1e9)  # shares are equal long before; draws overflow at 1e308
     shards_per_client: int = Field(2, ge=1)
     min_size: int = Field(1, ge=1)
 
@@ -99,7 +101,7 @@ class Scenario(Settings):
     split: SplitSettings
     federation: Federation
     evaluation: EvaluationSettings
-    fm: str
+    fm: str = Field(min_length=1)
     public: PublicSettings | None = None
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -119,8 +121,10 @@ _TABLES = ("title", "fm", "dataset", "public", "federation", "evaluation", "meth
 
 def split_names(path: Path) -> list[str]:
     """The names of a scenario file's splits, in the file's order. Raises FedbenchError for an unreadable file."""
-    splits = _read(path).get("splits")
-    if not isinstance(splits, dict) or not splits:
+    if why := bad_name(plugin_name(path.stem)):
+        raise FedbenchError(f"{printable(str(path))}: a scenario is called as its file, and {why}")
+    splits = _tables(path, read_toml(path), "splits")
+    if not splits:
         raise FedbenchError(f"{path}: no [splits.NAME] table; a scenario needs at least one")
     return list(splits)
 
@@ -133,12 +137,15 @@ def load_scenario(
     `profile` names a [profiles.NAME] table laid over the file's own; `overrides` maps dotted keys to values as in
     `--set federation.rounds=3`. Raises FedbenchError naming file, field and fix.
     """
-    raw = _read(path)
+    known_splits = split_names(path)
+    raw = read_toml(path)
     if extra := sorted(set(raw) - set(_TABLES)):
-        raise FedbenchError(f"{path}: unknown field {extra[0]!r}; {_nearest(extra[0], _TABLES)}")
+        raise FedbenchError(f"{path}: unknown field {extra[0]!r}; {nearest(extra[0], _TABLES)}")
+    if split not in known_splits:
+        raise FedbenchError(f"{path}: no split {split!r}; it has {', '.join(known_splits)}")
+    _tables(path, raw, "methods")
+    profiles = _tables(path, raw, "profiles")
     splits = _tables(path, raw, "splits")
-    if split not in splits:
-        raise FedbenchError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
     # A split may carry tables of its own (federation, evaluation, methods), which win over the file's.
     own = dict(splits[split])
     tables = ("federation", "evaluation", "methods", "public")
@@ -148,42 +155,87 @@ def load_scenario(
         (f"{path.name} [splits.{split}]", {"split": own, **nested}),
     ]
     if profile is not None:
-        profiles = _tables(path, raw, "profiles")
         if profile not in profiles:
             raise FedbenchError(f"{path}: no profile {profile!r}; it has {', '.join(profiles) or 'none'}")
         layers.append((f"{path.name} [profiles.{profile}]", profiles[profile]))
-    merged: dict[str, Any] = {"name": f"{path.stem.replace('_', '-')}-{split}"}
+    merged: dict[str, Any] = {"name": f"{plugin_name(path.stem)}-{split}"}
     sources: dict[str, str] = {}
     for label, layer in layers:
         _merge(merged, layer)
         sources |= dict.fromkeys(_flatten(layer), label)
-    known = _known(merged)
+    known = [*KEYS, *_flatten({"methods": merged.get("methods", {})})]
     for key, text in (overrides or {}).items():
         # Hyper-parameters are checked by their method; here only that the scenario has such a method's table.
         if key not in known and not key.startswith(tuple(f"methods.{m}." for m in merged.get("methods", {}))):
-            raise FedbenchError(f"--set {key}: no such setting; {_nearest(key, known)}")
-        layer = _nest(key.split("."), _value(text))
+            raise FedbenchError(f"--set {key}: no such setting; {nearest(key, known)}")
+        layer = _nest(key.split("."), _value(key, text))
         _merge(merged, layer)
         sources |= dict.fromkeys(_flatten(layer), "--set")
     try:
         scenario = Scenario.model_validate(merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].lower()
-        if first["type"] == "extra_forbidden":
-            message = f"unknown field; {_nearest(where, _known(merged))}"
+        wrong = mistake(error)
+        where = ".".join(wrong.place)
+        message = f"unknown field; {nearest(where, known)}" if wrong.unknown else wrong.message
         place = f"--set {where}" if sources.get(where) == "--set" else f"{path}: {where}"
         raise FedbenchError(f"{place}: {message}") from None
     scenario._sources.update(sources)
     return scenario
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds, without dates, which no setting is, and without what a terminal would act on.
+
+    Raises FedbenchError, with file and place, for one that cannot be read or holds such a thing.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FedbenchError(f"{path}: cannot be read as TOML: {error}") from None
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin with a mark
+    except OSError as error:
+        raise FedbenchError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise FedbenchError(f"{path}: not TOML: it is not in UTF-8; save it as that") from None
+    except (ValueError, RecursionError) as error:
+        raise FedbenchError(f"{path}: not TOML: {error}") from None
+    for place, value in _leaves(content):
+        name = printable(".".join(place))
+        if any(printable(part) != part for part in place):
+            raise FedbenchError(f"{path}: {name}: a name may not hold control characters")
+        if isinstance(value, str) and printable(value, but="\n\t") != value:
+            raise FedbenchError(f"{path}: {name}: text may not hold control characters; {printable(value)[:60]!r} does")
+        if isinstance(value, (date, time)):
+            raise FedbenchError(
+                f"{path}: {name}: {value} is a date or a time, which no setting is; write text in quotes"
+            )
+    return content
+
+
+def _leaves(value: Any, place: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """Every value in nested tables and lists, with its place; empty ones themselves."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not inside:
+        yield place, value
+    for key, inner in inside:
+        yield from _leaves(inner, (*place, str(key)))
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """The mistake to name of those that pydantic found: a field it does not know before one that is missing."""
+
+    place: tuple[str, ...]
+    message: str
+    unknown: bool
+
+
+def mistake(error: ValidationError) -> Mistake:
+    """What to say of values that were refused."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message[0].lower() + message[1:]
+    value = first["input"]
+    if message.startswith("input should") and (value is None or isinstance(value, (bool, int, float, str))):
+        message += f", not {printable(str(value))[:60]!r}" if isinstance(value, str) else f", not {str(value)[:60]}"
+    return Mistake(tuple(map(str, first["loc"])), message, first["type"] == "extra_forbidden")
 
 
 def _tables(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
@@ -191,17 +243,23 @@ def _tables(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, dict[str
     tables = raw.get(name, {})
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise FedbenchError(f"{path}: {name} has to hold tables, written as [{name}.NAME]")
+    for key in tables:
+        if why := bad_name(key):
+            raise FedbenchError(f"{path}: {name}: {why}")
     return tables
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     """A `--set` value: TOML where it parses as TOML, "none" as null, else text."""
     if text.lower() in ("none", "null"):
         return None
     try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):
         return text
+    if any(isinstance(leaf, (date, time)) for _, leaf in _leaves(value)):
+        raise FedbenchError(f"--set {key}: {text} is a date or a time, which no setting is; quote text")
+    return value
 
 
 def _nest(parts: list[str], value: Any) -> dict[str, Any]:
@@ -213,7 +271,7 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = json.loads(json.dumps(value)) if isinstance(value, dict) else value
+            into[key] = deepcopy(value)
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -226,20 +284,19 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _known(merged: Mapping[str, Any]) -> list[str]:
-    """Every dotted key a scenario can have, given the methods it names."""
-    keys = ["title", "fm"]
-    tables: dict[str, type[Settings]] = {
-        "dataset": DatasetSettings,
-        "split": SplitSettings,
-        "federation": Federation,
-        "evaluation": EvaluationSettings,
-        "public": PublicSettings,
-    }
-    keys += [f"{table}.{name}" for table, kind in tables.items() for name in kind.model_fields]
-    return keys + list(_flatten({"methods": merged.get("methods", {})}))
-
-
-def _nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+KEYS: tuple[str, ...] = (
+    "title",
+    "fm",
+    *(
+        f"{table}.{name}"
+        for table, kind in (
+            ("dataset", DatasetSettings),
+            ("split", SplitSettings),
+            ("federation", Federation),
+            ("evaluation", EvaluationSettings),
+            ("public", PublicSettings),
+        )
+        for name in kind.model_fields
+    ),
+)
+"""Every dotted key a scenario can have, but for the hyper-parameters of methods."""

@@ -1,31 +1,38 @@
 """The contract suite: what every method has to satisfy, built in or not. `fedbench check METHOD` runs it.
 
 The heart of it runs the server and the clients in processes of their own, with nothing but payload bytes between
-them, the server process without any client's rows and the client process without the FM.
+them, the server process without any client's rows and the client process without the FM. Neither can load the other's:
+the functions that could raise there.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedbench.api import ClientId, Message, Method
+from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples
 from fedbench.engine import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
+from fedbench.evaluate import evaluate
 from fedbench.foundation import load_fm
 from fedbench.models import ModuleCache, get_tensors, tunable_names
+from fedbench.packing import packing
 from fedbench.records import Record, comparable, differences
 from fedbench.registry import Registry
 from fedbench.rng import Streams
@@ -61,10 +68,12 @@ def check_method(
     profile: str | None = "smoke",
     settings: Mapping[str, str] | None = None,
     data_dir: Path | None = None,
+    report: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
     """Run the contract suite on the method called `name`; one result a clause, in a fixed order.
 
-    A clause that raises has failed; the others still run. Raises FedbenchError if the method cannot be loaded.
+    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. Raises
+    FedbenchError if the method cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         request = RunRequest(
@@ -80,8 +89,11 @@ def check_method(
         )
         prepared = prepare(request)
         if prepared.unavailable:
-            return [CheckResult("available", True, f"not available here: {prepared.unavailable}")]
-        clauses: list[tuple[str, Callable[[Prepared], None]]] = [
+            result = CheckResult("available", True, f"not available here: {prepared.unavailable}")
+            report(result)
+            return [result]
+        subject = Subject(prepared)
+        clauses: list[tuple[str, Callable[[Subject], str | None]]] = [
             ("settings survive JSON", settings_survive_json),
             ("same seed, same record", same_seed_same_record),
             ("stopped and resumed, same record", resumed_same_record),
@@ -89,15 +101,41 @@ def check_method(
         ]
         if prepared.scenario.federation.rounds:
             clauses += [
+                ("every tunable is trained", tunables_are_trained),
+                ("the method learns", learns),
                 ("what clients send is what the server expects", uploads_are_expected),
                 ("server and clients in separate processes", separate_processes),
             ]
-        return [_result(label, clause, prepared) for label, clause in clauses]
+        results = []
+        for label, clause in clauses:
+            results.append(_result(label, clause, subject))
+            report(results[-1])
+        return results
 
 
-def _result(label: str, clause: Callable[[Prepared], None], prepared: Prepared) -> CheckResult:
+class Subject:
+    """The run under test, and what several clauses need of it: made once, as runs are what a check takes."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+
+    @cached_property
+    def whole(self) -> Run:
+        """All its rounds, in one process."""
+        this = Run(replace(self.prepared, workers=1), Silent())
+        this.loop(None)
+        return this
+
+    @cached_property
+    def tuned(self) -> dict[str, Tensor]:
+        """The tuned FM's tunables after the last round."""
+        model = self.whole.server.plug_in()
+        return get_tensors(model, tunable_names(model))
+
+
+def _result(label: str, clause: Callable[[Subject], str | None], subject: Subject) -> CheckResult:
     try:
-        clause(prepared)
+        return CheckResult(label, True, clause(subject) or "")
     except Violation as error:
         return CheckResult(label, False, str(error))
     except Exception as error:  # a plugin may raise anything
@@ -105,12 +143,11 @@ def _result(label: str, clause: Callable[[Prepared], None], prepared: Prepared) 
         return CheckResult(
             label, False, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
         )
-    return CheckResult(label, True)
 
 
-def settings_survive_json(prepared: Prepared) -> None:
+def settings_survive_json(subject: Subject) -> None:
     """Hyper-parameters can be written to a record and read back."""
-    method = prepared.method
+    method = subject.prepared.method
     again = type(method).model_validate(json.loads(json.dumps(method.model_dump(mode="json"))))
     require(again == method, "model_dump and model_validate do not give the same settings back")
 
@@ -120,12 +157,13 @@ def _compare(a: Record, b: Record) -> None:
         raise Violation(f"the records differ at {', '.join(differences(a, b)[:3])}")
 
 
-def same_seed_same_record(prepared: Prepared) -> None:
+def same_seed_same_record(subject: Subject) -> None:
     """Two runs of one seed, another seed between them, give the same record apart from times and provenance.
 
     The second spreads its clients over worker processes, where those can be had: a client that learns something in
     the functions its task declares, behind the harness's back, would lose it there.
     """
+    prepared = subject.prepared
     first = run(replace(prepared, workers=1))
     other = prepare(replace(prepared.request, seed=prepared.request.seed + 1))
     require(other.key != prepared.key, "two seeds have one key")
@@ -134,23 +172,22 @@ def same_seed_same_record(prepared: Prepared) -> None:
     _compare(first, run(replace(again, workers=2) if can_fork() else again))
 
 
-def resumed_same_record(prepared: Prepared) -> None:
+def resumed_same_record(subject: Subject) -> None:
     """A run stopped after its first round and resumed by a new object gives the record of one never stopped."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = Run(prepared, Silent())
-        whole.loop(None)
-        stopped = Run(prepared, Silent())
+        stopped = Run(subject.prepared, Silent())
         if stopped.federation.rounds > 1:
             stopped.loop(Path(folder), until=1)
-            stopped = Run(prepared, Silent())
+            stopped = Run(subject.prepared, Silent())
             require(stopped.resume(Path(folder)), "the checkpoint was not taken")
         stopped.loop(None)
-        _compare(whole.finish(), stopped.finish())
+        assert subject.tuned  # before the selected round takes the place of the last
+        _compare(subject.whole.finish(), stopped.finish())
 
 
-def names_bind(prepared: Prepared) -> None:
+def names_bind(subject: Subject) -> None:
     """Every tunable of the proxy has a place of the same shape in the FM; every frozen tensor's source exists."""
-    server = Run(prepared, Silent()).server
+    server = Run(subject.prepared, Silent()).server
     proxy = server.proxy()
     if proxy is None:
         return
@@ -163,40 +200,204 @@ def names_bind(prepared: Prepared) -> None:
         require(theirs in outside, f"fm_names(): the FM has no parameter {theirs!r}")
         require(inside[mine].shape == outside[theirs].shape, f"fm_names(): {mine!r} and {theirs!r} differ in shape")
     for source in server.fm_sources().values():
-        require(source.name in prepared.loaded.fm.state, f"fm_sources(): the FM has no tensor {source.name!r}")
+        require(source.name in subject.prepared.loaded.fm.state, f"fm_sources(): the FM has no tensor {source.name!r}")
 
 
-def uploads_are_expected(prepared: Prepared) -> None:
+def tunables_are_trained(subject: Subject) -> str | None:
+    """Every tunable has a gradient in some step, moves, and is another in the tuned FM once it was sent.
+
+    Looked at over two rounds or more: LoRA's A has no gradient before its B has left 0.
+    """
+    p = subject.prepared
+    watch = _Watch()
+    server, clients = _sides(p, p.scenario.federation, subject.whole.rows, watch)
+    before = _parameters(server.server.plug_in())
+    sent: set[str] = set()
+    for round in range(max(2, p.scenario.federation.rounds)):
+        cohort, _ = subject.whole.cohort(round)
+        uploads = clients.train(round, server.broadcast(round, cohort), cohort)
+        server.aggregate(round, uploads)
+        sent |= {n for payloads in uploads.values() for payload in payloads for n in deserialise(payload).tensors}
+    if watch.steps:
+        without = sorted(watch.declared - watch.gradient)
+        require(
+            not without,
+            f"the gradient of {_few(without)} is 0 in every step: what it is multiplied by stays 0 (the client's model "
+            "has 0 wherever nothing was sent), or it is no part of the loss",
+        )
+    still = sorted(watch.declared - watch.moved)
+    require(not still, f"{_few(still)} ends every client's training as it began")
+    after, names = _parameters(server.server.plug_in()), server.server.fm_names()
+    moved = {n for n, tensor in after.items() if n not in before or not torch.equal(tensor, before[n])}
+    require(bool(moved), "the tuned FM is after all rounds what it was before the first")
+    kept = sorted({names.get(n, n) for n in sent} & set(after) - moved)
+    require(not kept, f"{_few(kept)} is trained and sent, but is in the tuned FM as it was before the first round")
+    return None if watch.steps else "gradients were not looked at: clients train in a way of their own"
+
+
+def learns(subject: Subject) -> str | None:
+    """Clients who all hold the same few rows, one of each class, learn them: the loss there falls.
+
+    It is the loss of what clients train, a proxy where there is one: how much of that arrives in the FM is a result.
+    """
+    p = subject.prepared
+    _, first = np.unique(p.loaded.train.labels.numpy(), return_index=True)
+    rows = p.loaded.train.select(np.sort(first)[:8])
+    cohort = list(range(min(2, p.scenario.split.clients)))
+    everything = {"rounds": 3, "local_epochs": 4, "batch_size": len(rows), "max_steps": None, "dropout": 0.0}
+    federation = p.scenario.federation.model_copy(update={**everything, "fraction": 1.0})
+    watch = _Watch()
+    server, clients = _sides(p, federation, [rows] * len(cohort), watch)
+
+    def loss() -> float:
+        proxy = server.server.proxy()
+        return evaluate(server.server.plug_in() if proxy is None else proxy, rows, len(rows), torch.device("cpu")).loss
+
+    before = loss()
+    for round in range(federation.rounds):
+        server.aggregate(round, clients.train(round, server.broadcast(round, cohort), cohort))
+    after = loss()
+    if not watch.steps:  # without gradients a few steps need not go down
+        return "not looked at: clients train in a way of their own"
+    require(
+        after < before,
+        f"on {len(rows)} rows that every client trains on in {federation.rounds} rounds, the loss goes from "
+        f"{before:.4g} to {after:.4g}: it has to fall",
+    )
+    return None
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{names[0]!r}" + (f" and of {len(names) - 1} more tunables" if len(names) > 1 else "") if names else ""
+
+
+class _Watch:
+    """Trains like the reference executor, and notes which tunables have a gradient and which move."""
+
+    def __init__(self) -> None:
+        self.declared: set[str] = set()
+        self.gradient: set[str] = set()
+        self.moved: set[str] = set()
+        self.steps = 0
+
+    def __call__(self, task: LocalTask) -> LocalResult:
+        def look(name: str, parameter: Tensor) -> None:
+            if parameter.grad is not None and bool(parameter.grad.count_nonzero()):
+                self.gradient.add(name)
+
+        self.declared |= set(task.tunables)
+        with ExitStack() as hooks, packing(False):
+            for name, parameter in task.frozen.module.named_parameters():
+                if name in task.tunables:
+                    frozen = not parameter.requires_grad
+                    parameter.requires_grad_(True)  # a hook can be hung on nothing else
+                    hooks.callback(parameter.register_post_accumulate_grad_hook(partial(look, name)).remove)
+                    parameter.requires_grad_(not frozen)
+            result = execute(task, torch.device("cpu"))
+        self.moved |= {n for n, t in result.tunables.items() if not torch.equal(t, task.tunables[n])}
+        self.steps += result.steps
+        return result
+
+
+def uploads_are_expected(subject: Subject) -> None:
     """No upload of a well-behaved client is refused, and something is sent in both directions."""
-    this = Run(prepared, Silent())
-    this.loop(None)
-    require(not this.transport.refused, f"an upload was refused: {this.transport.refused[:1]}")
-    require(this.transport.ledger.total("up") > 0, "clients send nothing")
-    require(this.transport.ledger.total("down") > 0, "the server sends nothing")
+    transport = subject.whole.transport
+    require(not transport.refused, f"an upload was refused: {transport.refused[:1]}")
+    require(transport.ledger.total("up") > 0, "clients send nothing")
+    require(transport.ledger.total("down") > 0, "the server sends nothing")
 
 
-def separate_processes(prepared: Prepared) -> None:
+def separate_processes(subject: Subject) -> None:
     """Server and clients in processes of their own end with the tunables of a run in one process, bit for bit."""
-    together = Run(prepared, Silent())
-    together.loop(None)
-    model = together.server.plug_in()
-    expected = get_tensors(model, tunable_names(model))
-    p, settings = prepared, prepared.method.model_dump(mode="json")
+    p, together, expected = subject.prepared, subject.whole, subject.tuned
+    settings = p.method.model_dump(mode="json")
     both = (p.request, settings, p.scenario.federation)
     fm, evaluation = p.scenario.fm, p.scenario.evaluation
     server_side = _Host(_server_process, *both, evaluation.every, fm, p.loaded.data.class_names, p.loaded.public)
     client_side = _Host(_client_process, *both, together.rows)
     with server_side as server, client_side as clients:
-        for round in range(prepared.scenario.federation.rounds):
+        for round in range(p.scenario.federation.rounds):
             cohort, staying = together.cohort(round)
             downloads = server.ask("broadcast", round, cohort)
             uploads = clients.ask("train", round, downloads, staying)
-            if uploads:
-                server.ask("aggregate", round, uploads)
+            server.ask("aggregate", round, uploads)
         apart = deserialise(server.ask("plug_in")).tensors
     require(set(apart) == set(expected), "the tuned FM has other tunables when the sides are apart")
     for name, tensor in expected.items():
         require(torch.equal(tensor, apart[name]), f"{name!r} differs when server and clients are in separate processes")
+
+
+class ServerSide:
+    """A server that takes and gives payloads."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def broadcast(self, round: int, cohort: Sequence[ClientId]) -> dict[ClientId, list[bytes]]:
+        return {c: [serialise(m) for m in messages] for c, messages in self.server.broadcast(round, cohort).items()}
+
+    def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[bytes]]) -> None:
+        accepted: dict[ClientId, Sequence[Message]] = {}
+        transport, expected = Transport(), self.server.expected(round)
+        for client, payloads in uploads.items():
+            received = [deserialise(payload) for payload in payloads]
+            messages = transport.upload(round, client, received, expected, self.server.accept)
+            if messages is not None:
+                accepted[client] = messages
+        if not accepted:
+            return
+        self.server.aggregate(round, accepted)
+        if self.server.aligns(round):
+            self.server.plug_in()
+            self.server.align(round)
+
+    def plug_in(self) -> bytes:
+        model = self.server.plug_in()
+        return serialise(Message("adapter", get_tensors(model, tunable_names(model))))
+
+
+class ClientSide:
+    """The clients, each with its rows, that take and give payloads; `execute` trains them."""
+
+    def __init__(
+        self,
+        method: Method,
+        streams: Streams,
+        federation: Federation,
+        rows: Sequence[Examples],
+        execute: Callable[[LocalTask], LocalResult],
+    ) -> None:
+        self.method, self.rows, self.execute = method, rows, execute
+        self.context = partial(ClientContext, streams=streams, federation=federation)
+        self.modules = ModuleCache(torch.device("cpu"))
+        self.clients: dict[ClientId, Client] = {}
+
+    def train(
+        self, round: int, downloads: Mapping[ClientId, Sequence[bytes]], staying: Sequence[ClientId]
+    ) -> dict[ClientId, list[bytes]]:
+        uploads = {}
+        for cid, payloads in downloads.items():
+            if cid not in self.clients:
+                self.clients[cid] = self.method.client(self.context(cid, modules=self.modules))
+            client = self.clients[cid]
+            task = client.task(round, [deserialise(payload) for payload in payloads], self.rows[cid])
+            if cid in staying:
+                uploads[cid] = [serialise(m) for m in client.upload(round, client.fit(task, self.execute))]
+        return uploads
+
+
+def _sides(
+    p: Prepared, federation: Federation, rows: Sequence[Examples], execute: Callable[[LocalTask], LocalResult]
+) -> tuple[ServerSide, ClientSide]:
+    """Both sides of a run in this process."""
+    streams, cache = Streams(p.request.seed, p.scenario.name), cache_folder(p.request.cache)
+    context = ServerContext(streams, federation, torch.device("cpu"), cache, p.scenario.evaluation.every)
+    server = ServerSide(p.method.server(p.loaded.fm, p.loaded.public, context))
+    return server, ClientSide(p.method, streams, federation, rows, execute)
 
 
 class _Host:
@@ -230,16 +431,20 @@ class _Host:
             self.process.kill()
 
 
-def _answer(connection: Connection, actions: Mapping[str, Callable[..., Any]]) -> None:
+def _answer(connection: Connection, make: Callable[[], Any]) -> None:
+    """Answer questions by the methods of what `make` makes, or why there is no answer: a forbidden call above all."""
+    host: Any = None
     while True:
         try:
             action, *arguments = connection.recv()
         except EOFError:
             return
         try:
-            connection.send((True, actions[action](*arguments)))
+            host = host or make()
+            answer = (True, getattr(host, action)(*arguments))
         except Exception:
-            connection.send((False, traceback.format_exc(limit=-3)))
+            answer = (False, traceback.format_exc(limit=-3))
+        connection.send((False, _forbidden_calls[0]) if _forbidden_calls else answer)
 
 
 def _load_method(request: RunRequest, settings: Mapping[str, Any]) -> Method:
@@ -247,11 +452,64 @@ def _load_method(request: RunRequest, settings: Mapping[str, Any]) -> Method:
     return Registry(request.plugins).load_method(request.method).model_validate(dict(settings))
 
 
-def _forbid(module: Any, function: str, why: str) -> None:
-    def forbidden(*_: Any, **__: Any) -> Any:
-        raise Violation(why)
+CLIENTS_DATA = (
+    "fedbench.loading:load_data",
+    "fedbench.engine:_load",
+    "fedbench.engine:prepare",
+    "fedbench.text_sets:load_text_set",
+    "fedbench.text_sets:read_text_file",
+    "fedbench.image_sets:load_image_set",
+    "fedbench.embedded:EMBEDDED",
+    "fedbench.sources:read_parquet",
+)
+"""What could load the clients' rows."""
 
-    setattr(module, function, forbidden)
+THE_FM = (
+    "fedbench.foundation:load_fm",
+    "fedbench.foundation:_checkpoint",
+    "fedbench.foundation:minilm_folder",
+    "fedbench.vit_digits:vit_digits",
+    "fedbench.engine:_load",
+    "fedbench.engine:prepare",
+    "fedbench.files:load_tensors",
+    "transformers:PreTrainedModel.from_pretrained",
+    "safetensors.torch:load_file",
+    "safetensors:safe_open",
+)
+"""What could load the foundation model."""
+
+_forbidden_calls: list[str] = []
+"""Why calls in this process were forbidden; kept, as a method might catch what they raise."""
+
+
+def _refuse(*_: Any, _why: str = "", **__: Any) -> Any:
+    from fedbench.testing import Violation, _forbidden_calls  # this code runs in the place of another module's
+
+    _forbidden_calls.append(_why)
+    raise Violation(_why)
+
+
+def forbid(doors: Sequence[str], why: str) -> None:
+    """Let each of `doors`, "module:name", raise Violation(why) in this process, for whoever holds it already too.
+
+    A name may stand for a function, a mapping of functions, or a class or method of another library. Raises LookupError
+    for one that does not exist: a guard of nothing guards nothing.
+    """
+    for door in doors:
+        module, _, path = door.partition(":")
+        found: Any = importlib.import_module(module)
+        owner, name = found, path
+        for name in path.split("."):
+            if not hasattr(found, name):
+                raise LookupError(f"the contract forbids {door}, which does not exist")
+            owner, found = found, getattr(found, name)
+        for function in found.values() if isinstance(found, Mapping) else [found]:
+            plain = inspect.unwrap(function)
+            if inspect.isfunction(plain) and not plain.__closure__:
+                # Its code rather than its name: other modules have imported the function, and tables hold it.
+                plain.__code__, plain.__defaults__, plain.__kwdefaults__ = _refuse.__code__, None, {"_why": why}
+            else:
+                setattr(owner, name, partial(_refuse, _why=why))
 
 
 def _server_process(
@@ -267,35 +525,17 @@ def _server_process(
 ) -> None:
     """The server's side: FM and public rows; loading labelled data here is an error."""
     torch.set_num_threads(threads)
-    from fedbench import data
 
-    _forbid(data, "load_data", "the server tried to load the clients' data")
-    method = _load_method(request, settings)
-    fm = load_fm(fm_name, len(class_names), cache_folder(request.cache), class_names)
-    streams = Streams(request.seed, request.scenario)
-    context = ServerContext(streams, federation, torch.device("cpu"), cache_folder(request.cache), evaluate_every)
-    server = method.server(fm, public, context)
+    def make() -> ServerSide:
+        cache = cache_folder(request.cache)
+        fm = load_fm(fm_name, len(class_names), cache, class_names)
+        forbid(CLIENTS_DATA, f"the server of {request.method} tried to load the clients' data")
+        method = _load_method(request, settings)
+        streams = Streams(request.seed, request.scenario)
+        context = ServerContext(streams, federation, torch.device("cpu"), cache, evaluate_every)
+        return ServerSide(method.server(fm, public, context))
 
-    def broadcast(round: int, cohort: list[ClientId]) -> dict[ClientId, list[bytes]]:
-        return {c: [serialise(m) for m in messages] for c, messages in server.broadcast(round, cohort).items()}
-
-    def aggregate(round: int, uploads: Mapping[ClientId, list[bytes]]) -> None:
-        accepted: dict[ClientId, Sequence[Message]] = {}
-        transport, expected = Transport(), server.expected(round)
-        for client, payloads in uploads.items():
-            messages = transport.upload(round, client, [deserialise(p) for p in payloads], expected, server.accept)
-            if messages is not None:
-                accepted[client] = messages
-        server.aggregate(round, accepted)
-        if server.aligns(round):
-            server.plug_in()
-            server.align(round)
-
-    def plug_in() -> bytes:
-        model = server.plug_in()
-        return serialise(Message("adapter", get_tensors(model, tunable_names(model))))
-
-    _answer(connection, {"broadcast": broadcast, "aggregate": aggregate, "plug_in": plug_in})
+    _answer(connection, make)
 
 
 def _client_process(
@@ -308,26 +548,13 @@ def _client_process(
 ) -> None:
     """The clients' side: their own rows and the method's settings; loading an FM here is an error."""
     torch.set_num_threads(threads)
-    from fedbench import foundation
 
-    _forbid(foundation, "load_fm", "a client tried to load the FM")
-    method = _load_method(request, settings)
-    streams = Streams(request.seed, request.scenario)
-    cache = ModuleCache(torch.device("cpu"))
-    clients: dict[ClientId, Any] = {}
+    def make() -> ClientSide:
+        forbid(THE_FM, f"a client of {request.method} tried to load the FM")
+        method, streams = _load_method(request, settings), Streams(request.seed, request.scenario)
+        return ClientSide(method, streams, federation, rows, lambda task: execute(task, torch.device("cpu")))
 
-    def train(round: int, downloads: Mapping[ClientId, list[bytes]], staying: list[ClientId]) -> Any:
-        uploads = {}
-        for cid, payloads in downloads.items():
-            if cid not in clients:
-                clients[cid] = method.client(ClientContext(cid, streams, federation, cache))
-            task = clients[cid].task(round, [deserialise(p) for p in payloads], rows[cid])
-            if cid in staying:
-                result = clients[cid].fit(task, lambda t: execute(t, torch.device("cpu")))
-                uploads[cid] = [serialise(m) for m in clients[cid].upload(round, result)]
-        return uploads
-
-    _answer(connection, {"train": train})
+    _answer(connection, make)
 
 
 def tensors_close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], relative: float) -> bool:

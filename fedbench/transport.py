@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
 from fedbench.api import KINDS, ClientId, Message, TensorSpec
-from fedbench.errors import MessageError
+from fedbench.errors import MessageError, one_line
 
 Direction = Literal["down", "up"]
 SETUP_KINDS = ("fm", "sub_fm")
@@ -211,13 +210,6 @@ def size_limit(specs: Mapping[str, TensorSpec]) -> int:
     return values + META_BYTES + sum(len(json.dumps(name)) + 200 for name in specs)
 
 
-def _line(text: str) -> str:
-    """One printable line of limited length."""
-    plain = "".join(c if c.isprintable() else " " for c in text[: 4 * REASON_CHARACTERS])
-    plain = re.sub(r"\s+", " ", plain).strip()
-    return plain if len(plain) <= REASON_CHARACTERS else plain[: REASON_CHARACTERS - 1] + "…"
-
-
 def _equal(a: Message, b: Message) -> bool:
     """Whether two messages have the same payload."""
     return (
@@ -321,7 +313,8 @@ class Transport:
             if accept is not None:
                 accept(round, arrived)
         except MessageError as error:
-            self.refused.append((round, client, _line(str(error))))
+            why = one_line(str(error)[:REASON_CHARACTERS])[:REASON_CHARACTERS]
+            self.refused.append((round, client, why))
             return None
         return arrived
 

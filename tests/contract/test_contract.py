@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import save_tiny_bert
 
 from fedbench.api import LocalResult, Message
@@ -122,6 +124,38 @@ def test_a_bad_upload_is_refused_and_the_round_goes_on(
         assert entry["arrived"] == [0, 2, 3]
         assert [r["client"] for r in entry["refused"]] == [1]
     assert "not finite" in record.communication["refused"][0][2]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: replace(m, kind="statistics"), "statistics: not expected in this round"),
+        (lambda m: replace(m, tensors=dict(list(m.tensors.items())[1:])), "is missing"),
+        (lambda m: replace(m, tensors={**m.tensors, "more": torch.zeros(1)}), "'more' was not asked for"),
+        (lambda m: replace(m, tensors={n: t.double() for n, t in m.tensors.items()}), "torch.float64"),
+        (lambda m: replace(m, tensors={n: t[None] for n, t in m.tensors.items()}), "expected ["),
+        (lambda m: replace(m, meta={}), "num_examples is None"),
+        (lambda m: replace(m, meta={"num_examples": -3}), "num_examples is -3"),
+        (lambda m: replace(m, meta={"num_examples": "many"}), "num_examples is 'many'"),
+    ],
+    ids=["kind", "missing", "more", "dtype", "shape", "no-count", "negative-count", "text-count"],
+)
+def test_an_upload_that_looks_different_is_refused_and_the_round_goes_on(
+    fm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Message], Message], reason: str
+) -> None:
+    honest = AdapterClient.upload
+
+    def upload(self: AdapterClient, round: int, result: LocalResult) -> list[Message]:
+        [message] = honest(self, round, result)
+        return [change(message) if self.ctx.client == 1 else message]
+
+    monkeypatch.setattr(AdapterClient, "upload", upload)
+    this = Run(prepared(fm, tmp_path, "head-only", **{"federation.fraction": "1.0", "rounds": "2"}), Silent())
+    this.loop(None)
+    for entry in this.rounds:
+        assert entry["arrived"] == [0, 2, 3]
+        assert [r["client"] for r in entry["refused"]] == [1]
+        assert reason in entry["refused"][0]["reason"]
 
 
 def test_best_selects_on_the_proxys_validation_score_and_never_on_test(fm: str, tmp_path: Path) -> None:

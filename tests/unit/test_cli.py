@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -80,6 +82,32 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
         (["check", "fedpft", "--plugin", "no/such.py"], "--plugin no/such.py: no such"),
         (["grid", "no-such-grid"], "no-such-grid"),
         (["table", "--results", "no/such/folder"], "no/such/folder"),
+        (["run", "--method", "fedpft", "--scenario", "tweets-iid", "--fm", ""], "--fm: an empty value; leave"),
+        (["grid", "quickstart", "--fm", " "], "--fm: an empty value"),
+        (["run", "--method", "fedpft", "--scenario", "tweets-iid", "--data-dir", ""], "--data-dir: an empty value"),
+        (["list", "--plugin", ""], "--plugin: an empty value"),
+        (["run", "--method", "x", "--scenario", "y", "--results", "pyproject.toml"], "a file is there, not a folder"),
+        (["doctor", "--cache", "pyproject.toml"], "--cache pyproject.toml: a file is there, not a folder"),
+        (["export", "record.json", "README.md"], "README.md: a file is there, not a folder"),
+        (["export", "no/record.json", "out"], "no/record.json"),
+        (["show", "tweets-iid", "--set", "rounds=1", "--set", "rounds=2"], "--set rounds: given twice"),
+        (["show", "fedpft", "--set", "lr=1", "--set", "method.lr=2"], "--set method.lr: lr is set twice"),
+        (["show", "fedpft", "--set", "learning_rate=1"], "did you mean lr?"),
+        (["show", "fedpft", "--set", "method.learning_rate=1"], "did you mean lr?"),
+        (["show", "fedpft", "--set", "num_clients=1"], "did you mean split.clients?"),
+        (
+            ["show", "fedpft", "--set", "lr=inf"],
+            "hyper-parameter 'lr' of fedpft: input should be a finite number, not 'inf'",
+        ),
+        (["show", "fedpft", "--set", "lr=NaN"], "hyper-parameter 'lr' of fedpft: input should be a finite number"),
+        (["show", "fedpft", "--set", f"lr=1{'0' * 5000}"], "hyper-parameter 'lr' of fedpft: "),
+        (["show", "fedpft", "--set", f"lr={'[' * 5000}"], "hyper-parameter 'lr' of fedpft: "),
+        (
+            ["show", "tweets-iid", "--set", "federation.fraction=nan"],
+            "--set federation.fraction: input should be a fin",
+        ),
+        (["show", "tweets-iid", "--set", "federation.rounds=2024-05-01"], "is a date or a time"),
+        (["show", "tweets-iid", "--profile", "two\nlines"], "no profile"),
         (["table", "--grid", "paper-iid", "--fm", "minilm"], "has no records of it; did you mean minilm-l6?"),
         (["table", "--grid", "paper-idd"], "there is no grid 'paper-idd'; did you mean paper-iid"),
     ],
@@ -90,6 +118,102 @@ def test_bad_input_is_one_line_and_exit_code_2(invoke: Invoke, arguments: Sequen
     assert err.startswith("fedbench: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def call_in_a_shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in which `fedbench` stands for this one, with bash's `pipefail`."""
+    program = f'fedbench() {{ {shlex.quote(sys.executable)} -m fedbench.cli "$@"; }}; set -o pipefail; {command}'
+    return subprocess.run(
+        ["bash", "-c", program], env=os.environ | environment, capture_output=True, text=True, encoding="utf-8"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes as on POSIX")
+@pytest.mark.parametrize("command", ["list", "show tweets-iid", "run --help"])
+def test_a_reader_that_goes_is_no_error(command: str) -> None:
+    """`true` reads nothing: whatever is written meets a closed pipe."""
+    ran = call_in_a_shell(f"fedbench {command} | true")
+    assert ran.returncode in (0, 141)
+    assert ran.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    ran = call_in_a_shell("fedbench list methods > /dev/full")
+    assert ran.returncode == 2
+    assert ran.stderr == "fedbench: [Errno 28] No space left on device\n"
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_a_replacement(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('title = "Straße ±"\n[splits.iid]\nkind = "iid"\nclients = 2\n', "utf-8")
+    ran = call_in_a_shell(f"fedbench list scenarios --plugin {tmp_path}/mine.toml", PYTHONIOENCODING="ascii")
+    assert ran.returncode == 0, ran.stderr
+    assert "Stra?e ?" in ran.stdout
+
+
+def test_text_of_others_is_shown_as_it_is_written(invoke: Invoke, tmp_path: Path) -> None:
+    """Neither what a terminal acts on nor what looks like mark-up of ours."""
+    (tmp_path / "mine.toml").write_text(
+        'title = "[red]T[/nothing]"\nfm = "[/x]"\n[dataset]\nname = "d"\n[federation]\n[evaluation]\n'
+        '[splits.iid]\nkind = "iid"\nclients = 2\n'
+    )
+    for arguments in (["list", "scenarios"], ["show", "mine-iid"]):
+        code, out, _ = invoke(*arguments, "--plugin", tmp_path / "mine.toml")
+        assert code == 0
+        assert "[red]T[/nothing]" in out
+    (tmp_path / "[red]\x1b[2J[x]").mkdir()
+    code, out, _ = invoke("doctor", "--data-dir", tmp_path, "--cache", tmp_path)
+    assert code == 0
+    assert r"[red]\x1b[2J[x]" in out
+
+
+def test_a_plugin_is_named_when_the_method_is_in_none(invoke: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "file.py"
+    path.write_text("class A(Base):\n    name = 'other-name'\n")
+    code, _, err = invoke("run", "--method", "file", "--scenario", "tweets-iid", "--plugin", path)
+    assert code == 2
+    assert err.endswith(f"; --plugin {path} brings other-name\n")
+
+
+def test_a_file_the_machine_refuses_is_one_line(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "some/cache")
+
+    monkeypatch.setattr("fedbench.engine.prepare", refuse)
+    code, _, err = invoke("run", "--method", "fedpft", "--scenario", "tweets-iid", "--results", tmp_path)
+    assert (code, err) == (2, "fedbench: some/cache: Permission denied\n")
+
+
+def test_a_seed_that_no_table_holds_is_refused(invoke: Invoke, tmp_path: Path) -> None:
+    code, _, err = invoke("run", "--method", "fedpft", "--scenario", "tweets-iid", "--seed", 10**30)
+    assert code == 2
+    assert "too large; use at most 9223372036854775807" in err
+
+
+@pytest.mark.parametrize("option", [["--seed", "-1"], ["--workers", "0"], ["--rounds", "-1"]])
+def test_numbers_out_of_range_are_refused_by_name(invoke: Invoke, option: list[str]) -> None:
+    code, _, err = invoke("run", "--method", "fedpft", "--scenario", "tweets-iid", *option)
+    assert code == 2
+    assert option[0] in err
+
+
+def test_a_split_cannot_name_a_place_outside_the_results(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('title = "T"\n[splits."x/../../../../up"]\nkind = "iid"\nclients = 2\n')
+    arguments = [
+        "run",
+        "--method",
+        "head-only",
+        "--scenario",
+        "mine-x/../../../../up",
+        "--results",
+        tmp_path / "a" / "b",
+    ]
+    code, _, err = invoke(*arguments, "--plugin", tmp_path / "mine.toml")
+    assert code == 2
+    assert "splits: 'x/../../../../up' is no name" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.toml"]
 
 
 def test_list_narrows(invoke: Invoke) -> None:

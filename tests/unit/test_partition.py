@@ -69,11 +69,59 @@ def test_what_cannot_be_is_refused_at_once() -> None:
     with pytest.raises(FedbenchError, match="need 100 rows, there are 99"):
         partition(np.zeros(99, dtype=int), SplitSettings(kind="iid", clients=10, min_size=10), np.random.default_rng(0))
     hopeless = SplitSettings(kind="dirichlet", clients=10, alpha=0.01, min_size=9)
-    with pytest.raises(FedbenchError, match=r"1000 draws of dirichlet .* raise split\.alpha"):
+    with pytest.raises(FedbenchError, match=r"\d+ draws of dirichlet .* raise split\.alpha"):
         partition(np.zeros(100, dtype=int), hopeless, np.random.default_rng(0))
     uneven = SplitSettings(kind="shards", clients=2, shards_per_client=1, min_size=2)
     with pytest.raises(FedbenchError, match="need 4 rows, there are 3"):
         partition(np.zeros(3, dtype=int), uneven, np.random.default_rng(0))
     scarce = SplitSettings(kind="shards", clients=20, shards_per_client=20, min_size=2)
-    with pytest.raises(FedbenchError, match=r"1000 draws of shards \(20 shards a client\).* split\.shards_per_client"):
+    with pytest.raises(FedbenchError, match=r"\d+ draws of shards \(20 shards a client\).* split\.shards_per_client"):
         partition(np.zeros(40, dtype=int), scarce, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "digest", "attempts"),
+    [
+        ("iid", "f1e174ab66ea5d8e", 1),
+        ("dirichlet", "4dc0701aa133b680", 7),
+        ("dirichlet-clients", "1f3590af1fe347f6", 1),
+        ("shards", "cd181302745825ee", 1),
+        ("quantity", "5e176b40c36f6fa3", 8),
+    ],
+)
+def test_what_a_seed_draws_stays_what_it_was(kind: str, digest: str, attempts: int) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, 400)
+    split = SplitSettings(kind=kind, clients=8, alpha=0.5, min_size=9)  # type: ignore[arg-type]
+    parts = partition(labels, split, np.random.default_rng(0))
+    assert (parts.hash()[:16], parts.attempts) == (digest, attempts)
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "quantity"])
+def test_a_split_far_out_of_reach_is_refused_after_its_first_draws(kind: str) -> None:
+    labels = np.random.default_rng(0).integers(0, 4, 120_000)
+    split = SplitSettings(kind=kind, clients=10_000, alpha=0.1, min_size=2)  # type: ignore[arg-type]
+    with pytest.raises(FedbenchError, match=r"split: 16 draws of .* \d+ had fewer on average; raise split\.alpha"):
+        partition(labels, split, np.random.default_rng(0))
+
+
+def test_a_split_that_only_luck_reaches_is_still_tried() -> None:
+    labels = np.zeros(3000, dtype=int)
+    split = SplitSettings(kind="quantity", clients=20, alpha=1.0, min_size=30)
+    parts = partition(labels, split, np.random.default_rng(2))
+    assert min(parts.sizes()) >= 30
+    assert parts.attempts == 377
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet-clients", "quantity"])
+def test_the_largest_alpha_is_an_even_split(kind: str) -> None:
+    labels = np.arange(400) % 4
+    split = SplitSettings(kind=kind, clients=4, alpha=1e9)  # type: ignore[arg-type]
+    with np.errstate(all="raise"):
+        parts = partition(labels, split, np.random.default_rng(0))
+    assert all(abs(size - 100) <= 4 for size in parts.sizes())
+
+
+def test_more_shards_than_memory_are_refused() -> None:
+    split = SplitSettings(kind="shards", clients=4, shards_per_client=10**9)
+    with pytest.raises(FedbenchError, match=r"need 4000000000 shards, there are 400 rows.*split\.shards_per_client"):
+        partition(np.zeros(400, dtype=int), split, np.random.default_rng(0))

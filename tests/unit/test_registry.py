@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from fedbench.errors import FedbenchError
-from fedbench.registry import Registry, nearest, plugin_name
+from fedbench.grid import grid_names
+from fedbench.registry import Registry, bad_name, nearest, plugin_name
+
+ROOT = Path(__file__).parents[2]
 
 METHOD = '''
 """A method of the user's own."""
@@ -133,7 +137,6 @@ def test_broken_plugins_are_listed_and_fail_only_when_used(tmp_path: Path) -> No
     (tmp_path / "bad_import.py").write_text("import no_such_library_at_all\n")
     (tmp_path / "exits.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "bad_table.toml").write_text("title = \n")
-    write_method(tmp_path / "wrong_name.py", "another-name")
     (tmp_path / "no_method.py").write_text("")
     registry = Registry([str(tmp_path)])
     assert "cannot be parsed" in str(registry.methods["bad-syntax"].error)
@@ -142,7 +145,6 @@ def test_broken_plugins_are_listed_and_fail_only_when_used(tmp_path: Path) -> No
         "bad-syntax": "SyntaxError",
         "bad-import": "no_such_library_at_all",
         "exits": "SystemExit",
-        "wrong-name": "name = 'wrong-name'.*it defines another-name",
         "no-method": "defines no Method",
     }.items():
         with pytest.raises(FedbenchError, match=reason):
@@ -150,6 +152,154 @@ def test_broken_plugins_are_listed_and_fail_only_when_used(tmp_path: Path) -> No
     assert registry.scenarios["bad-table"].error
     with pytest.raises(FedbenchError, match=r"bad_table\.toml"):
         registry.find_scenario("bad-table-iid")
+
+
+def test_the_class_and_not_the_file_names_a_method(tmp_path: Path) -> None:
+    path = write_method(tmp_path / "experiment 7 (copy).py", "fedprox-lora")
+    registry = Registry([str(path)])
+    assert registry.load_method("fedprox-lora").name == "fedprox-lora"
+    assert registry.find_method("fedprox-lora").summary == "A method of the user's own."
+    with pytest.raises(FedbenchError, match="two plugins are called 'fedprox-lora'"):
+        Registry([str(path), str(write_method(tmp_path / "again.py", "fedprox-lora"))])
+
+
+def test_a_file_may_hold_several_methods_and_other_classes(tmp_path: Path) -> None:
+    path = tmp_path / "family.py"
+    path.write_text(
+        METHOD.format(name="first")
+        + textwrap.dedent(
+            """
+            class Helper:
+                name = "no-method"
+
+            class Second(Mine):
+                name = "second"
+
+            class Field(Mine):
+                name: ClassVar[str] = "thi" + "rd"
+            """
+        )
+    )
+    registry = Registry([str(path)])
+    assert {"first", "second"} <= set(registry.methods)
+    assert not {"no-method", "family", "third"} & set(registry.methods)
+    assert [registry.load_method(n).__name__ for n in ("first", "second")] == ["Mine", "Second"]
+
+
+def test_an_unknown_name_is_answered_with_what_the_plugins_bring(tmp_path: Path) -> None:
+    path, table = write_method(tmp_path / "mine.py", "brought"), copy_scenario(tmp_path / "data.toml")
+    registry = Registry([str(path), str(table)])
+    with pytest.raises(FedbenchError, match=r"no method 'mine'.*--plugin .*mine\.py brings brought; --plugin"):
+        registry.find_method("mine")
+    with pytest.raises(FedbenchError, match=r"no scenario 'data'.*data\.toml brings data-iid, data-noniid"):
+        registry.find_scenario("data")
+
+
+def test_a_method_without_its_two_sides_is_said(tmp_path: Path) -> None:
+    (tmp_path / "half.py").write_text(
+        "from typing import ClassVar\nfrom fedbench.api import Method\n"
+        "class Half(Method):\n    name: ClassVar[str] = 'half'\n"
+        "class Field(Method):\n    name: str = 'field'\n"
+    )
+    with pytest.raises(FedbenchError, match="'half' of --plugin .*: Half does not define client and server"):
+        Registry([str(tmp_path / "half.py")]).load_method("half")
+    (tmp_path / "field.py").write_text("from fedbench.api import Method\nclass A(Method):\n    name: str = 'field'\n")
+    with pytest.raises(FedbenchError, match=r'name: ClassVar\[str\] = "field"'):
+        Registry([str(tmp_path / "field.py")]).load_method("field")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "..", "\x1b[31mred", "-x", "x" * 101, "a b"])
+def test_names_that_are_no_folders_are_refused(tmp_path: Path, name: str) -> None:
+    write_method(tmp_path / "mine.py", name.replace("\x1b", "\\x1b"))
+    registry = Registry([str(tmp_path / "mine.py")])
+    assert name not in registry.methods
+    with pytest.raises(FedbenchError, match="is no name") as caught:
+        registry.load_method("mine")
+    assert "\x1b" not in str(caught.value)
+    assert bad_name(name)
+    assert not any(map(bad_name, ["fedavg-lora", "données_2", "a.b", "7"]))
+
+
+def test_names_from_entry_points_and_files_are_refused_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "[fedbench.methods]\n../up = tiny_plugins.code:Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(FedbenchError, match="a method of the package tiny-plugins: '../up' is no name"):
+        Registry().load_method("../up")
+    copy_scenario(tmp_path / "two words.toml")
+    with pytest.raises(FedbenchError, match="called as its file, and 'two words' is no name"):
+        Registry([str(tmp_path / "two words.toml")]).find_scenario("two words-iid")
+
+
+def test_text_of_a_plugin_cannot_act_on_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text('"""A \x1b]0;title\x07 of\u202e mine."""\n', encoding="utf-8")
+    assert Registry([str(tmp_path)]).methods["mine"].summary == r"A \x1b]0;title\x07 of\u202e mine."
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("learning_rate", "lr"),
+        ("num_clients", "split.clients"),
+        ("epochs", "federation.local_epochs"),
+        ("rank", "lora_r"),
+        ("clients", "split.clients"),
+        ("split.cleints", "split.clients"),
+        ("fraktion", "federation.fraction"),
+    ],
+)
+def test_what_others_call_a_setting_leads_to_ours(wrong: str, right: str) -> None:
+    from fedbench.scenario import KEYS
+
+    assert nearest(wrong, ["lr", "lora_r", "lora_alpha", "weight_decay", *KEYS]) == f"did you mean {right}?"
+
+
+def python(program: str, cwd: Path, *path: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program as in a folder, with `path` before what is installed, which lacks fedbench's editable finder."""
+    # -S leaves out site-packages and with them the finder; the libraries come back as plain folders of modules.
+    libraries = [entry for entry in sys.path if entry.endswith("site-packages")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*path, *libraries]))}
+    return subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+FIND = """
+from fedbench.registry import Registry
+from fedbench.grid import grid_names
+import fedbench.methods, fedbench.scenarios
+registry = Registry()
+print(fedbench.__file__, len(registry.methods), len(registry.scenarios), len(grid_names()), fedbench.methods.__file__)
+"""
+
+
+def copy_source(target: Path, *folders: str) -> Path:
+    """These folders of the checkout, without what Python has compiled."""
+    for folder in folders:
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def test_methods_are_found_in_the_root_of_a_checkout_with_another_fedbench_installed(tmp_path: Path) -> None:
+    clone = copy_source(tmp_path / "clone", "fedbench", "methods", "scenarios")
+    wheel = copy_source(tmp_path / "wheel", "fedbench")
+    for folder in ("methods", "scenarios"):
+        (copy_source(tmp_path, folder) / folder).rename(wheel / "fedbench" / folder)
+    registry = Registry()
+    counts = [len(registry.methods), len(registry.scenarios), len(grid_names())]
+    for cwd, home, beside in ((clone, clone / "fedbench", clone), (tmp_path, wheel / "fedbench", wheel / "fedbench")):
+        ran = python(FIND, cwd, wheel)
+        assert ran.returncode == 0, ran.stderr
+        where, *found, methods = ran.stdout.split()
+        assert Path(where) == home / "__init__.py"
+        assert list(map(int, found)) == counts
+        assert Path(methods) == beside / "methods" / "__init__.py"
+
+
+def test_a_package_without_its_methods_says_so(tmp_path: Path) -> None:
+    copy_source(tmp_path, "fedbench")
+    ran = python("from fedbench.registry import Registry\nRegistry()", tmp_path)
+    assert ran.returncode == 1
+    assert "comes without fedbench.methods; install fedbench, or use a whole clone" in ran.stderr.splitlines()[-1]
 
 
 def install(root: Path, entry_points: str) -> None:
@@ -192,11 +342,10 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("folder", ["methods", "scenarios"])
 def test_folders_refuse_another_name(folder: str) -> None:
-    root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", f"import {folder}"],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -114,8 +114,31 @@ def test_layers_win_in_order_and_say_where_a_value_came_from(file: Path) -> None
         (("rounds = 3", "rouns = 3"), r"federation\.rouns: unknown field; did you mean federation\.rounds"),
         (("rounds = 3", "rounds = -1"), r"mine\.toml: federation\.rounds: .*greater than or equal to 0"),
         (("title", "titel"), "unknown field 'titel'; did you mean title"),
-        (("[splits.iid]", "[dataset.iid]"), r"no split 'iid'"),
-        (("title =", "title"), "cannot be read as TOML"),
+        (("[splits.iid]", "[dataset.iid]"), r"no \[splits\.NAME\] table"),
+        (("[splits.iid]", "[splits.idd]"), r"no split 'iid'; it has idd"),
+        (
+            ('kind = "iid"\nclients', 'kind = "iid"\ncleints'),
+            r"split\.cleints: unknown field; did you mean split\.clients",
+        ),
+        (("rounds = 3", "rounds = 3\nfraction = nan"), r"federation\.fraction: .*finite number, not nan"),
+        (
+            ("clients = 4", "clients = 4\nalpha = 1e308"),
+            r"split\.alpha: .*less than or equal to 1000000000, not 1e\+308",
+        ),
+        (("[splits.iid]", '[splits."x/../../.."]'), r"splits: 'x/\.\./\.\./\.\.' is no name"),
+        (("[profiles.smoke.", '[profiles."a b".'), r"profiles: 'a b' is no name"),
+        (('title = "T"', "title = 2024-05-01"), r"title: 2024-05-01 is a date"),
+        (
+            ("rounds = 3", "rounds = 3\n[methods.m]\nlr = [1, 07:32:00]"),
+            r"methods\.m\.lr\.1: 07:32:00 is a date",
+        ),
+        (("rounds = 3", "rounds = 3\n[methods]\nm = 3"), r"methods has to hold tables"),
+        (('title = "T"', 'title = "\\u001b[31mT"'), r"title: text may not hold control characters"),
+        (('title = "T"', '"\\u0007" = "T"'), r"a name may not hold control characters"),
+        (('fm = "minilm-l6"', 'fm = ""'), r"fm: string should have at least 1 character"),
+        (("rounds = 3", "rounds = " + "9" * 5000), r"not TOML: .*digits"),
+        (("rounds = 3", "rounds = " + "[" * 5000), r"not TOML: "),
+        (("title =", "title"), "not TOML"),
         (('kind = "iid"\nclients = 4', 'kind = "quantity"\nclients = 4\nalpha = inf'), r"split\.alpha: .*finite"),
         (("[splits.iid]", "[[splits]]"), r"splits has to hold tables, written as \[splits\.NAME\]"),
     ],
@@ -138,6 +161,32 @@ def test_a_mistake_is_named(file: Path, edit: tuple[str, str], says: str) -> Non
 def test_a_bad_override_is_named(file: Path, key: str, value: str, says: str) -> None:
     with pytest.raises(FedbenchError, match=says):
         load_scenario(file, "iid", None, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("federation.fraction", "nan", r"--set federation\.fraction: input should be a finite number, not nan"),
+        ("federation.rounds", "2024-05-01", "is a date or a time"),
+        ("federation.rounds", "9" * 5000, "--set federation.rounds: "),
+        ("split.num_clients", "3", r"did you mean split\.clients\?"),
+        ("federation.rounds", "-1", r"greater than or equal to 0, not -1"),
+    ],
+)
+def test_odd_overrides_are_one_line(file: Path, key: str, value: str, says: str) -> None:
+    with pytest.raises(FedbenchError, match=says) as caught:
+        load_scenario(file, "iid", None, {key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_read_over_and_another_encoding_named(file: Path) -> None:
+    file.write_text(MINIMAL, encoding="utf-8-sig")
+    assert load_scenario(file, "iid").title == "T"
+    file.write_text(MINIMAL, encoding="utf-16")
+    with pytest.raises(FedbenchError, match="not in UTF-8; save it as that"):
+        load_scenario(file, "iid")
+    with pytest.raises(FedbenchError, match="cannot be read: Is a directory"):
+        load_scenario(file.parent, "iid")
 
 
 def test_the_identity_leaves_out_title_and_methods(file: Path) -> None:
