@@ -315,8 +315,8 @@ def test_a_damaged_file_of_the_cache_is_said_and_made_anew(tmp_path: Path, caplo
     for damaged in (content[:1000], content[:-1] + bytes([content[-1] ^ 1])):
         cached.write_bytes(damaged)
         again = fedpft(tmp_path, **settings)
-        assert cached.read_bytes() == content
         assert again.residuals() == first.residuals()
+        assert all(torch.equal(t, frozen_state(again.model)[n]) for n, t in frozen_state(first.model).items())
         assert f"a file of the cache is damaged and made anew: {cached}" in caplog.text
         caplog.clear()
     fedpft(tmp_path, **settings)

@@ -102,8 +102,9 @@ def test_a_want_of_memory_is_one_clear_line(where: bool) -> None:
 
 
 ORPHANS = """
-import os, time
+import os, signal, time
 import numpy as np
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and children inherit that
 from fedbench.workers import fork_map
 def answer(i):
     os.write(1, b"%d\\n" % os.getpid())
