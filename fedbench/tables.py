@@ -568,7 +568,7 @@ def _conditions(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
             for path, value in _flat(record.scenario).items()
             if path not in ("title", "name", "fm") and not path.startswith("methods.") and path != "methods"
         }
-        for name in ("data_hash", "fm_hash", "inputs_hash", "precision"):
+        for name in ("data_hash", "fm_hash", "precision"):
             found[name] = record.identity.get(name)
         # Of the tokenizer or image processor; records did not always say it.
         if inputs := record.identity.get("inputs_hash"):

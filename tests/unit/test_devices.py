@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 from helpers import save_tiny_bert
+from torch.utils import backend_registration
 
 SCRIPT = Path(__file__).parents[1] / "elsewhere.py"
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot have a device made of Python",
+)
 METHODS = ("fedpft", "fedot")  # and the adapters of fedavg-lora, on which both are built
 
 
