@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from platformdirs import user_cache_path
+from pydantic import ValidationError
 from torch import Tensor
 
 from fedbench import provenance
@@ -41,7 +42,7 @@ from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.packing import packing
 from fedbench.partition import Partition, partition
 from fedbench.processors import unknown_tokens
-from fedbench.records import SCHEMA, Record, record_key, save
+from fedbench.records import SCHEMA, Record, complaint_of, record_key, save
 from fedbench.registry import Registry, nearest
 from fedbench.rng import Streams
 from fedbench.scenario import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake
@@ -329,8 +330,6 @@ def parse_values(settings: Mapping[str, str]) -> dict[str, Any]:
 
 def make_method(kind: type[Method], settings: Mapping[str, Any], request: RunRequest) -> Method:
     """The method with its hyper-parameters checked; a bad one is a FedbenchError that names it."""
-    from pydantic import ValidationError
-
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -712,11 +711,11 @@ class Run:
         adapter = self.server.expected(0).get("adapter", {}) if self.federation.rounds else {}
         trainable = sum(int(np.prod(spec.shape)) for spec in adapter.values()) or None
         labels, classes = p.loaded.train.labels.numpy(), len(p.loaded.data.class_names)
-        return Record(
-            schema=SCHEMA,
-            status="complete",
-            error=None,
-            identity={
+        content = {
+            "schema": SCHEMA,
+            "status": "complete",
+            "error": None,
+            "identity": {
                 "key": p.key,
                 "method": p.method.name,
                 "method_version": p.method.version,
@@ -728,16 +727,16 @@ class Run:
                 "inputs_hash": p.loaded.inputs_hash,
                 "precision": p.precision,
             },
-            scenario=dict(p.identity["scenario"]) | {"title": p.scenario.title, "fm": p.loaded.fm.name},
-            method=dict(p.identity["method"]) | {"planned": list(p.planned)},
-            accuracy=dict(accuracy),
-            communication={
+            "scenario": dict(p.identity["scenario"]) | {"title": p.scenario.title, "fm": p.loaded.fm.name},
+            "method": dict(p.identity["method"]) | {"planned": list(p.planned)},
+            "accuracy": dict(accuracy),
+            "communication": {
                 **{way: {"bytes": ledger.total(way), "by_kind": ledger.by_kind(way)} for way in ("up", "down")},
                 "setup_bytes": ledger.total("down", SETUP_KINDS),
                 "refused": [list(r) for r in self.transport.refused],
                 "per_round": [{"round": r["round"], "up": r["bytes_up"], "down": r["bytes_down"]} for r in self.rounds],
             },
-            gradient_error={
+            "gradient_error": {
                 "points": self.points,
                 "start": errors[0],
                 "mean": float(np.mean(errors)),
@@ -745,9 +744,9 @@ class Run:
             }
             if errors
             else None,
-            distillation=[dict(r) for r in self.server.residuals()],
-            exposure=self.exposure.block(),
-            compute={
+            "distillation": [dict(r) for r in self.server.residuals()],
+            "exposure": self.exposure.block(),
+            "compute": {
                 "trainable_parameters": trainable,
                 "resident_parameters": self.modules.resident or None,
                 "local_steps": self.steps,
@@ -755,22 +754,30 @@ class Run:
                 "peak_memory_bytes": peak_memory(p.device),
                 "seconds": {name: round(s, 3) for name, s in sorted(self.time.seconds.items())},
             },
-            rounds=self.rounds,
-            partition={
+            "rounds": self.rounds,
+            "partition": {
                 "hash": self.partition.hash(),
                 "sizes": self.partition.sizes(),
                 "label_counts": self.partition.label_counts(labels, classes),
                 "skew": self.partition.skew(labels, classes),
                 "attempts": self.partition.attempts,
             },
-            provenance={
+            "provenance": {
                 **provenance.collect(p.device),
                 "notes": [*p.notes, *self.server.notes()],
                 "fm": dict(p.loaded.fm.provenance),
                 "executor": p.executor,
                 "workers": p.workers,
             },
-        )
+        }
+        try:
+            return Record.model_validate(content)
+        except ValidationError as error:
+            # Nothing a user did: what a plugin's method says of itself, or a fault of fedbench's.
+            raise FedbenchError(
+                f"{p.method.name} on {p.scenario.name}: what came out is no record: {complaint_of(error)}; "
+                "the fault is in the method, or in fedbench"
+            ) from error
 
 
 def checkpoint_folder(prepared: Prepared) -> Path:

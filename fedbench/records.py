@@ -123,7 +123,7 @@ class Record(BaseModel):
             elif value or name == "identity":
                 BLOCKS[name].model_validate(value if value is not None else {})
         except ValidationError as error:
-            raise ValueError(_complaint(error, "" if name == "rounds" else name)) from None
+            raise ValueError(complaint_of(error, "" if name == "rounds" else name)) from None
         return value
 
     @model_validator(mode="after")
@@ -204,7 +204,7 @@ def _load(path: Path, folders: bool) -> Record:
     try:
         record = Record.model_validate(content)
     except ValidationError as error:
-        complaint = _complaint(error)
+        complaint = complaint_of(error)
         raise FedbenchError(f"{where}: not a record: {complaint}; delete the file and run again") from None
     for field, inside, outside in _misplaced(record, path, folders):
         raise FedbenchError(
@@ -283,7 +283,7 @@ def _sound(value: Any, place: tuple[str | int, ...]) -> None:
         raise ValueError(f"{one_line('.'.join(map(str, place)))[:120]}: {wrong}")
 
 
-def _complaint(error: ValidationError, within: str = "") -> str:
+def complaint_of(error: ValidationError, within: str = "") -> str:
     """The first thing that is wrong: dotted field, what was expected, what is there."""
     first = error.errors()[0]
     place = one_line(".".join(filter(None, [within, *map(str, first["loc"])])))
