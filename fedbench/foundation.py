@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedbench.checkpoints import check_files, check_left_over, label_names, read_config, unused_settings
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES, Family
 from fedbench.files import packaged_file, state_digest
+from fedbench.fm_checkpoint import check_files, check_left_over, label_names, read_config, unused_settings
 from fedbench.fms import FMS, fm_folder, fm_label
 from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen
 from fedbench.processors import read_image_processor, read_tokenizer
