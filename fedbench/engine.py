@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import time
@@ -45,7 +44,7 @@ from fedbench.processors import unknown_tokens
 from fedbench.records import SCHEMA, Record, complaint_of, record_key, save
 from fedbench.registry import Registry, nearest
 from fedbench.rng import Streams
-from fedbench.scenario import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake
+from fedbench.scenario import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake, parse_value
 from fedbench.sources import data_folder
 from fedbench.training import execute, execute_all, has_dropout, most_tokens, step_flops
 from fedbench.transport import SETUP_KINDS, Bounds, Ledger, Transport
@@ -318,14 +317,8 @@ def scenario_settings(kind: type[Method], scenario: Scenario) -> dict[str, tuple
 
 
 def parse_values(settings: Mapping[str, str]) -> dict[str, Any]:
-    """Values of `--set`: JSON where they parse as JSON, else text; "none" is null."""
-    out: dict[str, Any] = {}
-    for key, text in settings.items():
-        try:
-            out[key] = None if text.lower() in ("none", "null") else json.loads(text)
-        except (ValueError, RecursionError):  # of a number of thousands of digits, and of as many brackets
-            out[key] = text
-    return out
+    """Values of `--set` by key."""
+    return {key: parse_value(key, text) for key, text in settings.items()}
 
 
 def make_method(kind: type[Method], settings: Mapping[str, Any], request: RunRequest) -> Method:

@@ -35,6 +35,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import sys
 import time
 import traceback
@@ -446,5 +447,8 @@ def _folders() -> Iterator[Path]:
 
 
 def _as_text(value: Any) -> str:
-    """A TOML value as `--set` takes it: text as it is, everything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """A TOML value as `--set` takes it: text as it is; numbers, truth values and lists of them as JSON, which is TOML."""
+    if isinstance(value, str):
+        return value
+    # But for these, which JSON has other words for.
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else json.dumps(value)

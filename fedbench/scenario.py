@@ -168,7 +168,7 @@ def load_scenario(
         # Hyper-parameters are checked by their method; here only that the scenario has such a method's table.
         if key not in known and not key.startswith(tuple(f"methods.{m}." for m in merged.get("methods", {}))):
             raise FedbenchError(f"--set {key}: no such setting; {nearest(key, known)}")
-        layer = _nest(key.split("."), _value(key, text))
+        layer = _nest(key.split("."), parse_value(key, text))
         _merge(merged, layer)
         sources |= dict.fromkeys(_flatten(layer), "--set")
     try:
@@ -249,8 +249,11 @@ def _tables(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, dict[str
     return tables
 
 
-def _value(key: str, text: str) -> Any:
-    """A `--set` value: TOML where it parses as TOML, "none" as null, else text."""
+def parse_value(key: str, text: str) -> Any:
+    """A value of `--set`, of scenario and method alike: TOML where it parses as TOML, "none" as null, else text.
+
+    Raises FedbenchError, naming the key, for a date or a time.
+    """
     if text.lower() in ("none", "null"):
         return None
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,20 @@ def hub_state(timeout: float = 5.0) -> HubState:
     return HubState(True, f"{constants.ENDPOINT} answers ({answer.status_code})")
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Go straight to the hub's cache inside the block, without minutes of retries and a warning for each."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
 def load_from_hub(
     name: str, repository: str, configuration: str | None, revision: str, folders: Sequence[str]
 ) -> tuple[Any, str]:
@@ -130,14 +145,10 @@ def load_from_hub(
     Raises FedbenchError that says how else to supply the set, in a folder called like one of `folders`.
     """
     try:
-        import datasets
         from datasets import load_dataset
-        from huggingface_hub import constants
 
-        if not hub_state().answers:
-            # Straight to the cache, without minutes of retries and a warning for each.
-            datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-        loaded = load_dataset(repository, configuration, revision=revision)
+        with _offline() if not hub_state().answers else nullcontext():
+            loaded = load_dataset(repository, configuration, revision=revision)
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
         raise FedbenchError(
             f"data set {name}: not found ({type(error).__name__}). Supply it in one of three ways: connect to the hub "

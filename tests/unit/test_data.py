@@ -16,6 +16,7 @@ from helpers import save_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fedbench import sources
 from fedbench.data import Batch, Examples, Part, encode, to_pixels
 from fedbench.embedded import _mnist, tweet_words
 from fedbench.errors import FedbenchError
@@ -221,3 +222,24 @@ def test_files_of_different_sizes_are_decoded_to_the_size_of_the_model() -> None
     broken = ImageFiles([EncodedImage("image 1", b"no image")], np.array([0]))
     with pytest.raises(FedbenchError, match="image 1: cannot be decoded as an image"):
         encode(Part(np.array([0]), images=broken), image_fm(COLOUR), 0)
+
+
+def test_a_failed_look_at_the_hub_switches_nothing_off_for_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    seen: list[tuple[bool, bool]] = []
+
+    def load(*_: object, **__: object) -> object:
+        seen.append((datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for module in (datasets.config, constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    for answers in (False, True):
+        monkeypatch.setattr(sources, "hub_state", lambda answers=answers: sources.HubState(answers, ""))
+        with pytest.raises(FedbenchError, match="data set sst2: not found"):
+            sources.load_from_hub("sst2", "owner/name", None, "main", ["sst2"])
+    assert seen == [(True, True), (False, False)]
+    assert (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == (False, False)
