@@ -447,7 +447,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _as_text(value: Any) -> str:
-    """A TOML value as `--set` takes it: text as it is; numbers, truth values and lists of them as JSON, which is TOML."""
+    """A TOML value as `--set` takes it: text as it is; numbers, truth values and lists as JSON, which is TOML too."""
     if isinstance(value, str):
         return value
     # But for these, which JSON has other words for.

@@ -97,7 +97,7 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
         (["show", "fedpft", "--set", "num_clients=1"], "did you mean split.clients?"),
         (
             ["show", "fedpft", "--set", "lr=inf"],
-            "hyper-parameter 'lr' of fedpft: input should be a finite number, not 'inf'",
+            "hyper-parameter 'lr' of fedpft: input should be a finite number, not inf",
         ),
         (["show", "fedpft", "--set", "lr=NaN"], "hyper-parameter 'lr' of fedpft: input should be a finite number"),
         (["show", "fedpft", "--set", f"lr=1{'0' * 5000}"], "hyper-parameter 'lr' of fedpft: "),
