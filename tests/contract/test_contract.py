@@ -134,9 +134,9 @@ def test_a_bad_upload_is_refused_and_the_round_goes_on(
         (lambda m: replace(m, tensors={**m.tensors, "more": torch.zeros(1)}), "'more' was not asked for"),
         (lambda m: replace(m, tensors={n: t.double() for n, t in m.tensors.items()}), "torch.float64"),
         (lambda m: replace(m, tensors={n: t[None] for n, t in m.tensors.items()}), "expected ["),
-        (lambda m: replace(m, meta={}), "num_examples is None"),
-        (lambda m: replace(m, meta={"num_examples": -3}), "num_examples is -3"),
-        (lambda m: replace(m, meta={"num_examples": "many"}), "num_examples is 'many'"),
+        (lambda m: replace(m, meta={}), "num_examples is not a whole number from 1"),
+        (lambda m: replace(m, meta={"num_examples": -3}), "num_examples is not a whole number from 1"),
+        (lambda m: replace(m, meta={"num_examples": "many"}), "num_examples is not a whole number from 1"),
     ],
     ids=["kind", "missing", "more", "dtype", "shape", "no-count", "negative-count", "text-count"],
 )
