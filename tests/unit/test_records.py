@@ -309,7 +309,8 @@ def test_a_malformed_field_is_named_with_what_was_expected(
         ("communication.down.by_kind.adapter.bytes", 0, "communication.down.bytes: 62500000, but down.by_kind sums to"),
         ("communication.per_round.1.up", 0, "communication.up.bytes: 2000000, but per_round sums to 1866667"),
         ("communication.setup_bytes", 62_500_001, "communication.setup_bytes: 62500001, more than went down"),
-        ("rounds.3.round", 4, "rounds: not the rounds 0 to 14 in order"),
+        ("rounds.3.round", 4, "not a record: rounds: not the rounds 0 to 14 in order"),
+        ("communication.per_round.3.round", 4, "record: communication.per_round: not the rounds 0 to 14 in order"),
         ("rounds.3.arrived", [9], "rounds.3: arrived and refused are not separate parts of its cohort"),
         ("rounds.3.arrived", [4], "rounds.3: arrived and refused are not separate parts of its cohort"),
         ("rounds.3.bytes_up", 1, "communication.per_round.3.up: 133333, but rounds has 1"),
@@ -354,6 +355,52 @@ def test_a_complaint_is_one_line_with_place_and_cure(tmp_path: Path, field: str,
     with pytest.raises(FedbenchError) as caught:
         load(path)
     assert str(caught.value) == f"{path}: not a record: {complaint}; delete the file and run again"
+
+
+def test_every_score_is_held_to_its_bits() -> None:
+    content = make_record(proxy=0.7).to_json()
+    other = dict(content["accuracy"]["plug_in"])
+    content["accuracy"] |= {"test_name": "matched", "extra_tests": {"mismatched": {"plug_in": other, "proxy": None}}}
+    assert Record.model_validate(content).accuracy["extra_tests"]["mismatched"]["plug_in"] == other
+    other["accuracy"] = 0.9
+    with pytest.raises(
+        ValueError, match=r"accuracy\.extra_tests\.mismatched\.plug_in\.accuracy: 0\.9, but its per-row"
+    ):
+        Record.model_validate(content)
+    content = make_record(proxy=0.7).to_json()
+    content["accuracy"]["proxy"]["correct"] = content["accuracy"]["plug_in"].pop("correct")
+    with pytest.raises(ValueError, match=r"accuracy\.proxy\.accuracy: 0\.7, but its per-row bits say 0\.8"):
+        Record.model_validate(content)
+
+
+def test_accuracies_by_client_agree_with_their_values_to_six_digits() -> None:
+    content = make_record().to_json()
+    # A tenth of 20 clients are two.
+    values = [0.0] * 2 + [0.333333] * 16 + [0.666667] * 2
+    content["accuracy"]["per_client"] = {"mean": 1 / 3, "std": 0.2**0.5 / 3, "worst_tenth": 0.0, "values": values}
+    Record.model_validate(content)
+    content["accuracy"]["per_client"] |= {"worst_tenth": 1 / 3}
+    with pytest.raises(ValueError, match="worst_tenth: 0.333333333, but its values say 0.000000"):
+        Record.model_validate(content)
+
+
+def test_every_round_has_its_bytes() -> None:
+    content = make_record().to_json()
+    last = content["communication"]["per_round"].pop()
+    for way in ("up", "down"):
+        content["communication"]["per_round"][0][way] += last[way]
+    with pytest.raises(
+        ValueError, match=r"communication\.per_round: 14 of them, but scenario\.federation\.rounds is 15"
+    ):
+        Record.model_validate(content)
+
+
+def test_what_was_not_measured_contradicts_nothing() -> None:
+    content = make_record(proxy=0.7).to_json()
+    points = [{"round": -1, "zero_filled": {"error": None}}]
+    content["gradient_error"] = {"points": points, "start": None, "mean": None, "final": None}
+    del content["partition"]["label_counts"]
+    assert Record.model_validate(content).to_json() == content
 
 
 def test_numbers_that_agree_but_for_their_rounding_are_let_in() -> None:
