@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -41,3 +42,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+
+
+def pytest_sessionfinish() -> None:
+    # Workers that are done are reaped when the next ones start; mutmut, whose process goes on, waits for any child.
+    for worker in multiprocessing.active_children():
+        worker.join(10)

@@ -222,7 +222,7 @@ def test_the_best_round_comes_back_with_its_own_plain_values(tmp_path: Path, mon
     assert again.resume(tmp_path / "checkpoint")
     assert again.best is not None
     assert (again.best.score, again.best.round, again.best.state.values["total"]) == (one.best.score, 0, 1)
-    again.loop(None)
+    again.loop(None)  # the last round is in no checkpoint
     again.finish()
     assert again.server.total == 1, "scored is the server of that round, not a mixture of two"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,15 @@ import pytest
 import torch
 from helpers import context, public_rows, tiny_fm, train_rows
 
-from fedbench.api import AdamW, LocalTask, Message
+from fedbench.api import AdamW, LocalTask, Message, TensorSpec
 from fedbench.context import ClientContext
+from fedbench.data import Examples
 from fedbench.errors import FedbenchError, MessageError
+from fedbench.files import load_tensors
+from fedbench.foundation import FoundationModel
 from fedbench.gradient import gradient_error, gradients
 from fedbench.methods import _distillation as d
-from fedbench.methods.fedavg_lora import FedAvgLora, cross_entropy, weighted_mean
+from fedbench.methods.fedavg_lora import FedAvgLora, count, cross_entropy, weighted_mean
 from fedbench.methods.fedot import FedOT, FedOTServer, uniform
 from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest, zeros
 from fedbench.models import ModuleCache, Parts, frozen_state, get_tensors, tunable_names
@@ -311,13 +317,290 @@ def test_a_damaged_file_of_the_cache_is_said_and_made_anew(tmp_path: Path, caplo
     settings = {"distil_steps": 2, "distil_batch": 8}
     first = fedpft(tmp_path, **settings)
     [cached] = (tmp_path / "proxies").iterdir()
-    content = cached.read_bytes()
+    content, (made, said) = cached.read_bytes(), load_tensors(cached)
+    made = {name: tensor.clone() for name, tensor in made.items()}  # what is loaded is a view of the file
     for damaged in (content[:1000], content[:-1] + bytes([content[-1] ^ 1])):
         cached.write_bytes(damaged)
         again = fedpft(tmp_path, **settings)
+        tensors, values = load_tensors(cached)  # the order of a file's metadata varies, so bytes may differ
+        assert values == said and all(torch.equal(tensors[n], t) for n, t in made.items())
         assert again.residuals() == first.residuals()
-        assert all(torch.equal(t, frozen_state(again.model)[n]) for n, t in frozen_state(first.model).items())
         assert f"a file of the cache is damaged and made anew: {cached}" in caplog.text
         caplog.clear()
     fedpft(tmp_path, **settings)
     assert not caplog.text
+
+
+def test_a_distilled_proxy_is_taken_from_the_cache_only_where_all_that_made_it_is_the_same(tmp_path: Path) -> None:
+    fm, rows, ctx, folder = tiny_fm(layers=4), public_rows(), context(tmp_path), tmp_path / "proxies"
+    other = replace(fm, content_hash="0" * 64)
+    few = {"distil_steps": 1, "distil_batch": 8}
+
+    def files(method: FedPFT | FedOT, fm: FoundationModel = fm, public: Examples = rows, seed: int = 0) -> int:
+        method.server(fm, public, replace(ctx, streams=Streams(seed, "unit")))
+        return len(list(folder.iterdir()))
+
+    for kind, settings in (
+        (FedPFT, [{"mu": 0.5}, {"r": 3}, {"layers_retained": (0,)}]),
+        (FedOT, [{"emulator": 2}, {"front": 2}]),
+    ):
+        before = len(list(folder.iterdir())) if folder.exists() else 0
+        assert files(kind(**few)) == before + 1
+        assert files(kind(**few, lr=0.5, lora_r=2)) == before + 1, "what does not enter distillation"
+        assert files(kind(**few), other) == before + 2
+        assert files(kind(**few), public=public_rows(24)) == before + 3
+        assert files(kind(**few), seed=1) == before + 4
+        more = [{"distil_steps": 2}, {"distil_batch": 4}, {"distil_lr": 1e-3}, *settings]
+        for i, each in enumerate(more, start=5):
+            assert files(kind(**(few | each))) == before + i, each
+
+
+def test_the_schedule_of_distillation_by_hand() -> None:
+    # 4.8% of 100 steps, rounded up, are 5: the rate rises to step 4, and falls to 1/95 in the last step.
+    factors = [d.Schedule(100, 8, 1.0).factor(step) for step in (0, 3, 4, 5, 6, 99)]
+    assert factors == pytest.approx([1 / 5, 4 / 5, 1, 1, 94 / 95, 1 / 95])
+    assert [d.Schedule(2, 8, 1.0).factor(step) for step in (0, 1)] == [1, 1]
+    assert d.Schedule(1, 8, 1.0).factor(0) == 1
+
+
+def test_public_batches_are_passes_over_permutations() -> None:
+    found = d.public_batches(10, d.Schedule(5, 4, 1.0), np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    orders = [rng.permutation(10) for _ in range(3)]
+    expected = [order[at : at + 4] for order in orders for at in (0, 4)][:5]
+    assert [b.tolist() for b in found] == [b.tolist() for b in expected]
+    [all_rows] = d.public_batches(3, d.Schedule(1, 4, 1.0), rng)
+    assert sorted(all_rows.tolist()) == [0, 1, 2], "fewer rows than a batch has"
+
+
+def test_residuals_are_means_over_the_first_128_rows(tmp_path: Path) -> None:
+    server, rows = fedpft(tmp_path), public_rows(150)
+    [layer] = server.compressed
+    full, sub = Parts(server.full), server.parts
+    for n, chunks in ((20, [(0, 20)]), (72, [(0, 36), (36, 72)]), (150, [(at, at + 32) for at in range(0, 128, 32)])):
+        [found] = d.residuals(server.full, server.model, [(layer, layer)], rows.select(np.arange(n)), CPU)
+        losses = []
+        for first, last in chunks:
+            batch = rows.batch(np.arange(first, last), CPU)
+            with torch.no_grad():
+                (theirs, mask), (ours, _) = (d.layer_outputs(m, batch) for m in (server.full, server.model))
+            losses.append(d.hidden_loss(theirs[layer], ours[layer], mask).item())
+        assert found["layer"] == layer
+        assert found["hidden"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+        products = [(p.ffn_out(layer).weight @ p.ffn_in(layer).weight).double() for p in (full, sub)]
+        weight = (products[1] - products[0]).square().mean() / products[0].square().mean()
+        assert found["weight"] == pytest.approx(weight.item(), rel=1e-4)
+
+
+def test_distillation_is_adamw_with_warm_up_and_clipped_gradients(tmp_path: Path) -> None:
+    server, rows = fedpft(tmp_path), public_rows()
+    names = server._trainable(server.compressed)
+    schedule = d.Schedule(4, 8, 1e-2, warmup=0.5)
+    ours = deepcopy(server.model)
+    theirs = dict(ours.named_parameters())
+
+    def loss(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], mask: object) -> torch.Tensor:
+        return 100 * (student[1] - teacher[1]).square().mean()
+
+    optimiser = torch.optim.AdamW([theirs[n] for n in names], lr=1.0, weight_decay=0.01)
+    for name in names:
+        theirs[name].requires_grad_(True)
+    batches = d.public_batches(len(rows), schedule, np.random.default_rng(0))
+    norms = []
+    for batch, rate in zip(batches, (0.5e-2, 1e-2, 1e-2, 0.5e-2), strict=True):
+        optimiser.zero_grad()
+        inputs = rows.batch(batch, CPU)
+        with torch.no_grad():
+            target, _ = d.layer_outputs(server.full, inputs)
+        loss(target, d.layer_outputs(ours, inputs)[0], None).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_([theirs[n] for n in names], 1.0).item())
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.step()
+    assert min(norms) > 1, "or clipping would not be seen"
+    server.model.train()
+    d.distil(server.full, server.model, names, loss, rows, schedule, np.random.default_rng(0), CPU)
+    mine = dict(server.model.named_parameters())
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], atol=1e-5), name
+        assert not mine[name].requires_grad or name not in names
+        assert mine[name].grad is None
+    assert not server.model.training and not server.full.training
+
+
+def test_the_loss_of_a_layer_is_the_mean_over_layers_with_the_regulariser(tmp_path: Path) -> None:
+    fm = tiny_fm(layers=4)
+    server = FedPFT(r=5, distil_steps=0).server(fm, public_rows(), context(tmp_path))
+    assert isinstance(server, FedPFTServer)
+    assert server.compressed == [1, 2]
+    teacher = [torch.full((1, 1, 2), float(i + 1)) for i in range(4)]
+    student = [torch.full((1, 1, 2), 2.0 * (i + 1) + i) for i in range(4)]
+    # Layer 1: (5 - 2)² / 2²; layer 2: (8 - 3)² / 3².
+    hidden = (9 / 4 + 25 / 9) / 2
+    assert server.loss([1, 2], 0.0)(teacher, student, None).item() == pytest.approx(hidden)
+    weights = [
+        d.weight_loss(d.ffn_product(Parts(server.full), i), d.ffn_product(server.parts, i)).item() for i in (1, 2)
+    ]
+    assert server.loss([1, 2], 0.5)(teacher, student, None).item() == pytest.approx(hidden + 0.5 * sum(weights) / 2)
+
+
+def test_layers_and_neurons_that_a_sub_fm_keeps() -> None:
+    assert FedPFT().widths([8, 12, 16, 20]) == (8, 3, 4, 20)
+    assert FedPFT(r=5).widths([8, 12, 16, 20]) == (8, 5, 5, 20)
+    assert FedPFT(layers_retained=(-1, 1, 1)).retained(4) == (1, 3)
+    assert FedPFT(layers_retained=(-4,)).retained(4) == (0,)
+    assert FedPFT(r=8).narrow(8) == 8
+    for layer in (4, -5):
+        with pytest.raises(FedbenchError, match=f"layer {layer}, but the FM has layers 0 to 3"):
+            FedPFT(layers_retained=(layer,)).retained(4)
+
+
+def test_a_round_that_aligns_asks_for_statistics_and_averages_them_over_tokens(tmp_path: Path) -> None:
+    server = fedpft(tmp_path, rounds=4, t=2)
+    [layer] = server.compressed
+    assert [sorted(server.expected(r)) for r in range(3)] == [["adapter"], ["adapter", "statistics"], ["adapter"]]
+    assert server.expected(1)["statistics"] == {f"zeros.{layer}": TensorSpec((5,), torch.int64)}
+    assert [server.adapter_meta(r)["count_zeros"] for r in range(3)] == ["", str(layer), ""]
+    adapter = Message("adapter", server.values, {"num_examples": 2})
+
+    def counted(zeros: list[int], tokens: int) -> list[Message]:
+        return [adapter, Message("statistics", {f"zeros.{layer}": torch.tensor(zeros)}, {"tokens": tokens})]
+
+    uploads = {1: counted([0, 1, 2, 3, 4], 4), 2: counted([6, 0, 0, 0, 3], 6)}
+    for messages in uploads.values():
+        server.accept(1, messages)  # none and all are possible
+    server.aggregate(0, uploads)
+    assert not server.apoz
+    server.aggregate(1, uploads)
+    assert server.apoz[layer].tolist() == [0.6, 0.1, 0.2, 0.3, 0.7]
+    assert server.rank(1, layer).tolist() == server.apoz[layer].tolist()
+    server.align(0)
+    assert (server.version, bool(server.apoz)) == (0, True), "nothing is changed in a round that does not align"
+    server.align(1)
+    assert (server.version, bool(server.apoz)) == (1, False)
+    server.align(1)
+    assert server.version == 1, "without statistics there is nothing to go by"
+
+
+def test_a_server_goes_on_from_its_state(tmp_path: Path) -> None:
+    one, other = fedpft(tmp_path, rounds=10, p=0.4), fedpft(tmp_path, rounds=10, p=0.4)
+    one.broadcast(0, [1, 2])
+    one.values = {n: v + 1 for n, v in one.values.items()}
+    _align(one, 0, torch.tensor([0.9, 0.8, 0.1, 0.1, 0.1]))
+    one.broadcast(1, [1])
+    other.restore(one.state())
+    assert (other.held, other.version) == (one.held, one.version) == ({1: 1, 2: 0}, 1)
+    for mine, theirs in ((other.values, one.values), (frozen_state(other.model), frozen_state(one.model))):
+        assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
+    [a, b] = (server.broadcast(2, [2])[2][0] for server in (one, other))
+    assert (a.kind, a.meta) == (b.kind, b.meta) == ("alignment", a.meta)
+    assert all(torch.equal(a.tensors[n], b.tensors[n]) for n in a.tensors)
+
+
+@pytest.mark.parametrize(("decay", "rates"), [("linear", [1.0, 0.75, 0.25]), ("none", [1.0, 1.0, 1.0])])
+def test_the_learning_rate_of_a_round(tmp_path: Path, decay: str, rates: list[float]) -> None:
+    method = FedAvgLora(lr=1.0, lr_decay=decay)  # type: ignore[arg-type]
+    assert [method.learning_rate(round, 4) for round in (0, 1, 3)] == rates
+    server = method.server(tiny_fm(), None, context(tmp_path, rounds=4))
+    assert [server.broadcast(round, [0])[0][-1].meta["lr"] for round in (0, 1, 3)] == rates
+
+
+@pytest.mark.parametrize(("name", "most"), [("num_examples", 2**31 - 1), ("tokens", 2**53)])
+def test_a_count_is_a_whole_number_from_1_to_the_most_there_can_be(name: str, most: int) -> None:
+    for value in (1, most):
+        assert count(Message("adapter", {}, {name: value}), name) == value
+    for value in (0, most + 1, True, 2.0):
+        with pytest.raises(MessageError, match=f"adapter: {name} is not a whole number from 1 to {most}"):
+            count(Message("adapter", {}, {name: value}), name)
+
+
+def test_a_client_trains_what_it_was_sent_as_it_was_told(tmp_path: Path) -> None:
+    method = FedAvgLora(lr=0.25, weight_decay=0.125, clip_norm=0.5)
+    server = method.server(tiny_fm(), None, context(tmp_path))
+    ctx = ClientContext(3, Streams(0, "unit"), server.ctx.federation, ModuleCache(CPU))  # type: ignore[attr-defined]
+    client, rows = method.client(ctx), train_rows(6)
+    sub_fm, adapter = server.broadcast(0, [3])[3]
+    with pytest.raises(ValueError, match="client 3 was asked to train before it was sent a model and an adapter"):
+        client.task(0, [adapter], rows)
+    with pytest.raises(ValueError, match="client 3 was asked to train before"):
+        client.task(0, [sub_fm], rows)
+    with pytest.raises(ValueError, match="a client of fedavg-lora cannot read a message of kind 'statistics'"):
+        client.task(0, [Message("statistics", {}), adapter], rows)
+    task = client.task(1, [sub_fm, adapter], rows)
+    assert (task.optimiser, task.clip_norm, task.loss) == (AdamW(lr=0.25, weight_decay=0.125), 0.5, cross_entropy)
+    assert task.data is rows
+    assert task.tunables is adapter.tensors
+    assert (task.seed, [b.tolist() for b in task.batches]) == (ctx.seed(1), [b.tolist() for b in ctx.batches(1, 6)])
+    result = execute(task, CPU)
+    [message] = client.upload(1, result)
+    assert (message.kind, message.meta, message.tensors) == ("adapter", {"num_examples": 6}, result.tunables)
+    again = method.client(ctx)
+    again.restore(client.state())
+    assert again.task(2, [adapter], rows).frozen.module is task.frozen.module, "it keeps the model"
+    fresh = method.client(ctx)
+    fresh.restore(method.client(ctx).state())
+    with pytest.raises(ValueError, match="before it was sent a model"):
+        fresh.task(0, [adapter], rows)
+
+
+def test_a_model_is_sent_once_and_again_only_to_those_who_lack_it(tmp_path: Path) -> None:
+    server = FedAvgLora().server(tiny_fm(), None, context(tmp_path))
+    kinds = [
+        {c: [m.kind for m in messages] for c, messages in server.broadcast(round, cohort).items()}
+        for round, cohort in enumerate(([1, 2], [2, 3]))
+    ]
+    assert kinds == [{1: ["fm", "adapter"], 2: ["fm", "adapter"]}, {2: ["adapter"], 3: ["fm", "adapter"]}]
+    outbox = server.broadcast(2, [4, 5])
+    assert outbox[4][0] is outbox[5][0], "one message for all"
+    server.version = 1  # type: ignore[attr-defined]
+    with pytest.raises(NotImplementedError, match="fedavg-lora changed its model but cannot say how"):
+        server.broadcast(3, [1])
+
+
+def test_fedots_emulator_is_distilled_towards_the_layers_it_stands_for(tmp_path: Path) -> None:
+    fm, rows = tiny_fm(layers=4), public_rows()
+    settings = {"distil_steps": 30, "distil_batch": 8, "distil_lr": 3e-3}
+    server = FedOT(**settings).server(fm, rows, context(tmp_path))
+    assert isinstance(server, FedOTServer)
+    plain = FedOT(distil_steps=0).server(fm, rows, context(tmp_path))
+    [residual] = server.residuals()
+    # 1-1-1 of four layers: the emulator's output stands for that of the FM's layer 2.
+    assert residual["layer"] == 2
+    assert residual["hidden"] < 0.9 * residual["hidden_before"]
+    [before] = plain.residuals()
+    assert before["hidden"] == before["hidden_before"] == residual["hidden_before"]
+    changed = {
+        name.removeprefix(server.parts.layer_path(1))
+        for name, tensor in frozen_state(server.model).items()
+        if not torch.equal(tensor, frozen_state(plain.proxy())[name])  # type: ignore[arg-type]
+    }
+    assert changed
+    assert all(name.startswith(".") for name in changed), "of the emulator alone"
+    assert server.notes() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"emulator": 3}, "fedot: 1-3-1 does not fit an FM of 4 layers; set emulator between 1 and 2, or front"),
+        ({"front": 2, "back": 2}, "fedot: 2-1-2 does not fit an FM of 4 layers; set emulator between 1 and 1"),
+        ({"front": 3, "back": 3, "emulator": "fedpft"}, "fedot: 3-1-3 does not fit an FM of 4 layers"),
+    ],
+)
+def test_fedot_names_a_shape_that_does_not_fit(tmp_path: Path, settings: dict[str, object], says: str) -> None:
+    with pytest.raises(FedbenchError, match=says):
+        FedOT(distil_steps=0, **settings).server(tiny_fm(layers=4), public_rows(), context(tmp_path))
+
+
+@pytest.mark.parametrize(("emulator", "origin"), [(None, [0, 1, 4, 5]), (4, [0, 1, 2, 3, 4, 5]), (1, [0, 2, 5])])
+def test_half_the_middle_is_kept_unless_told(tmp_path: Path, emulator: int | None, origin: list[int]) -> None:
+    server = FedOT(distil_steps=0, emulator=emulator).server(tiny_fm(layers=6), public_rows(), context(tmp_path))
+    assert isinstance(server, FedOTServer)
+    assert server.origin == origin
+
+
+def test_a_proxy_method_without_public_rows_says_what_is_missing(tmp_path: Path) -> None:
+    for method in (FedPFT(), FedOT()):
+        with pytest.raises(
+            FedbenchError, match=rf"{method.name} distils on public data; give the scenario a \[public\]"
+        ):
+            method.server(tiny_fm(), None, context(tmp_path))

@@ -166,6 +166,15 @@ def test_layout_of_the_file() -> None:
     assert max(map(len, text.splitlines())) <= records.WIDTH
 
 
+@pytest.mark.parametrize(("last", "fits"), [(56, True), (57, False)])
+def test_a_line_of_a_list_is_120_characters_at_most(last: int, fits: bool) -> None:
+    # Two blanks, 55 letters in quotes with comma and blank, and `last` letters in quotes with comma: 120 or 121.
+    lines = dumps({"a": ["x" * 55, "y" * last, "z"]}).splitlines()
+    both = [f'  "{"x" * 55}", "{"y" * last}",', '  "z"']
+    each = [f'  "{"x" * 55}",', f'  "{"y" * last}", "z"']
+    assert lines == ["{", ' "a": [', *(both if fits else each), " ]", "}"]
+
+
 def test_comparable_leaves_out_times_memory_and_provenance() -> None:
     a = make_record()
     compute = {**a.compute, "seconds": {"local": 1.0}, "peak_memory_bytes": 1}
@@ -188,6 +197,11 @@ def test_differences_names_the_places() -> None:
     ]
     c = a.model_copy(update={"rounds": [], "exposure": None, "compute": {**a.compute, "local_steps": 750.0}})
     assert differences(a, c) == ["compute.local_steps", "exposure", "rounds"]
+    fewer = {name: value for name, value in a.compute.items() if name != "local_steps"}
+    d = a.model_copy(update={"compute": {**fewer, "steps": 750}})
+    assert differences(a, d) == differences(d, a) == ["compute.local_steps", "compute.steps"]
+    # A failed run may have measured nothing.
+    assert differences(a.model_copy(update={"compute": {}}), a.model_copy(update={"compute": {}})) == []
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -296,7 +310,8 @@ def test_a_malformed_field_is_named_with_what_was_expected(
         ("communication.down.by_kind.adapter.bytes", 0, "communication.down.bytes: 62500000, but down.by_kind sums to"),
         ("communication.per_round.1.up", 0, "communication.up.bytes: 2000000, but per_round sums to 1866667"),
         ("communication.setup_bytes", 62_500_001, "communication.setup_bytes: 62500001, more than went down"),
-        ("rounds.3.round", 4, "rounds: not the rounds 0 to 14 in order"),
+        ("rounds.3.round", 4, "not a record: rounds: not the rounds 0 to 14 in order"),
+        ("communication.per_round.3.round", 4, "record: communication.per_round: not the rounds 0 to 14 in order"),
         ("rounds.3.arrived", [9], "rounds.3: arrived and refused are not separate parts of its cohort"),
         ("rounds.3.arrived", [4], "rounds.3: arrived and refused are not separate parts of its cohort"),
         ("rounds.3.bytes_up", 1, "communication.per_round.3.up: 133333, but rounds has 1"),
@@ -317,6 +332,110 @@ def test_a_record_that_contradicts_itself_is_refused(tmp_path: Path, field: str,
         load(path)
     assert str(caught.value).startswith(f"{path}: not a record: ")
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("identity.key", DELETED, "identity.key: field required"),
+        ("identity.key", "A" * 58, f"identity.key: string should match pattern '^[0-9a-f]{{64}}$', found '{'A' * 58}'"),
+        (
+            "identity.key",
+            "A" * 59,
+            f"identity.key: string should match pattern '^[0-9a-f]{{64}}$', found '{'A' * 56}...",
+        ),
+        ("accuracy.selection", DELETED, "accuracy: selection is missing, so nobody knows which round was scored"),
+        ("accuracy.gap", 0.2, "accuracy.gap: 0.2, but that is not plug_in minus proxy"),
+        ("error", {"type": "a", "message": "b"}, "error: not null, but status is complete"),
+        ("status", "failed", "error: empty, but status is failed"),
+    ],
+)
+def test_a_complaint_is_one_line_with_place_and_cure(tmp_path: Path, field: str, value: Any, complaint: str) -> None:
+    path = save(make_record(proxy=0.7), tmp_path)
+    path.write_text(edited(load(path), field, value))
+    with pytest.raises(FedbenchError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: not a record: {complaint}; delete the file and run again"
+
+
+def test_every_score_is_held_to_its_bits() -> None:
+    content = make_record(proxy=0.7).to_json()
+    other = dict(content["accuracy"]["plug_in"])
+    content["accuracy"] |= {"test_name": "matched", "extra_tests": {"mismatched": {"plug_in": other, "proxy": None}}}
+    assert Record.model_validate(content).accuracy["extra_tests"]["mismatched"]["plug_in"] == other
+    other["accuracy"] = 0.9
+    with pytest.raises(
+        ValueError, match=r"accuracy\.extra_tests\.mismatched\.plug_in\.accuracy: 0\.9, but its per-row"
+    ):
+        Record.model_validate(content)
+    content = make_record(proxy=0.7).to_json()
+    content["accuracy"]["proxy"]["correct"] = content["accuracy"]["plug_in"].pop("correct")
+    with pytest.raises(ValueError, match=r"accuracy\.proxy\.accuracy: 0\.7, but its per-row bits say 0\.8"):
+        Record.model_validate(content)
+
+
+def test_accuracies_by_client_agree_with_their_values_to_six_digits() -> None:
+    content = make_record().to_json()
+    # A tenth of 20 clients are two.
+    values = [0.0] * 2 + [0.333333] * 16 + [0.666667] * 2
+    content["accuracy"]["per_client"] = {"mean": 1 / 3, "std": 0.2**0.5 / 3, "worst_tenth": 0.0, "values": values}
+    Record.model_validate(content)
+    content["accuracy"]["per_client"] |= {"worst_tenth": 1 / 3}
+    with pytest.raises(ValueError, match="worst_tenth: 0.333333333, but its values say 0.000000"):
+        Record.model_validate(content)
+
+
+def test_every_round_has_its_bytes() -> None:
+    content = make_record().to_json()
+    last = content["communication"]["per_round"].pop()
+    for way in ("up", "down"):
+        content["communication"]["per_round"][0][way] += last[way]
+    with pytest.raises(
+        ValueError, match=r"communication\.per_round: 14 of them, but scenario\.federation\.rounds is 15"
+    ):
+        Record.model_validate(content)
+
+
+def test_what_was_not_measured_contradicts_nothing() -> None:
+    content = make_record(proxy=0.7).to_json()
+    points = [{"round": -1, "zero_filled": {"error": None}}]
+    content["gradient_error"] = {"points": points, "start": None, "mean": None, "final": None}
+    del content["partition"]["label_counts"]
+    assert Record.model_validate(content).to_json() == content
+
+
+def test_numbers_that_agree_but_for_their_rounding_are_let_in() -> None:
+    # 1/3 and 0.333 are kept to nine digits; so is their gap, which is a thousand times smaller.
+    record = make_record(correct=np.arange(3000) < 1000, proxy=0.333)
+    assert record.accuracy["gap"] == 0.000333333333
+    assert Record.model_validate(record.to_json()) == record
+
+
+def test_a_failed_run_may_know_neither_its_settings_nor_its_scores() -> None:
+    content = make_record(status="failed").to_json() | {"method": {}, "scenario": {}}
+    assert Record.model_validate(content).status == "failed"
+
+
+@pytest.mark.parametrize(("depth", "refused"), [(30, False), (31, True)])
+def test_tables_may_be_32_deep(tmp_path: Path, depth: int, refused: bool) -> None:
+    inner: Any = 0
+    for _ in range(depth):
+        inner = [inner]
+    path = save(make_record(), tmp_path)
+    path.write_text(edited(load(path), "provenance.x", inner))
+    if refused:
+        with pytest.raises(FedbenchError, match=r"provenance\.x\.0.*: nested too deeply;"):
+            load(path)
+    else:
+        assert load(path).provenance["x"] == inner
+
+
+def test_records_behind_a_link_are_found(tmp_path: Path) -> None:
+    record = make_record()
+    save(record, tmp_path / "elsewhere")
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "agnews-noniid").symlink_to(tmp_path / "elsewhere" / "agnews-noniid")
+    assert load_all(tmp_path / "records") == [record]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +487,7 @@ def test_the_first_bad_file_is_named_and_the_others_are_counted(tmp_path: Path) 
     with pytest.raises(FedbenchError) as caught:
         load_all(tmp_path)
     assert str(caught.value).startswith(str(paths[1]))
-    assert "files are refused" not in str(caught.value)
+    assert str(caught.value).endswith("; delete the file and run again"), "none are counted"
     paths[2].write_text("{")
     with pytest.raises(FedbenchError, match=r"\(2 of 3 files are refused; this is the first\)$"):
         load_all(tmp_path)
@@ -423,8 +542,11 @@ def test_a_run_without_uploads_is_as_it_started() -> None:
     assert records.rounds_without_upload(make_record(arrived=[[]] * 14 + [[1]])) == 14
     # The round that is scored decides, not one after it.
     late = make_record(arrived=[[]] * 14 + [[1]])
-    late.accuracy["selection"] |= {"rule": "best", "round": 3}
+    late.accuracy["selection"] |= {"rule": "best", "round": 13}
     assert records.no_upload(late) == f"no upload had arrived by the round that is scored: {said}"
+    late.accuracy["selection"] |= {"round": 14}
+    assert records.no_upload(late) == ""
+    assert records.no_upload(make_record(status="failed", arrived=[[], [1]])) == "", "without a score, all rounds"
     refused = make_record(arrived=[[]] * 15)
     refused.rounds[0]["refused"] = [{"client": 1, "reason": "x"}]
     assert records.no_upload(refused) == f"every upload was refused: {said}"

@@ -15,7 +15,7 @@ from studies.coverage import SCENARIOS, SEEDS, simulate
 
 from fedbench.records import Record
 from fedbench.render import comments
-from fedbench.statistics import Difference, half_width, seeds_needed, variances
+from fedbench.statistics import Difference, half_width, paired_test, seeds_needed, variances
 from fedbench.tables import Section, compare
 
 T2, T1, NORMAL = 4.3026527, 12.7062047, 1.9599640
@@ -108,6 +108,20 @@ def test_seeds_for_a_point_by_hand() -> None:
     assert seeds_needed(1.0, 0.0, 0.0) == 2
     # The rows alone leave 1.96 * 0.6 points.
     assert seeds_needed(1.0, 0.0, 0.36) is None
+    assert seeds_needed(2.0, 0.0, 1.5) is None, "1.96 * 1.22 points"
+    assert seeds_needed(1.0, 0.0, 0.258) == 2, "1.96 * 0.508 points"
+
+
+def test_answers_in_half_the_width_give_the_same_numbers() -> None:
+    each = np.random.default_rng(0).integers(-1, 2, size=(3, 1001))
+    wide, narrow = (Difference.of("a", "b", each.astype(dtype)) for dtype in (np.float64, np.float32))
+    assert narrow == wide, "an average in single precision is off in the seventh digit"
+
+
+def test_a_sampled_test_is_the_same_each_time() -> None:
+    # With 17 pairs there are too many signs to try each: 65,536 of them are drawn.
+    values = [0.1 * i - 0.4 for i in range(17)]
+    assert paired_test(values) == paired_test(values)
 
 
 @given(st.integers(1, 5), st.integers(1, 30), st.integers(0, 2**32 - 1))
@@ -191,7 +205,8 @@ def test_how_many_seeds_a_point_needs_is_said() -> None:
 def test_the_mean_variance_is_weighted_and_the_rows_part_is_the_largest() -> None:
     one, two = Difference("a", "b", 0.0, 2, 4.0, 0.5), Difference("a", "c", 0.0, 4, 8.0, 0.1)
     assert variances([one, two, Difference("b", "c", 1.0, 1, None, None)]) == (7.0, 0.5)  # (1 * 4 + 3 * 8) / 4
-    assert variances([Difference("b", "c", 1.0, 1, None, None)]) is None
+    for over_seeds, rows in ((None, None), (1.0, None), (None, 1.0)):
+        assert variances([Difference("b", "c", 1.0, 1, over_seeds, rows)]) is None
 
 
 def proxy(method: str, rounds: int = 12, residuals: bool = True, **settings: int) -> Record:

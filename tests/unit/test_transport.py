@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -68,6 +69,11 @@ def test_garbage_is_refused_with_a_message_error(payload: bytes) -> None:
 def test_payload_bytes_do_not_vary_between_calls() -> None:
     message = Message("adapter", {"b": torch.ones(3), "a": torch.zeros(2)}, {"y": 1, "x": "2", "z": True})
     assert len({serialise(message) for _ in range(20)}) == 1
+    other = Message("adapter", dict(reversed(message.tensors.items())), {"z": True, "x": "2", "y": 1})
+    assert serialise(other) == serialise(message), "whatever the order of names"
+    assert json.loads(serialise(message)[8 : header_length(serialise(message))])["__metadata__"] == {
+        "fedbench": '{"kind":"adapter","meta":{"x":"2","y":1,"z":true}}'
+    }
 
 
 def test_ledger_bytes_are_the_payloads_bytes_by_round_direction_and_kind() -> None:
@@ -87,6 +93,59 @@ def test_ledger_bytes_are_the_payloads_bytes_by_round_direction_and_kind() -> No
     # Large messages are decoded once for all recipients, small ones for each.
     assert inboxes[1][0] is inboxes[2][0]
     assert inboxes[1][1].tensors["a"].data_ptr() != inboxes[2][1].tensors["a"].data_ptr()
+
+
+def test_every_entry_names_its_round_direction_and_client() -> None:
+    adapter = Message("adapter", {"a": torch.zeros(4)}, {"num_examples": 3})
+    transport, size = Transport(), len(serialise(adapter))
+    list(transport.download(3, {5: [adapter], 6: [adapter]}))
+    transport.upload(4, 6, [adapter], {"adapter": {"a": TensorSpec((4,), torch.float32)}})
+    assert [entry.to_json() for entry in transport.ledger.entries] == [
+        [3, "down", 5, "adapter", size, 4],
+        [3, "down", 6, "adapter", size, 4],
+        [4, "up", 6, "adapter", size, 4],
+    ]
+
+
+LARGE = {"w": torch.zeros(300_000), "b": torch.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Message("sub_fm", {**LARGE, "b": torch.tensor([0.0, 0.0, 0.0, 1.0])}),
+        Message("sub_fm", {**LARGE, "w": torch.zeros(300_000, 1)}),
+        Message("sub_fm", {**LARGE, "b": torch.zeros(4, dtype=torch.int32)}),
+        Message("sub_fm", {"w": LARGE["w"]}),
+        Message("sub_fm", {**LARGE, "c": torch.zeros(1)}),
+        Message("sub_fm", {"w": LARGE["w"], "c": LARGE["b"]}),
+        Message("sub_fm", LARGE, {"spec": "another"}),
+        Message("fm", LARGE),
+    ],
+    ids=["value", "shape", "dtype", "fewer", "more", "name", "meta", "kind"],
+)
+def test_a_large_message_is_kept_between_rounds_and_any_change_of_it_is_sent(other: Message) -> None:
+    transport, first = Transport(), Message("sub_fm", LARGE)
+
+    def arrives(round: int, message: Message) -> Message:
+        [(_, [arrived])] = transport.download(round, {0: [message]})
+        return arrived
+
+    kept = arrives(0, first)
+    assert arrives(1, Message("sub_fm", {n: t.clone() for n, t in LARGE.items()})) is kept
+    arrived = arrives(2, other)
+    assert (arrived.kind, dict(arrived.meta), set(arrived.tensors)) == (other.kind, other.meta, set(other.tensors))
+    for name, tensor in other.tensors.items():
+        assert arrived.tensors[name].dtype == tensor.dtype
+        assert torch.equal(arrived.tensors[name], tensor)
+    sizes = [len(serialise(first))] * 2 + [len(serialise(other))]
+    assert [entry.bytes for entry in transport.ledger.entries] == sizes
+
+
+def test_what_is_no_dense_tensor_is_refused() -> None:
+    for value in (torch.eye(2).to_sparse(), [1.0]):
+        with pytest.raises(MessageError, match="'a' is not a dense tensor"):
+            serialise(Message("adapter", {"a": value}))  # type: ignore[dict-item]
 
 
 GOOD = {"a": torch.zeros(2, 3)}
@@ -137,6 +196,20 @@ def test_an_upload_longer_than_its_tensors_explain_is_refused_unread_and_still_c
     assert len(serialise(Message("adapter", GOOD))) < size_limit(EXPECTED["adapter"]) < 70_000
 
 
+def test_the_size_limit_by_hand() -> None:
+    specs = {"a": TensorSpec((2, 3), torch.float32), "bc": TensorSpec((4,), torch.float16)}
+    # Values, 64 KiB, and 200 bytes and its quoted name for each tensor.
+    assert size_limit(specs) == (24 + 8) + 65_536 + (3 + 200) + (4 + 200)
+    kinds = {"adapter": {"a": TensorSpec((50_000,), torch.float32)}, "statistics": {}}
+    messages = [Message("adapter", {"a": torch.zeros(50_000)}), Message("statistics", {})]
+    assert Transport().upload(0, 0, messages, kinds) is not None, "each kind has the limit of its own tensors"
+
+
+def test_whole_numbers_of_64_bits_are_let_in() -> None:
+    meta = {"most": 2**63 - 1, "least": -(2**63)}
+    assert deserialise(serialise(Message("adapter", GOOD, meta))).meta == meta
+
+
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400, float("nan"), float("inf")])
 def test_plain_values_beyond_64_bits_or_not_finite_are_refused(value: float) -> None:
     transport = Transport()
@@ -154,6 +227,21 @@ def test_a_reason_is_one_printable_line_of_limited_length() -> None:
     why = transport.refused[0][2]
     assert len(why) == 300
     assert why.isprintable()
+    assert why.endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [("a\x00\t\n b\u202e", "a b"), ("n" * 300, "n" * 300), ("n" * 301, "n" * 299 + "…")],
+    ids=["unprintable", "whole", "cut"],
+)
+def test_a_reason_by_hand(said: str, line: str) -> None:
+    def accept(round: int, messages: Sequence[Message]) -> None:
+        raise MessageError(said)
+
+    transport = Transport()
+    assert transport.upload(0, 0, [Message("adapter", GOOD)], EXPECTED, accept) is None
+    assert transport.refused == [(0, 0, line)]
 
 
 def test_a_client_cannot_claim_more_rows_or_tokens_than_it_has() -> None:
@@ -163,6 +251,7 @@ def test_a_client_cannot_claim_more_rows_or_tokens_than_it_has() -> None:
         ({"num_examples": 51}, "num_examples is 51, but the client has no more than 50"),
         ({"num_examples": 5, "tokens": 401}, "tokens is 401, but the client has no more than 400"),
         ({}, None),
+        ({"num_examples": "many"}, None),
     ):
         transport = Transport()
         arrived = transport.upload(0, 0, [Message("adapter", GOOD, meta)], EXPECTED, None, bounds)
@@ -173,27 +262,31 @@ def test_a_client_cannot_claim_more_rows_or_tokens_than_it_has() -> None:
 def test_an_update_of_more_than_the_largest_norm_is_refused() -> None:
     # Sent is all 1; the upload is off by 2 in each of 6 elements: a norm of sqrt(24) = 4.899.
     message = Message("adapter", {"a": torch.full((2, 3), 3.0)})
-    for most, refused in ((4.8, True), (4.9, False), (None, False)):
+    for most, refused in ((4.8, True), (4.9, False), (24**0.5, False), (None, False)):
         transport = Transport()
         bounds = Bounds({}, {"a": torch.ones(2, 3)}, most)
         assert (transport.upload(0, 0, [message], EXPECTED, None, bounds) is None) is refused
     assert update_norm(message.tensors, {"a": torch.ones(2, 3)}) == pytest.approx(24**0.5)
     assert update_norm(message.tensors, {}) == pytest.approx(54**0.5), "what was not sent counts whole"
+    assert update_norm({"a": torch.full((9,), 1.0), "b": torch.full((4,), 2.0)}, {}) == 5, "over all tensors"
     assert update_norm({"a": torch.full((2, 3), 3e38)}, {}) == pytest.approx(3e38 * 6**0.5), "no overflow"
 
 
 def test_the_server_may_refuse_what_looks_right() -> None:
-    def accept(round: int, messages: object) -> None:
-        raise MessageError("not today")
+    def accept(round: int, messages: Sequence[Message]) -> None:
+        assert [m.kind for m in messages] == ["adapter"]
+        if round == 3:
+            raise MessageError("not today")
 
     transport = Transport()
-    assert transport.upload(0, 5, [Message("adapter", GOOD)], EXPECTED, accept) is None
-    assert transport.refused == [(0, 5, "not today")]
+    assert transport.upload(3, 5, [Message("adapter", GOOD)], EXPECTED, accept) is None
+    assert transport.refused == [(3, 5, "not today")]
+    assert transport.upload(4, 5, [Message("adapter", GOOD)], EXPECTED, accept) is not None
 
 
 def test_changing_a_received_tensor_in_place_is_an_error() -> None:
     transport = Transport()
-    [(_, inbox)] = transport.download(0, {0: [Message("adapter", GOOD)]})
+    [(_, inbox)] = transport.download(0, {0: [Message("adapter", GOOD), Message("statistics", {"s": torch.ones(1)})]})
     inbox[0].tensors["a"].add_(1)
     with pytest.raises(MessageError, match="changed in place"):
         transport.close_round()
