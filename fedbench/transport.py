@@ -313,8 +313,9 @@ class Transport:
             if accept is not None:
                 accept(round, arrived)
         except MessageError as error:
-            why = one_line(str(error)[:REASON_CHARACTERS])[:REASON_CHARACTERS]
-            self.refused.append((round, client, why))
+            why = one_line(str(error)[: REASON_CHARACTERS + 1])
+            cut = why if len(why) <= REASON_CHARACTERS else f"{why[: REASON_CHARACTERS - 1]}…"
+            self.refused.append((round, client, cut))
             return None
         return arrived
 
