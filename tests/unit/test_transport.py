@@ -232,7 +232,7 @@ def test_a_reason_is_one_printable_line_of_limited_length() -> None:
 
 @pytest.mark.parametrize(
     ("said", "line"),
-    [("a\x00\t\n b\u202e", "a b"), ("n" * 300, "n" * 300), ("n" * 301, "n" * 299 + "…")],
+    [("a\x00\t\n b\u202e", r"a\x00   b\u202e"), ("n" * 300, "n" * 300), ("n" * 301, "n" * 299 + "…")],
     ids=["unprintable", "whole", "cut"],
 )
 def test_a_reason_by_hand(said: str, line: str) -> None:
