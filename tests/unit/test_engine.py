@@ -117,11 +117,11 @@ def test_settings_go_to_the_method_or_to_the_scenario() -> None:
     mine, rest = split_settings(given, ["lr", "clip_norm", "mu"], "fedpft")
     assert mine == {"lr": "1", "clip_norm": "2", "mu": "3"}
     assert rest == {"federation.rounds": "4", "split.clients": "5", "methods.fedot.lr": "6"}
-    with pytest.raises(FedbenchError, match="--set method.x: fedpft has no such hyper-parameter; it has lr, mu"):
+    with pytest.raises(FedbenchError, match="--set method.x: fedpft has no such hyper-parameter; known: lr, mu"):
         split_settings({"lr": "1", "method.x": "1"}, ["mu", "lr"], "fedpft")
 
 
-def test_values_of_settings_are_json_or_text() -> None:
+def test_values_of_settings_are_toml_or_text() -> None:
     given = {"a": "1e-3", "b": "none", "c": "NULL", "d": "highest", "e": "[0, -1]", "f": "true", "g": "7"}
     assert parse_values(given) == {
         "a": 1e-3, "b": None, "c": None, "d": "highest", "e": [0, -1], "f": True, "g": 7
@@ -130,11 +130,15 @@ def test_values_of_settings_are_json_or_text() -> None:
 
 def test_a_bad_hyper_parameter_is_named_with_those_there_are() -> None:
     request = RunRequest("fedavg-lora", "tweets-iid")
-    for settings, named in ({"lr": -1}, "'lr'"), ({"lora_r": 8, "width": 3}, "'width'"):
+    fields = list(FedAvgLora.model_fields)
+    for settings, named, known in (
+        ({"lr": -1}, "'lr'", f"; it takes {', '.join(fields)}"),
+        ({"lora_r": 8, "width": 3}, "'width'", f"; known: {', '.join(sorted(fields))}"),
+    ):
         with pytest.raises(FedbenchError) as caught:
             engine.make_method(FedAvgLora, settings, request)
         assert str(caught.value).startswith(f"tweets-iid: hyper-parameter {named} of fedavg-lora: ")
-        assert str(caught.value).endswith("; it takes " + ", ".join(FedAvgLora.model_fields))
+        assert str(caught.value).endswith(known)
     assert engine.make_method(FedAvgLora, {"lr": 0.5}, request) == FedAvgLora(lr=0.5)
 
 
@@ -228,8 +232,8 @@ def test_what_a_method_plans_is_named(request_of: RunRequest) -> None:
 
 def test_notes_say_where_the_fm_is_from(request_of: RunRequest) -> None:
     one = prepare(request_of)
-    assert one.notes[-1] == f"FM: {one.loaded.fm.name} ({one.loaded.fm.provenance['source']})"
-    assert one.notes[:-1] == tuple(one.loaded.data.notes)
+    data, fm = tuple(one.loaded.data.notes), f"FM: {one.loaded.fm.name} ({one.loaded.fm.provenance['source']})"
+    assert one.notes == (*data, fm, *one.loaded.notes)
 
 
 def test_a_checkpoint_lies_in_a_folder_of_its_key(request_of: RunRequest) -> None:
