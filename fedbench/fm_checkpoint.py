@@ -94,6 +94,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         value = config.get(setting)
         if value and value != plain:
             raise FedbenchError(f"{path}: {setting} {_short(value)} asks for {what}, which is not supported")
+    if not config.get("quantization_config"):
+        config.pop("quantization_config", None)  # transformers up to 5.9 reads it where it is null
     code = config.get("auto_map")
     if isinstance(code, dict) and any(str(name).startswith("AutoModel") for name in code):
         raise FedbenchError(f"{path}: auto_map asks for model code of the checkpoint's own, which is not run")
