@@ -110,6 +110,11 @@ def test_packed_bits_by_hand() -> None:
         unpack_correct("***", 1)
 
 
+def test_a_model_without_a_finite_loss_has_diverged() -> None:
+    assert records.diverged({"loss": None, "accuracy": None})
+    assert not any(map(records.diverged, (None, {}, {"loss": 0.0})))
+
+
 def test_a_failed_write_leaves_the_old_record_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(make_record(accuracy=0.5), tmp_path)
     before = path.read_bytes()
@@ -565,11 +570,6 @@ def test_a_run_without_uploads_is_as_it_started() -> None:
     assert records.no_upload(refused) == f"every upload was refused: {said}"
     # A method without rounds waits for no upload.
     assert records.no_upload(make_record("zero-shot", federation={"rounds": 0})) == ""
-
-
-def test_a_model_without_a_finite_loss_has_diverged() -> None:
-    assert records.diverged({"loss": None, "accuracy": None})
-    assert not any(map(records.diverged, (None, {}, {"loss": 0.0})))
 
 
 def test_unknown_blocks_are_refused() -> None:
