@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import save_tiny_bert, smoke_request
 
 from fedbench import engine
+from fedbench.api import ClientId, LocalResult, LocalTask
 from fedbench.context import ServerContext
 from fedbench.engine import (
     Prepared,
@@ -27,9 +30,12 @@ from fedbench.engine import (
     prepare,
     split_settings,
 )
-from fedbench.errors import FedbenchError
-from fedbench.methods.fedavg_lora import FedAvgLora
+from fedbench.errors import FedbenchError, MessageError
+from fedbench.evaluate import Evaluation, evaluate
+from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
+from fedbench.packing import packs
+from fedbench.records import load_all
 from fedbench.training import most_tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -334,3 +340,170 @@ def test_an_alignment_is_measured_before_and_after_it(request_of: RunRequest) ->
     before, after = one.points[2:4]
     assert before["zero_filled"] != after["zero_filled"]
     assert [r["plug_in_validation"] is not None for r in one.rounds] == [True] * 5
+
+
+def test_a_record_says_what_was_run_and_what_it_took(request_of: RunRequest) -> None:
+    settings = {"rounds": "3", "evaluation.every": "2", "split.clients": "6", "federation.dropout": "0.5"}
+    one = Run(changed(request_of, **settings), Silent())
+    seen: list[LocalResult] = []
+    train = one._train
+
+    def watched(round: int, tasks: Mapping[ClientId, LocalTask]) -> dict[ClientId, LocalResult]:
+        results = train(round, tasks)
+        seen.extend(results.values())
+        return results
+
+    one._train = watched  # type: ignore[method-assign]
+    one.loop(None)
+    record, p = one.finish(), one.p
+    identity = {
+        "key": p.key,
+        "method": "fedavg-lora",
+        "method_version": FedAvgLora.version,
+        "scenario": "tweets-noniid",
+        "seed": 0,
+        "fm": p.loaded.fm.name,
+        "data_hash": p.loaded.data.content_hash,
+        "fm_hash": p.loaded.fm.content_hash,
+        "precision": "fp32",
+    }
+    assert identity.items() <= record.identity.items()
+    assert record.scenario["title"] == p.scenario.title
+    assert record.compute["local_steps"] == sum(result.steps for result in seen) > 0
+    assert record.compute["trainable_parameters"] == sum(
+        tensor.numel() for tensor in one.server.state().tensors.values()
+    )
+    assert set(record.compute["seconds"]) >= {"setup", "broadcast", "local", "upload", "aggregate", "evaluate", "test"}
+    # Scored are every second round and the last.
+    assert ["plug_in_validation" in entry for entry in one.rounds] == [False, True, True]
+    assert record.accuracy["selection"] == {"rule": one.evaluation.selection, "round": 2}
+    assert record.accuracy["validation"] == {"plug_in": one.rounds[2]["plug_in_validation"], "proxy": None}
+    assert record.partition["sizes"] == [len(rows) for rows in one.rows]
+    assert record.provenance["executor"] == p.executor
+    assert record.provenance["notes"][: len(p.notes)] == list(p.notes)
+    assert record.communication["per_round"] == [
+        {"round": r, "up": e["bytes_up"], "down": e["bytes_down"]} for r, e in enumerate(one.rounds)
+    ]
+
+
+def test_every_model_is_scored_on_every_test_set(request_of: RunRequest) -> None:
+    asked = prepare(replace(request_of, method="fedpft", settings={"rounds": "1", "distil_steps": "0"}))
+    head = {
+        name: torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        for name, p in asked.loaded.fm.build(None, CPU).named_parameters()
+        if name.startswith("classifier")
+    }
+    loaded = replace(
+        asked.loaded,
+        fm=replace(asked.loaded.fm, trained_head=head),
+        data=replace(asked.loaded.data, test_name="matched"),
+        extra_tests={"mismatched": asked.loaded.validation},
+    )
+    one = Run(replace(asked, loaded=loaded), Silent())
+    one.loop(None)
+    found, proxy = one.finish().accuracy, one.server.proxy()
+    assert proxy is not None
+    untouched = loaded.fm.build(None, CPU)
+    untouched.load_state_dict(head, strict=False)
+    size = one.evaluation.batch_size
+    for block, model, rows in (
+        (found["plug_in"], one.server.plug_in(), loaded.test),
+        (found["proxy"], proxy, loaded.test),
+        (found["untouched"], untouched, loaded.test),
+        (found["extra_tests"]["mismatched"]["plug_in"], one.server.plug_in(), loaded.validation),
+        (found["extra_tests"]["mismatched"]["proxy"], proxy, loaded.validation),
+    ):
+        score = evaluate(model, rows, size, CPU)
+        assert (block["rows"], block["accuracy"]) == (len(rows), pytest.approx(score.accuracy))
+        assert block["loss"] == pytest.approx(score.loss, rel=1e-5)
+    assert found["test_name"] == "matched"
+    assert found["gap"] == pytest.approx(found["plug_in"]["accuracy"] - found["proxy"]["accuracy"])
+    assert found["validation"]["proxy"] == one.rounds[0]["proxy_validation"]
+
+
+def test_of_rounds_with_equal_scores_the_first_is_kept(request_of: RunRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Run(changed(request_of, **{"evaluation.selection": "best", "evaluation.every": "1", "rounds": "4"}), Silent())
+    scores = iter([0.5, 0.7, 0.7, 0.6])
+    monkeypatch.setattr(
+        one, "_evaluate", lambda *_: Evaluation(np.zeros(10, int), np.arange(10) >= 10 * next(scores), 1.0)
+    )
+    one.loop(None)
+    assert one.best is not None
+    assert (one.best.round, one.best.score) == (1, 0.7)
+
+
+def test_a_client_with_a_training_of_its_own_runs_it_here(
+    request_of: RunRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Run(changed(request_of), Silent())
+    whole.loop(None)
+    fitted: list[ClientId] = []
+
+    def fit(self: AdapterClient, task: LocalTask, run: Callable[[LocalTask], LocalResult]) -> LocalResult:
+        fitted.append(self.ctx.client)
+        assert torch.get_num_threads() == 1
+        return run(task)
+
+    monkeypatch.setattr(AdapterClient, "fit", fit)
+    one = Run(changed(request_of), Silent())
+    one.loop(None)
+    assert fitted == one.rounds[0]["cohort"] == one.rounds[0]["arrived"]
+    assert one.rounds[0]["loss"] == pytest.approx(whole.rounds[0]["loss"], rel=1e-4)
+
+
+def test_a_servers_own_check_is_asked(request_of: RunRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept(self: AdapterServer, round: int, messages: object) -> None:
+        raise MessageError("not today")
+
+    monkeypatch.setattr(AdapterServer, "accept", accept)
+    one = Run(changed(request_of), Silent())
+    one.loop(None)
+    assert one.rounds[0]["arrived"] == []
+    assert one.rounds[0]["refused"] == [{"client": c, "reason": "not today"} for c in one.rounds[0]["cohort"]]
+    assert one.finish().communication["refused"] == [[0, c, "not today"] for c in one.rounds[0]["cohort"]]
+
+
+def test_no_checkpoint_is_written_after_the_last_round(request_of: RunRequest, tmp_path: Path) -> None:
+    Run(changed(request_of), Silent()).loop(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_run_leaves_its_record_and_says_what_it_goes_on_from(request_of: RunRequest, tmp_path: Path) -> None:
+    asked = prepare(replace(request_of, results=tmp_path, settings={**request_of.settings, "rounds": "2"}))
+    said: list[tuple[str, str]] = []
+
+    class Listening(Silent):
+        def phase(self, name: str, total: int | None = None, detail: str = "") -> None:
+            said.append((name, detail))
+
+    Run(asked, Silent()).loop(checkpoint_folder(asked), until=1)
+    record = engine.run(asked, Listening())
+    assert ("resume", "after round 1") in said
+    assert [name for name, _ in said] == ["set-up", "resume", "federated rounds", "test"]
+    assert load_all(tmp_path / "records") == [record]
+    assert not checkpoint_folder(asked).exists()
+    said.clear()
+    engine.run(asked, Listening())
+    assert [name for name, _ in said] == ["set-up", "federated rounds", "test"]
+
+
+def test_a_method_that_cannot_run_leaves_a_record_that_says_why(request_of: RunRequest, tmp_path: Path) -> None:
+    asked = prepare(replace(request_of, method="zero-shot", results=tmp_path, settings={}))
+    why = f"{asked.loaded.fm.name} has no head trained for this task"
+    assert asked.unavailable == why
+    record = engine.run(asked)
+    assert record.accuracy == {"plug_in": None, "proxy": None, "unavailable": why}
+    assert record.compute["trainable_parameters"] is None
+
+
+@pytest.mark.parametrize("executor", ["packed", "reference"])
+def test_only_the_reference_pads_its_batches(
+    request_of: RunRequest, tmp_path: Path, executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prepare(replace(request_of, executor=executor, results=tmp_path))
+    packed: list[bool] = []
+    monkeypatch.setattr(
+        engine, "_run", lambda prepared, progress: packed.append(packs(asked.loaded.fm.build(None, CPU)))
+    )
+    engine.run(asked)
+    assert packed == [executor == "packed"]

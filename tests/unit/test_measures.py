@@ -8,11 +8,13 @@ import torch
 from helpers import tiny_fm, train_rows
 
 from fedbench.api import AdamW, Frozen, LocalTask, Source
+from fedbench.errors import DivergedError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.exposure import Exposure
 from fedbench.gradient import aggregation_error, compare, gradient_error, gradients
 from fedbench.memory import peak_memory, reset_peak
 from fedbench.methods.fedavg_lora import cross_entropy
+from fedbench.packing import packing
 from fedbench.records import pack_correct
 from fedbench.rng import Streams
 from fedbench.training import step_flops
@@ -188,6 +190,37 @@ def test_a_tensor_that_is_out_whole_is_not_compared_again(first: dict[str, torch
     assert exposure.block()["verbatim"]["all"] == 1 / 2
 
 
+def test_what_comes_near_first_and_verbatim_later_is_verbatim_then() -> None:
+    fm = {"w": torch.tensor([1.0, 2.0]), "v": torch.tensor([4.0])}
+    exposure = Exposure(fm, "emb")
+    exposure.observe({"w": torch.tensor([1.001, 2.001])}, {})
+    assert [block["all"] for block in exposure.block().values()] == [0.0, 2 / 3]
+    exposure.observe(fm, {})  # whole tensors, one behind the other
+    assert [block["all"] for block in exposure.block().values()] == [1.0, 1.0]
+
+
+def test_precision_is_that_of_the_forward_pass() -> None:
+    model, rows = tiny_fm().build(None, torch.device("cpu")), train_rows(9)
+    with torch.no_grad():
+        model.get_parameter("classifier.weight").normal_(generator=torch.Generator().manual_seed(0))
+    losses = [evaluate(model, rows, 4, torch.device("cpu"), *p).loss for p in ((), ("fp32",), ("bf16",))]
+    assert losses[0] == losses[1]
+    assert losses[2] != losses[1]
+    assert losses[2] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_rows_without_finite_logits_are_counted_over_all_batches() -> None:
+    model, rows = tiny_fm().build(None, torch.device("cpu")), train_rows(12)
+    marked = [tokens for i, tokens in enumerate(rows.tokens or ()) if i in (0, 5, 11)]
+    for tokens in marked:
+        tokens[1] = 1  # the unknown word, which no other row has
+    with torch.no_grad():
+        model.get_parameter("bert.embeddings.word_embeddings.weight")[1] = float("nan")
+    # Row by row: in a block of rows, zero times what is not a number is none either.
+    with packing(False), pytest.raises(DivergedError, match="^3 of 12 rows have logits that are not finite$"):
+        evaluate(model, rows, 4, torch.device("cpu"))
+
+
 def test_a_model_is_scored_row_by_row_whatever_its_batches() -> None:
     model, rows = tiny_fm().build(None, torch.device("cpu")), train_rows(9)
     with torch.no_grad():
@@ -197,6 +230,7 @@ def test_a_model_is_scored_row_by_row_whatever_its_batches() -> None:
     found = evaluate(model, rows, 4, torch.device("cpu"))
     assert not model.training
     assert found.predicted.tolist() == alone.argmax(-1).tolist()
+    assert found.predicted.dtype == np.int64
     assert len(set(found.predicted.tolist())) > 1
     assert found.labels.tolist() == rows.labels.tolist()
     assert found.loss == pytest.approx(cross_entropy(alone, rows.labels).mean().item(), rel=1e-4)

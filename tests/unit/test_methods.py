@@ -604,3 +604,46 @@ def test_a_proxy_method_without_public_rows_says_what_is_missing(tmp_path: Path)
             FedbenchError, match=rf"{method.name} distils on public data; give the scenario a \[public\]"
         ):
             method.server(tiny_fm(), None, context(tmp_path))
+
+
+def test_a_rows_loss_is_its_own() -> None:
+    logits, labels = torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
+    assert cross_entropy(logits, labels).tolist() == pytest.approx([np.log(2), np.log(1 + np.e)])
+
+
+def test_statistics_of_several_layers_are_counted_asked_for_and_averaged(tmp_path: Path) -> None:
+    server = FedPFT(r=5, distil_steps=0, t=1).server(tiny_fm(layers=4), public_rows(), context(tmp_path))
+    assert isinstance(server, FedPFTServer)
+    client = server.method.client(ClientContext(0, Streams(0, "unit"), server.ctx.federation, ModuleCache(CPU)))
+    rows = train_rows(6)
+
+    def sent(round: int) -> list[Message]:
+        return [deserialise(serialise(message)) for message in server.broadcast(round, [0])[0]]
+
+    task = client.task(0, sent(0), rows)
+    parts = Parts(task.frozen.module)
+    assert set(task.observers) == {parts.ffn_activation_path(i) for i in (1, 2)}
+    result = execute(task, CPU)
+    adapter, statistics = client.upload(0, result)
+    assert (adapter.kind, adapter.tensors) == ("adapter", result.tunables)
+    assert (statistics.kind, statistics.meta) == ("statistics", {"tokens": result.observed_tokens})
+    assert {n: TensorSpec.of(t) for n, t in statistics.tensors.items()} == server.expected(0)["statistics"]
+    server.accept(0, [adapter, statistics])
+    server.aggregate(0, {0: [adapter, statistics]})
+    for layer in (1, 2):
+        counted = result.observed[parts.ffn_activation_path(layer)]
+        assert torch.equal(server.apoz[layer], counted.double() / result.observed_tokens)
+    server.align(0)
+    update = server.update_since(0)
+    assert {n.partition(".")[0] for n in update.tensors} == {"1", "2"}
+    again = client.task(1, sent(1), rows)
+    for name, tensor in frozen_state(server.model).items():
+        assert torch.equal(frozen_state(again.frozen.module)[name], tensor), name
+
+
+@pytest.mark.parametrize("choice", ["highest", "lowest"])
+def test_neurons_are_ranked_by_how_often_they_are_zero(tmp_path: Path, choice: str) -> None:
+    server = fedpft(tmp_path, p=0.4, choice=choice)
+    [layer] = server.compressed
+    server.apoz = {layer: torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3])}
+    assert server.neurons(0, layer).tolist() == ([1, 3] if choice == "highest" else [0, 2])

@@ -110,6 +110,11 @@ def test_packed_bits_by_hand() -> None:
         unpack_correct("***", 1)
 
 
+def test_a_model_without_a_finite_loss_has_diverged() -> None:
+    assert records.diverged({"loss": None, "accuracy": None})
+    assert not any(map(records.diverged, (None, {}, {"loss": 0.0})))
+
+
 def test_a_failed_write_leaves_the_old_record_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(make_record(accuracy=0.5), tmp_path)
     before = path.read_bytes()
@@ -164,6 +169,20 @@ def test_layout_of_the_file() -> None:
         "}",
     ]
     assert max(map(len, text.splitlines())) <= records.WIDTH
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_fits_into_120_characters_is_one_line(fits: bool) -> None:
+    more = 0 if fits else 1
+    # One blank, `"a": `, and a list of two; two blanks and an entry; a list without a name.
+    word, entry, alone = "x" * (107 + more), "y" * (109 + more), "z" * (113 + more)
+    listed = dumps({"a": [word, 1]})
+    assert listed == ('{\n "a": ["%s", 1]\n}\n' if fits else '{\n "a": [\n  "%s", 1\n ]\n}\n') % word
+    rows = dumps({"a": [{"k": entry}, {"k": 1}]})
+    row = '{"k": "%s"}' if fits else '{\n   "k": "%s"\n  }'
+    assert rows == '{\n "a": [\n  ' + row % entry + ',\n  {"k": 1}\n ]\n}\n'
+    assert dumps([alone, 1]) == ('["%s", 1]\n' if fits else '[\n "%s", 1\n]\n') % alone
+    assert dumps({"a": ["é" * 200]}) == '{\n "a": ["%s"]\n}\n' % ("é" * 200), "one value is not broken"
 
 
 @pytest.mark.parametrize(("last", "fits"), [(56, True), (57, False)])

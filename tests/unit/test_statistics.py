@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from studies.coverage import SCENARIOS, SEEDS, simulate
 
 from fedbench.records import Record
 from fedbench.render import comments
-from fedbench.statistics import Difference, half_width, paired_test, seeds_needed, variances
+from fedbench.statistics import Difference, half_width, holm, paired_test, seeds_needed, variances
 from fedbench.tables import Section, compare
 
 T2, T1, NORMAL = 4.3026527, 12.7062047, 1.9599640
@@ -116,6 +117,18 @@ def test_answers_in_half_the_width_give_the_same_numbers() -> None:
     each = np.random.default_rng(0).integers(-1, 2, size=(3, 1001))
     wide, narrow = (Difference.of("a", "b", each.astype(dtype)) for dtype in (np.float64, np.float32))
     assert narrow == wide, "an average in single precision is off in the seventh digit"
+
+
+def test_an_adjusted_p_is_at_most_1() -> None:
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+
+
+def test_a_difference_in_words() -> None:
+    tested = Difference("fedpft", "fedot", 1.5, 6, 0.0, 0.25, p=0.03)
+    assert str(tested) == "fedpft minus fedot: +1.5 points, 95% interval +0.5 to +2.5 (6 seeds), p 0.030"
+    assert str(replace(tested, p=None)) == "fedpft minus fedot: +1.5 points, 95% interval +0.5 to +2.5 (6 seeds)"
+    alone = replace(tested, seeds=1, seed_variance=None, row_variance=None, p=None)
+    assert str(alone) == "fedpft minus fedot: +1.5 points (1 seed, no interval)"
 
 
 def test_a_sampled_test_is_the_same_each_time() -> None:
