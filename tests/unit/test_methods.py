@@ -203,6 +203,7 @@ def test_distillation_lowers_the_residual_and_is_cached(tmp_path: Path) -> None:
     settings = {"distil_steps": 40, "distil_batch": 8, "distil_lr": 3e-3}
     first = fedpft(tmp_path, **settings)
     [residual] = first.residuals()
+    assert set(residual) == {"layer", "hidden", "weight", "hidden_before", "weight_before"}
     assert residual["hidden"] < 0.7 * residual["hidden_before"]
     [cached] = (tmp_path / "proxies").iterdir()
     stamp = cached.stat().st_mtime_ns
@@ -392,9 +393,13 @@ def test_residuals_are_means_over_the_first_128_rows(tmp_path: Path) -> None:
         assert found["weight"] == pytest.approx(weight.item(), rel=1e-4)
 
 
-def test_distillation_is_adamw_with_warm_up_and_clipped_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("free", [None, [1, 4]], ids=["whole", "rows"])
+def test_distillation_is_adamw_with_warm_up_and_clipped_gradients(tmp_path: Path, free: list[int] | None) -> None:
     server, rows = fedpft(tmp_path), public_rows()
     names = server._trainable(server.compressed)
+    limited = f"{server.parts.ffn_in_path(1)}.weight"
+    limits = None if free is None else {limited: (0, torch.tensor(free))}
+    still = [i for i in range(5) if free is not None and i not in free]
     schedule = d.Schedule(4, 8, 1e-2, warmup=0.5)
     ours = deepcopy(server.model)
     theirs = dict(ours.named_parameters())
@@ -413,12 +418,16 @@ def test_distillation_is_adamw_with_warm_up_and_clipped_gradients(tmp_path: Path
         with torch.no_grad():
             target, _ = d.layer_outputs(server.full, inputs)
         loss(target, d.layer_outputs(ours, inputs)[0], None).backward()
+        # What does not move has no part in the norm that is clipped.
+        (theirs[limited].grad if free is not None else torch.zeros(5))[still] = 0.0  # type: ignore[index]
+        before = theirs[limited].detach().clone()
         norms.append(torch.nn.utils.clip_grad_norm_([theirs[n] for n in names], 1.0).item())
         optimiser.param_groups[0]["lr"] = rate
         optimiser.step()
+        theirs[limited].data[still] = before[still]
     assert min(norms) > 1, "or clipping would not be seen"
     server.model.train()
-    d.distil(server.full, server.model, names, loss, rows, schedule, np.random.default_rng(0), CPU)
+    d.distil(server.full, server.model, names, loss, rows, schedule, np.random.default_rng(0), CPU, limits)
     mine = dict(server.model.named_parameters())
     for name in mine:
         assert torch.allclose(mine[name], theirs[name], atol=1e-5), name
@@ -647,3 +656,34 @@ def test_neurons_are_ranked_by_how_often_they_are_zero(tmp_path: Path, choice: s
     [layer] = server.compressed
     server.apoz = {layer: torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3])}
     assert server.neurons(0, layer).tolist() == ([1, 3] if choice == "highest" else [0, 2])
+
+
+def test_batches_of_distillation_come_from_its_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+    monkeypatch.setattr(d, "distil", lambda *arguments: drawn.append(arguments[6].random()))
+    for seed in (0, 1):
+        ctx = replace(context(tmp_path), streams=Streams(seed, "unit"))
+        FedPFT(r=5, distil_steps=1).server(tiny_fm(), public_rows(), ctx)
+        FedPFT(r=5, distil_steps=0).server(tiny_fm(), public_rows(), ctx)
+    assert drawn == [Streams(seed, "unit").numpy("distillation").random() for seed in (0, 1)]
+    assert len(list((tmp_path / "proxies").iterdir())) == 3, "without a step there is nothing to draw"
+
+
+def test_a_random_choice_is_another_one_in_every_layer_and_round(tmp_path: Path) -> None:
+    server = FedPFT(r=5, distil_steps=0, choice="random").server(tiny_fm(layers=4), public_rows(), context(tmp_path))
+    assert isinstance(server, FedPFTServer)
+    server.apoz = {1: torch.zeros(5), 2: torch.zeros(5)}
+    places = [(0, 1), (0, 2), (1, 1)]
+    found = [server.rank(*place).tolist() for place in places]
+    assert found == [Streams(0, "unit").numpy("alignment-choice", *place).random(5).tolist() for place in places]
+    assert len({tuple(each) for each in found}) == 3
+
+
+def test_the_emulator_nearest_to_fedpft_by_hand(tmp_path: Path) -> None:
+    # A layer of width 16 has 1,960 parameters and, at rank 1, 128 of LoRA. fedpft's six layers of that, four of them
+    # short of 18 neurons of 33, are 10,152; FedOT's two with LoRA and n without are 4,176 and 1,960 n: n is 3.
+    method = FedOT(emulator="fedpft", lora_r=1, distil_steps=0)
+    server = method.server(tiny_fm(layers=6), public_rows(), context(tmp_path))
+    assert isinstance(server, FedOTServer)
+    assert len(server.origin) == 1 + 3 + 1
+    assert server.notes() == ["fedot 1-3-1: 0.01 M parameters in a client's layers with LoRA, fedpft's 0.01 M"]
