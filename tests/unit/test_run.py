@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from fedbench.data import Examples
 from fedbench.engine import Prepared, Run, Silent, prepare, run
 from fedbench.errors import DivergedError, FedbenchError
 from fedbench.evaluate import Evaluation, evaluate
+from fedbench.linear import stock
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
 from fedbench.models import LoraSpec, Parts
 from fedbench.records import pack_correct
-from fedbench.training import execute, most_tokens
+from fedbench.training import execute, execute_all, most_tokens
 
 CPU = torch.device("cpu")
 
@@ -228,3 +230,17 @@ def test_a_run_that_cannot_be_a_record_says_in_which_field(tmp_path: Path, monke
 def test_fedavg_lora_says_its_dropout() -> None:
     assert FedAvgLora(lora_dropout=0.2).dropout == 0.2
     assert FedAvgLora().dropout == 0.0
+
+
+@pytest.mark.parametrize("executor", ["packed", "fused", "reference"])
+def test_clients_are_trained_as_the_record_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str) -> None:
+    asked: list[tuple[bool, bool]] = []
+
+    def watched(tasks: Sequence[LocalTask], *rest: Any) -> Iterator[tuple[int, LocalResult]]:
+        asked.append((rest[3], stock.get()))
+        return execute_all(tasks, *rest)
+
+    monkeypatch.setattr("fedbench.engine.execute_all", watched)
+    record = run(prepare(replace(prepared(tmp_path).request, executor=executor)))
+    assert record.provenance["executor"] == executor
+    assert asked == [(executor == "fused", executor == "reference")]
