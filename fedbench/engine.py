@@ -36,7 +36,8 @@ from fedbench.files import state_digest, try_folder
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
 from fedbench.loading import load_data
-from fedbench.memory import peak_memory, reset_peak
+from fedbench.machine.memory import peak_memory, reset_peak
+from fedbench.machine.workers import choose_workers, one_thread
 from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.packing import packing
 from fedbench.partition import Partition, partition
@@ -48,7 +49,6 @@ from fedbench.scenario import KEYS, DatasetSettings, PublicSettings, Scenario, l
 from fedbench.sources import data_folder
 from fedbench.training import execute, execute_all, has_dropout, most_tokens, step_flops
 from fedbench.transport import SETUP_KINDS, Bounds, Ledger, Transport
-from fedbench.workers import choose_workers, one_thread
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from fedbench.data import Examples
 from fedbench.errors import DivergedError
 from fedbench.linear import reordered
+from fedbench.machine.workers import fork_map
 from fedbench.packing import logits
 from fedbench.records import pack_correct
 from fedbench.training import autocast
-from fedbench.workers import fork_map
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from fedbench.data import Examples
 from fedbench.linear import reordered
+from fedbench.machine.workers import fork_map
 from fedbench.packing import logits
-from fedbench.workers import fork_map
 
 
 def gradients(

@@ -31,6 +31,7 @@ from fedbench.data import Examples
 from fedbench.engine import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
 from fedbench.evaluate import evaluate
 from fedbench.foundation import load_fm
+from fedbench.machine.workers import can_fork
 from fedbench.models import ModuleCache, get_tensors, tunable_names
 from fedbench.packing import packing
 from fedbench.records import Record, comparable, differences
@@ -39,7 +40,6 @@ from fedbench.rng import Streams
 from fedbench.scenario import Federation
 from fedbench.training import execute
 from fedbench.transport import Transport, deserialise, serialise
-from fedbench.workers import can_fork
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fedbench.api import LocalResult, LocalTask
 from fedbench.errors import DivergedError, FedbenchError
 from fedbench.linear import reordered, stock
+from fedbench.machine.workers import fork_map
 from fedbench.packing import feeding, packing
-from fedbench.workers import fork_map
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -21,13 +21,13 @@ from fedbench.api import AdamW, Frozen, LocalTask
 from fedbench.errors import FedbenchError
 from fedbench.evaluate import evaluate
 from fedbench.gradient import gradients
-from fedbench.memory import own_peak, peak_memory, reset_peak
+from fedbench.machine.memory import own_peak, peak_memory, reset_peak
+from fedbench.machine.workers import can_fork, choose_workers, fork_map
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
 from fedbench.models import LoraSpec, Parts, get_tensors, initial_tunables, set_tensors, tunable_names
 from fedbench.rng import Streams
 from fedbench.training import execute_all
-from fedbench.workers import can_fork, choose_workers, fork_map
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")
@@ -105,7 +105,7 @@ ORPHANS = """
 import os, signal, time
 import numpy as np
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and children inherit that
-from fedbench.workers import fork_map
+from fedbench.machine.workers import fork_map
 def answer(i):
     os.write(1, b"%d\\n" % os.getpid())
     time.sleep(0.3)
@@ -162,7 +162,7 @@ def test_an_interrupted_round_leaves_no_process() -> None:
 def test_workers_cannot_be_had_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_workers(3, CPU) == 3
     assert choose_workers(None, torch.device("cuda")) == 1
-    monkeypatch.setattr("fedbench.workers.can_fork", lambda: False)
+    monkeypatch.setattr("fedbench.machine.workers.can_fork", lambda: False)
     assert choose_workers(None, CPU) == 1
     with pytest.raises(FedbenchError, match="--workers 3: worker processes need --device cpu on Linux"):
         choose_workers(3, CPU)

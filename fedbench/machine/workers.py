@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from fedbench.errors import FedbenchError
-from fedbench.memory import note_worker, own_peak
+from fedbench.machine.memory import note_worker, own_peak
 
 NO_MEMORY = (
     "there is not enough memory; take fewer --workers, smaller batches (--set federation.batch_size=N, "
