@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedbench.context import ClientContext, ServerContext
     from fedbench.data import Examples
     from fedbench.foundation import FoundationModel
-    from fedbench.scenario import Federation, SplitSettings
+    from fedbench.scenario.load import Federation, SplitSettings
 
 ClientId = int
 Kind = Literal["fm", "sub_fm", "adapter", "alignment", "statistics"]

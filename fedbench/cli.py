@@ -335,7 +335,7 @@ def show_command(
     if name in registry.methods:
         _show_method(console, registry, name, scenario, given, profile)
     elif name in registry.scenarios:
-        from fedbench.scenario import load_scenario
+        from fedbench.scenario.load import load_scenario
 
         path, split = registry.find_scenario(name)
         found = load_scenario(path, split, profile, given)
@@ -722,7 +722,7 @@ def _show_method(
     from inspect import cleandoc
 
     from fedbench.engine import RunRequest, make_method, parse_values, scenario_settings, split_settings
-    from fedbench.scenario import load_scenario
+    from fedbench.scenario.load import load_scenario
 
     entry, kind = registry.find_method(name), registry.load_method(name)
     console.print(_headline(name, printable(f"version {kind.version}, of {entry.origin}")), soft_wrap=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedbench.api import ClientId, Frozen
 from fedbench.models import ModelSpec, ModuleCache
 from fedbench.rng import Streams
-from fedbench.scenario import Federation
+from fedbench.scenario.load import Federation
 
 
 @dataclass(frozen=True)

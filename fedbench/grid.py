@@ -53,7 +53,7 @@ from fedbench.files import try_folder
 from fedbench.fms import fm_label
 from fedbench.records import SCHEMA, Record, load, record_key, record_path, save
 from fedbench.registry import bad_name, nearest
-from fedbench.scenario import mistake, read_toml
+from fedbench.scenario.load import mistake, read_toml
 
 Status = Literal["skipped", "complete", "failed"]
 WAIT = 2.0

@@ -16,7 +16,7 @@ from fedbench.embedded import CORPORA, EMBEDDED
 from fedbench.errors import FedbenchError
 from fedbench.image_sets import IMAGE_SETS, load_image_set
 from fedbench.rng import Streams
-from fedbench.scenario import DatasetSettings, PublicSettings
+from fedbench.scenario.load import DatasetSettings, PublicSettings
 from fedbench.sources import data_folder
 from fedbench.text_sets import TEXT_SETS, load_text_set
 

@@ -388,7 +388,7 @@ def _class_names(tree: ast.Module) -> list[str]:
 
 
 def _scenario_file(path: Path, origin: str) -> Iterator[ScenarioEntry]:
-    from fedbench.scenario import read_toml, split_names
+    from fedbench.scenario.load import read_toml, split_names
 
     name = plugin_name(path.stem)
     try:

@@ -37,7 +37,7 @@ from fedbench.packing import packing
 from fedbench.records import Record, comparable, differences
 from fedbench.registry import Registry
 from fedbench.rng import Streams
-from fedbench.scenario import Federation
+from fedbench.scenario.load import Federation
 from fedbench.training import execute
 from fedbench.transport import Transport, deserialise, serialise
 

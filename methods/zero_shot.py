@@ -12,7 +12,7 @@ from fedbench.context import ClientContext, ServerContext
 from fedbench.data import Examples
 from fedbench.foundation import FoundationModel
 from fedbench.models import set_tensors
-from fedbench.scenario import Federation, SplitSettings
+from fedbench.scenario.load import Federation, SplitSettings
 
 
 class ZeroShot(Method):

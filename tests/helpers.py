@@ -13,7 +13,7 @@ from fedbench.engine import RunRequest
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.models import get_tensors, tunable_names
 from fedbench.rng import Streams
-from fedbench.scenario import Federation
+from fedbench.scenario.load import Federation
 
 WORDS = [
     *[

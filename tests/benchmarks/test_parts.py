@@ -18,7 +18,7 @@ from fedbench.gradient import gradient_error, gradients
 from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, tunable_names
 from fedbench.partition import partition
 from fedbench.rng import Streams
-from fedbench.scenario import SplitSettings
+from fedbench.scenario.load import SplitSettings
 from fedbench.transport import Transport
 
 

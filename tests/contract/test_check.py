@@ -64,7 +64,7 @@ def task(self, round, inbox, data):
 READS_ROWS = """
 def broadcast(self, round, cohort):
     from fedbench.loading import load_data
-    from fedbench.scenario import DatasetSettings
+    from fedbench.scenario.load import DatasetSettings
     load_data(DatasetSettings(name="tweets"), None, None)
     return super().broadcast(round, cohort)
 """

@@ -27,7 +27,7 @@ from fedbench.models import LoraSpec, initial_tunables, set_tensors
 from fedbench.packing import logits, packing
 from fedbench.processors import ImageProcessor
 from fedbench.rng import Streams
-from fedbench.scenario import DatasetSettings, PublicSettings
+from fedbench.scenario.load import DatasetSettings, PublicSettings
 
 
 def test_embedded_tweets_have_disjoint_parts() -> None:

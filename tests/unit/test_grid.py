@@ -15,7 +15,7 @@ from fedbench.fms import FMS
 from fedbench.grid import Cell, Grid, Outcome, grid_names, load_grid, run_grid
 from fedbench.records import Record, load, load_all, record_key, save
 from fedbench.registry import Registry
-from fedbench.scenario import load_scenario
+from fedbench.scenario.load import load_scenario
 
 
 def write(folder: Path, text: str) -> str:

@@ -23,7 +23,7 @@ from fedbench.errors import FedbenchError
 from fedbench.image_files import ImageFiles
 from fedbench.image_sets import IMAGE_SETS
 from fedbench.loading import load_data
-from fedbench.scenario import DatasetSettings, PublicSettings
+from fedbench.scenario.load import DatasetSettings, PublicSettings
 from fedbench.sources import HubState
 
 CIFAR10 = DatasetSettings(name="cifar10", validation=10)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedbench.errors import FedbenchError
 from fedbench.partition import partition
-from fedbench.scenario import SplitSettings
+from fedbench.scenario.load import SplitSettings
 
 KINDS = ["iid", "dirichlet", "dirichlet-clients", "shards", "quantity"]
 

@@ -248,7 +248,7 @@ def test_text_of_a_plugin_cannot_act_on_the_terminal(tmp_path: Path) -> None:
     ],
 )
 def test_what_others_call_a_setting_leads_to_ours(wrong: str, right: str) -> None:
-    from fedbench.scenario import KEYS
+    from fedbench.scenario.load import KEYS
 
     assert nearest(wrong, ["lr", "lora_r", "lora_alpha", "weight_decay", *KEYS]) == f"did you mean {right}?"
 

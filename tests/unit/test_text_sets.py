@@ -14,7 +14,7 @@ from helpers import WORDS, save_tiny_bert, smoke_request
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.loading import load_data
-from fedbench.scenario import DatasetSettings, PublicSettings
+from fedbench.scenario.load import DatasetSettings, PublicSettings
 from fedbench.sources import HubState
 from fedbench.text_sets import TEXT_SETS, read_text_file
 

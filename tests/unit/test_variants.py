@@ -28,7 +28,7 @@ from fedbench.methods.fedpft_official import FedPFTOfficial, FedPFTOfficialServe
 from fedbench.models import ModelSpec, ModuleCache, Parts, frozen_state, get_tensors
 from fedbench.registry import Registry
 from fedbench.rng import Streams
-from fedbench.scenario import load_scenario
+from fedbench.scenario.load import load_scenario
 from fedbench.training import execute
 
 CPU = torch.device("cpu")
