@@ -19,7 +19,7 @@ BUNDLED = {
 def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[tuple[str, str]]:
     """Pairs (what, found), one at a time: the slow ones (torch, the hub) come where they are needed."""
     from fedbench import __version__
-    from fedbench.sources import hub_state
+    from fedbench.data.sources import hub_state
 
     yield "fedbench", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield from _devices()
@@ -52,8 +52,8 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _folders(data_dir: Path | None, cache: Path | None) -> Iterator[tuple[str, str]]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from fedbench.data.sources import data_folder
     from fedbench.engine import cache_folder
-    from fedbench.sources import data_folder
 
     yield "cache", _describe(cache_folder(cache))
     yield "hub cache", _describe(Path(HF_HUB_CACHE))

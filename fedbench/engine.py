@@ -27,7 +27,10 @@ from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Meth
 from fedbench.checkpoint import Checkpoint, read_checkpoint
 from fedbench.claims import claim
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples, RawData, encode, inputs_hash
+from fedbench.data.load import load_data
+from fedbench.data.partition import Partition, partition
+from fedbench.data.rows import Examples, RawData, encode, inputs_hash
+from fedbench.data.sources import data_folder
 from fedbench.errors import DamagedFileError, DivergedError, FedbenchError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.export import adapter_path, keep_adapter
@@ -35,18 +38,15 @@ from fedbench.exposure import Exposure
 from fedbench.files import state_digest, try_folder
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
-from fedbench.loading import load_data
 from fedbench.machine.memory import peak_memory, reset_peak
 from fedbench.machine.workers import choose_workers, one_thread
 from fedbench.models import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.packing import packing
-from fedbench.partition import Partition, partition
 from fedbench.processors import unknown_tokens
 from fedbench.records import SCHEMA, Record, complaint_of, record_key, save
 from fedbench.registry import Registry, nearest
 from fedbench.rng import Streams
 from fedbench.scenario.load import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake, parse_value
-from fedbench.sources import data_folder
 from fedbench.training import execute, execute_all, has_dropout, most_tokens, step_flops
 from fedbench.transport import SETUP_KINDS, Bounds, Ledger, Transport
 
@@ -177,7 +177,7 @@ def choose_executor(name: str, device: torch.device) -> str:
 class Loaded:
     """Data and FM, loaded and encoded; `extra_tests` by name, in order.
 
-    inputs_hash: `fedbench.data.inputs_hash` of all of them. notes: what the FM makes of the data, for the user.
+    inputs_hash: `fedbench.data.rows.inputs_hash` of all of them. notes: what the FM makes of the data, for the user.
     """
 
     data: RawData

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbench.api import LocalResult, LocalTask
-from fedbench.data import Batch, Examples
+from fedbench.data.rows import Batch, Examples
 from fedbench.errors import FedbenchError
 from fedbench.linear import FrozenLinear, reordered
 from fedbench.packing import Layout, feeding, packs

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.linear import reordered
 from fedbench.machine.workers import fork_map
 from fedbench.packing import logits

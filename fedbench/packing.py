@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fedbench.attention import Bucket, attend, attend_backward
-from fedbench.data import Batch
+from fedbench.data.rows import Batch
 from fedbench.encoder import whole_layers
 from fedbench.linear import stock
 from fedbench.models import Parts, family_of

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.engine import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
 from fedbench.evaluate import evaluate
 from fedbench.foundation import load_fm
@@ -453,14 +453,14 @@ def _load_method(request: RunRequest, settings: Mapping[str, Any]) -> Method:
 
 
 CLIENTS_DATA = (
-    "fedbench.loading:load_data",
+    "fedbench.data.load:load_data",
     "fedbench.engine:_load",
     "fedbench.engine:prepare",
-    "fedbench.text_sets:load_text_set",
-    "fedbench.text_sets:read_text_file",
-    "fedbench.image_sets:load_image_set",
-    "fedbench.embedded:EMBEDDED",
-    "fedbench.sources:read_parquet",
+    "fedbench.data.sets.text:load_text_set",
+    "fedbench.data.sets.text:read_text_file",
+    "fedbench.data.sets.images:load_image_set",
+    "fedbench.data.sets.embedded:EMBEDDED",
+    "fedbench.data.sources:read_parquet",
 )
 """What could load the clients' rows."""
 

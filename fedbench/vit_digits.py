@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbench.embedded import mnist_images
+from fedbench.data.sets.embedded import mnist_images
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors, state_digest
 from fedbench.foundation import FoundationModel, model_spec

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedbench.api import Method
 from fedbench.context import ServerContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors
 from fedbench.foundation import FoundationModel

@@ -28,7 +28,7 @@ from fedbench.api import (
     TensorSpec,
 )
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.errors import MessageError
 from fedbench.foundation import FoundationModel
 from fedbench.models import (

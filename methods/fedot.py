@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedbench.api import Server, Source
 from fedbench.context import ServerContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import ProxyServer, Schedule, distil_once, hidden_loss, required

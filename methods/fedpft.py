@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Server, Source, State, Statistic, TensorSpec
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import (

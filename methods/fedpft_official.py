@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedbench.api import Client, ClientId, LocalTask, Message, Server, State
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import required
 from fedbench.methods.fedpft import FedPFT, FedPFTClient, FedPFTServer, ZeroRule, highest

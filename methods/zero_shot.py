@@ -9,7 +9,7 @@ from torch import nn
 
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
 from fedbench.context import ClientContext, ServerContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.foundation import FoundationModel
 from fedbench.models import set_tensors
 from fedbench.scenario.load import Federation, SplitSettings

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fedbench.context import ServerContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.engine import RunRequest
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.models import get_tensors, tunable_names

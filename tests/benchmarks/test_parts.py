@@ -13,10 +13,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from test_training import MINILM, cohort
 
 from fedbench.api import Message
+from fedbench.data.partition import partition
 from fedbench.engine import Run, RunRequest, Silent, prepare
 from fedbench.gradient import gradient_error, gradients
 from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, tunable_names
-from fedbench.partition import partition
 from fedbench.rng import Streams
 from fedbench.scenario.load import SplitSettings
 from fedbench.transport import Transport

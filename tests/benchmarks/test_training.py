@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
 from fedbench.api import AdamW, Frozen, LocalTask
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.fused import execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models import LoraSpec, ModelSpec, build, get_tensors, tunable_names

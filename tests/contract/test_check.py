@@ -63,14 +63,14 @@ def task(self, round, inbox, data):
 """
 READS_ROWS = """
 def broadcast(self, round, cohort):
-    from fedbench.loading import load_data
+    from fedbench.data.load import load_data
     from fedbench.scenario.load import DatasetSettings
     load_data(DatasetSettings(name="tweets"), None, None)
     return super().broadcast(round, cohort)
 """
 READS_ROWS_IN_SECRET = """
 def broadcast(self, round, cohort):
-    from fedbench.embedded import EMBEDDED
+    from fedbench.data.sets.embedded import EMBEDDED
     try:
         EMBEDDED["tweets"]()
     except Exception:
@@ -173,7 +173,7 @@ def test_guards_exist_and_one_of_nothing_is_an_error() -> None:
     """In a process of their own: what is forbidden stays so."""
     program = (
         "from fedbench.testing import *; from fedbench.testing import CLIENTS_DATA, THE_FM, forbid\n"
-        "from fedbench.loading import load_data; from fedbench import engine\n"
+        "from fedbench.data.load import load_data; from fedbench import engine\n"
         "forbid([*CLIENTS_DATA, *THE_FM], 'no')\n"
         "import transformers, safetensors.torch\n"
         "for call in (load_data, engine.load_data, engine._load, engine.load_fm, safetensors.torch.load_file,\n"
@@ -184,8 +184,8 @@ def test_guards_exist_and_one_of_nothing_is_an_error() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines().count("kept") >= 6, ran.stdout
-    for door in ("fedbench.data:load_data", "fedbench.foundation:no_such"):
+    for door in ("fedbench.data.rows:load_data", "fedbench.foundation:no_such"):
         with pytest.raises(LookupError, match="which does not exist"):
             forbid([door], "no")
-    assert "fedbench.loading:load_data" in CLIENTS_DATA
+    assert "fedbench.data.load:load_data" in CLIENTS_DATA
     assert "fedbench.foundation:load_fm" in THE_FM

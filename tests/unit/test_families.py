@@ -20,7 +20,7 @@ from torch import nn
 from fedbench import models
 from fedbench.api import AdamW, LocalTask
 from fedbench.context import ServerContext
-from fedbench.data import Examples, Part, encode
+from fedbench.data.rows import Examples, Part, encode
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.families import FAMILIES

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedbench import fused
 from fedbench.api import AdamW, Frozen, LocalResult, LocalTask
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.fused import adamw, clients_per_pass, execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean

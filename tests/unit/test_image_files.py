@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageCms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from fedbench.data.image_files import SUFFIXES, EncodedImage, ImageFiles
 from fedbench.errors import FedbenchError
-from fedbench.image_files import SUFFIXES, EncodedImage, ImageFiles
 
 RANDOM = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 

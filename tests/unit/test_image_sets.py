@@ -17,14 +17,14 @@ from helpers import save_tiny, smoke_request
 from PIL import Image
 from scipy.io import savemat
 
-from fedbench.data import RawData
+from fedbench.data.image_files import ImageFiles
+from fedbench.data.load import load_data
+from fedbench.data.rows import RawData
+from fedbench.data.sets.images import IMAGE_SETS
+from fedbench.data.sources import HubState
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
-from fedbench.image_files import ImageFiles
-from fedbench.image_sets import IMAGE_SETS
-from fedbench.loading import load_data
 from fedbench.scenario.load import DatasetSettings, PublicSettings
-from fedbench.sources import HubState
 
 CIFAR10 = DatasetSettings(name="cifar10", validation=10)
 
@@ -140,7 +140,7 @@ def test_the_hub_holds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return datasets.DatasetDict(splits)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+    monkeypatch.setattr("fedbench.data.sources.hub_state", lambda: HubState(True, ""))
     assert load_data(CIFAR10, None, None).content_hash == expected
     assert asked == [("uoft-cs/cifar10", IMAGE_SETS["cifar10"].revision)]
     assert len(asked[0][1]) == 40  # type: ignore[arg-type]
@@ -307,7 +307,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, column: Any, labels: list[Any]) -> None
     rows = datasets.Dataset.from_dict({"img": column, "label": labels})
     splits = datasets.DatasetDict(train=rows, test=rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
-    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+    monkeypatch.setattr("fedbench.data.sources.hub_state", lambda: HubState(True, ""))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from helpers import WORDS, context, public_rows, save_tiny, save_tiny_bert
 
-from fedbench import data as fedbench_data
 from fedbench import engine
-from fedbench.data import Examples, inputs_hash
-from fedbench.embedded import EMBEDDED
+from fedbench.data.rows import Examples, inputs_hash
+from fedbench.data.rows import rows as fedbench_data
+from fedbench.data.sets.embedded import EMBEDDED
 from fedbench.engine import RunRequest, prepare
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.methods.fedavg_lora import FedAvgLora

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedbench.data.labels import class_numbers
 from fedbench.errors import FedbenchError
-from fedbench.labels import class_numbers
 
 NAMES = ("World", "Sports", "Sci/Tech")
 

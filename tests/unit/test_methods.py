@@ -14,7 +14,7 @@ from helpers import context, public_rows, tiny_fm, train_rows
 
 from fedbench.api import AdamW, LocalTask, Message, TensorSpec
 from fedbench.context import ClientContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.files import load_tensors
 from fedbench.foundation import FoundationModel

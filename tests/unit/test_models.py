@@ -10,7 +10,7 @@ import torch
 from helpers import save_tiny, save_tiny_bert, tiny_fm, train_rows
 from safetensors.torch import save_file
 
-from fedbench.data import Batch
+from fedbench.data.rows import Batch
 from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel, load_fm
 from fedbench.models import (

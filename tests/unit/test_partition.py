@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbench.data.partition import partition
 from fedbench.errors import FedbenchError
-from fedbench.partition import partition
 from fedbench.scenario.load import SplitSettings
 
 KINDS = ["iid", "dirichlet", "dirichlet-clients", "shards", "quantity"]

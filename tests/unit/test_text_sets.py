@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 from helpers import WORDS, save_tiny_bert, smoke_request
 
+from fedbench.data.load import load_data
+from fedbench.data.sets.text import TEXT_SETS, read_text_file
+from fedbench.data.sources import HubState
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
-from fedbench.loading import load_data
 from fedbench.scenario.load import DatasetSettings, PublicSettings
-from fedbench.sources import HubState
-from fedbench.text_sets import TEXT_SETS, read_text_file
 
 OFFICIAL = '"3","Wall St. Bears","Short-sellers, ""Wall Street"" are\\seeing green"\n"1","Peace","talks\\begin"\n'
 TEXT_FIRST = '"Wall St. Bears Short-sellers, ""green"" again",2\n"Peace talks, begin",0\n'
@@ -300,7 +300,7 @@ def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.delenv("FEDBENCH_DATA", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+    monkeypatch.setattr("fedbench.data.sources.hub_state", lambda: HubState(True, ""))
     data = load_data(DatasetSettings(name="agnews", validation=1), None, None)
     load_data(DatasetSettings(name="agnews", validation=1, revision="mine"), None, None)
     assert asked == [TEXT_SETS["agnews"].revision, "mine"]
@@ -324,7 +324,7 @@ def test_holes_on_the_hub_are_named(
     rows = datasets.Dataset.from_dict({"text": texts, "label": labels})
     splits = datasets.DatasetDict(train=rows, test=rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
-    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+    monkeypatch.setattr("fedbench.data.sources.hub_state", lambda: HubState(True, ""))
     with pytest.raises(FedbenchError, match=f"fancyzhx/ag_news/train: {says}"):
         load_data(DatasetSettings(name="agnews", validation=1), None, None)
 
@@ -489,7 +489,7 @@ def test_pairs_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = datasets.DatasetDict(train=rows, validation=rows, test=rows)
     monkeypatch.delenv("FEDBENCH_DATA", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
-    monkeypatch.setattr("fedbench.sources.hub_state", lambda: HubState(True, ""))
+    monkeypatch.setattr("fedbench.data.sources.hub_state", lambda: HubState(True, ""))
     data = load_data(DatasetSettings(name="qqp", validation=1), None, None)
     assert data.test.text_pairs == [*"efgh"]
     for split in splits.values():

@@ -13,7 +13,7 @@ from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_reque
 from fedbench import engine
 from fedbench.api import LocalTask, Message, Method
 from fedbench.context import ClientContext
-from fedbench.data import Examples
+from fedbench.data.rows import Examples
 from fedbench.engine import RunRequest, prepare, run, scenario_settings
 from fedbench.errors import FedbenchError
 from fedbench.foundation import FoundationModel, load_fm

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fedbench.data import Part
+from fedbench.data.labels import class_numbers, shown
+from fedbench.data.rows import Part
+from fedbench.data.sources import cure, find_files, listing, load_from_hub, read_bytes, read_parquet, set_folders
 from fedbench.errors import FedbenchError
-from fedbench.labels import class_numbers, shown
-from fedbench.sources import cure, find_files, listing, load_from_hub, read_bytes, read_parquet, set_folders
 
 GLUE = ("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
 SENTENCE = (("text", "sentence", "content"),)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedbench.data import Part, RawData
-from fedbench.embedded import CORPORA, EMBEDDED
+from fedbench.data.rows import Part, RawData
+from fedbench.data.sets.embedded import CORPORA, EMBEDDED
+from fedbench.data.sets.images import IMAGE_SETS, load_image_set
+from fedbench.data.sets.text import TEXT_SETS, load_text_set
+from fedbench.data.sources import data_folder
 from fedbench.errors import FedbenchError
-from fedbench.image_sets import IMAGE_SETS, load_image_set
 from fedbench.rng import Streams
 from fedbench.scenario.load import DatasetSettings, PublicSettings
-from fedbench.sources import data_folder
-from fedbench.text_sets import TEXT_SETS, load_text_set
 
 
 def load_data(dataset: DatasetSettings, public: PublicSettings | None, data_dir: Path | None) -> RawData:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedbench.data import Part, to_pixels
+from fedbench.data.rows import Part, to_pixels
 from fedbench.errors import FedbenchError
 from fedbench.files import packaged_file
 from fedbench.rng import Streams

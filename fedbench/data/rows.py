@@ -1,6 +1,6 @@
 """Rows, raw and encoded: what a data set holds, and what a model is fed.
 
-`fedbench.loading` finds and splits data sets; here their rows are held, tokenised or made into pixels, and batched.
+`fedbench.data.load` finds and splits data sets; here their rows are held, tokenised or made into pixels, and batched.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedbench.data.image_files import ImageFiles
 from fedbench.errors import FedbenchError
-from fedbench.image_files import ImageFiles
 
 if TYPE_CHECKING:
     from fedbench.foundation import FoundationModel

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fedbench.data import Part
+from fedbench.data.image_files import SUFFIXES, EncodedImage, ImageFiles
+from fedbench.data.labels import class_numbers, shown
+from fedbench.data.rows import Part
+from fedbench.data.sources import cure, find_files, listing, load_from_hub, read_bytes, read_parquet, set_folders
 from fedbench.errors import FedbenchError
-from fedbench.image_files import SUFFIXES, EncodedImage, ImageFiles
-from fedbench.labels import class_numbers, shown
-from fedbench.sources import cure, find_files, listing, load_from_hub, read_bytes, read_parquet, set_folders
 
 DECODED = 512 * 2**20
 """Images of one size are decoded at once where that takes at most this many bytes."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedbench.data.sources import cure, read_bytes
 from fedbench.errors import FedbenchError
-from fedbench.sources import cure, read_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
