@@ -26,7 +26,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fedbench.context import ClientContext, ServerContext
     from fedbench.data.rows import Examples
-    from fedbench.foundation import FoundationModel
+    from fedbench.models.foundation import FoundationModel
     from fedbench.scenario.load import Federation, SplitSettings
 
 ClientId = int

@@ -308,7 +308,7 @@ def list_command(
         rows = [(e.name, e.error or e.summary, e.origin, bool(e.error)) for e in registry.scenarios.values()]
         console.print(_listing("scenarios", rows))
     if kind in (None, Kind.fms):
-        from fedbench.fms import FMS
+        from fedbench.models.zoo.names import FMS
 
         console.print(_listing("foundation models", [(name, text, "", False) for name, text in FMS.items()]))
         console.print("--fm also takes the hub id or the folder of any BERT, RoBERTa, DistilBERT or ViT checkpoint.")
@@ -326,7 +326,7 @@ def show_command(
     plugin: Plugins = None,
 ) -> None:
     """Show the resolved settings of a method or scenario and where each came from; or what a model is."""
-    from fedbench.fms import FMS, fm_folder
+    from fedbench.models.zoo.names import FMS, fm_folder
     from fedbench.registry import Registry, nearest
 
     registry = Registry(tuple(plugin or ()))
@@ -433,8 +433,8 @@ def table_command(
     ] = None,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
-    from fedbench.fms import FMS
     from fedbench.grid import load_grid
+    from fedbench.models.zoo.names import FMS
     from fedbench.records import load_all
     from fedbench.registry import nearest
     from fedbench.render import render, terminal
@@ -681,7 +681,7 @@ def _show_fm(console: Console, name: str, description: str) -> None:
 
     console.print(_headline(printable(name), description), soft_wrap=True)
     from fedbench.engine import cache_folder
-    from fedbench.foundation import load_fm
+    from fedbench.models.foundation import load_fm
 
     fm = load_fm(name, num_labels=2, cache=cache_folder())
     table = _grid("what", "value")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedbench.api import ClientId, Frozen
-from fedbench.models import ModelSpec, ModuleCache
+from fedbench.models.build import ModelSpec, ModuleCache
 from fedbench.rng import Streams
 from fedbench.scenario.load import Federation
 

@@ -3,8 +3,8 @@
 A step on a hundred tokens spends a fifth of its time not on arithmetic but on calling it, module by module and, for
 gradients, node by node. Here a layer of a post-norm encoder (BERT, RoBERTa, DistilBERT) is one node: attention, FFN,
 residuals and LayerNorms with frozen weights, and LoRA where there is any. In fp32, on batches in blocks, with the
-reordered copies of `fedbench.linear`. A layer that somebody watches or tunes otherwise (hooks, biases, dropout) is
-computed by transformers' own code.
+reordered copies of `fedbench.models.linear`. A layer that somebody watches or tunes otherwise (hooks, biases, dropout)
+is computed by transformers' own code.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.attention import Bucket, attend, attend_backward
-from fedbench.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, remembered, watched
-from fedbench.models import Parts
+from fedbench.models.build import Parts
+from fedbench.models.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, remembered, watched
 
 
 @dataclass(frozen=True, eq=False)

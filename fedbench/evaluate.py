@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from fedbench.data.rows import Examples
 from fedbench.errors import DivergedError
-from fedbench.linear import reordered
 from fedbench.machine.workers import fork_map
+from fedbench.models.linear import reordered
 from fedbench.packing import logits
 from fedbench.records import pack_correct
 from fedbench.training import autocast

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedbench.errors import FedbenchError
-from fedbench.families import FAMILIES
 from fedbench.files import load_tensors, save_tensors
-from fedbench.fms import fm_folder
-from fedbench.foundation import MINILM_HUB, load_fm, own_labels
-from fedbench.models import get_tensors, tunable_names
+from fedbench.models.build import get_tensors, tunable_names
+from fedbench.models.families import FAMILIES
+from fedbench.models.foundation import MINILM_HUB, load_fm, own_labels
+from fedbench.models.zoo.names import fm_folder
 from fedbench.records import Record, load
 
 

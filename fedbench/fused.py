@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from fedbench.api import LocalResult, LocalTask
 from fedbench.data.rows import Batch, Examples
 from fedbench.errors import FedbenchError
-from fedbench.linear import FrozenLinear, reordered
+from fedbench.models.linear import FrozenLinear, reordered
 from fedbench.packing import Layout, feeding, packs
 from fedbench.training import autocast, execute, has_dropout, observing, result_of
 

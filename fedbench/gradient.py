@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbench.data.rows import Examples
-from fedbench.linear import reordered
 from fedbench.machine.workers import fork_map
+from fedbench.models.linear import reordered
 from fedbench.packing import logits
 
 

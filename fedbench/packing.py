@@ -32,8 +32,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fedbench.attention import Bucket, attend, attend_backward
 from fedbench.data.rows import Batch
 from fedbench.encoder import whole_layers
-from fedbench.linear import stock
-from fedbench.models import Parts, family_of
+from fedbench.models.build import Parts, family_of
+from fedbench.models.linear import stock
 
 NAME = "fedbench_packed"
 SLACK = 0.15

@@ -32,7 +32,7 @@ from fedbench.engine import Prepared, Progress, Run, Silent
 from fedbench.errors import FedbenchError
 from fedbench.gradient import aggregation_error, gradient_error, gradients
 from fedbench.methods.fedavg_lora import FedAvgLora
-from fedbench.models import Parts, get_tensors, set_tensors, tunable_names
+from fedbench.models.build import Parts, get_tensors, set_tensors, tunable_names
 from fedbench.packing import packing
 
 Block = Mapping[str, Any]

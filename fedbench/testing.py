@@ -30,9 +30,9 @@ from fedbench.context import ClientContext, ServerContext
 from fedbench.data.rows import Examples
 from fedbench.engine import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
 from fedbench.evaluate import evaluate
-from fedbench.foundation import load_fm
 from fedbench.machine.workers import can_fork
-from fedbench.models import ModuleCache, get_tensors, tunable_names
+from fedbench.models.build import ModuleCache, get_tensors, tunable_names
+from fedbench.models.foundation import load_fm
 from fedbench.packing import packing
 from fedbench.records import Record, comparable, differences
 from fedbench.registry import Registry
@@ -465,10 +465,10 @@ CLIENTS_DATA = (
 """What could load the clients' rows."""
 
 THE_FM = (
-    "fedbench.foundation:load_fm",
-    "fedbench.foundation:_checkpoint",
-    "fedbench.foundation:minilm_folder",
-    "fedbench.vit_digits:vit_digits",
+    "fedbench.models.foundation:load_fm",
+    "fedbench.models.foundation:_checkpoint",
+    "fedbench.models.foundation:minilm_folder",
+    "fedbench.models.zoo.vit_digits:vit_digits",
     "fedbench.engine:_load",
     "fedbench.engine:prepare",
     "fedbench.files:load_tensors",

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fedbench.api import LocalResult, LocalTask
 from fedbench.errors import DivergedError, FedbenchError
-from fedbench.linear import reordered, stock
 from fedbench.machine.workers import fork_map
+from fedbench.models.linear import reordered, stock
 from fedbench.packing import feeding, packing
 
 

@@ -23,10 +23,10 @@ from fedbench.context import ServerContext
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors
-from fedbench.foundation import FoundationModel
-from fedbench.linear import reordered
 from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
-from fedbench.models import Parts, checkpoint_name, frozen_state, load_frozen, set_tensors
+from fedbench.models.build import Parts, checkpoint_name, frozen_state, load_frozen, set_tensors
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.linear import reordered
 from fedbench.packing import layer_outputs
 from fedbench.records import canonical_json
 

@@ -30,14 +30,14 @@ from fedbench.api import (
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data.rows import Examples
 from fedbench.errors import MessageError
-from fedbench.foundation import FoundationModel
-from fedbench.models import (
+from fedbench.models.build import (
     LoraSpec,
     ModelSpec,
     frozen_state,
     initial_tunables,
     set_tensors,
 )
+from fedbench.models.foundation import FoundationModel
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,11 +17,11 @@ from fedbench.api import Server, Source
 from fedbench.context import ServerContext
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
-from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import ProxyServer, Schedule, distil_once, hidden_loss, required
 from fedbench.methods.fedavg_lora import LoraMethod
 from fedbench.methods.fedpft import FedPFT
-from fedbench.models import Parts, build, frozen_state, load_frozen, tunable_names
+from fedbench.models.build import Parts, build, frozen_state, load_frozen, tunable_names
+from fedbench.models.foundation import FoundationModel
 
 
 class FedOT(LoraMethod):

@@ -18,7 +18,6 @@ from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Serv
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError, MessageError
-from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import (
     LayerLoss,
     ProxyServer,
@@ -32,7 +31,8 @@ from fedbench.methods._distillation import (
     weight_loss,
 )
 from fedbench.methods.fedavg_lora import AdapterClient, LoraMethod, count
-from fedbench.models import LoraSpec, Parts, build, frozen_state, load_frozen, set_tensors, tunable_names
+from fedbench.models.build import LoraSpec, Parts, build, frozen_state, load_frozen, set_tensors, tunable_names
+from fedbench.models.foundation import FoundationModel
 
 ZeroRule = Literal["non-positive", "exact-zero", "abs-below-eps"]
 Choice = Literal["highest", "lowest", "random"]

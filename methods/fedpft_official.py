@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fedbench.api import Client, ClientId, LocalTask, Message, Server, State
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data.rows import Examples
-from fedbench.foundation import FoundationModel
 from fedbench.methods._distillation import required
 from fedbench.methods.fedpft import FedPFT, FedPFTClient, FedPFTServer, ZeroRule, highest
-from fedbench.models import LoraSpec, set_tensors
+from fedbench.models.build import LoraSpec, set_tensors
+from fedbench.models.foundation import FoundationModel
 
 
 class FedPFTOfficial(FedPFT):

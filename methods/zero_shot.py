@@ -10,8 +10,8 @@ from torch import nn
 from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
 from fedbench.context import ClientContext, ServerContext
 from fedbench.data.rows import Examples
-from fedbench.foundation import FoundationModel
-from fedbench.models import set_tensors
+from fedbench.models.build import set_tensors
+from fedbench.models.foundation import FoundationModel
 from fedbench.scenario.load import Federation, SplitSettings
 
 

@@ -10,8 +10,8 @@ import torch
 from fedbench.context import ServerContext
 from fedbench.data.rows import Examples
 from fedbench.engine import RunRequest
-from fedbench.foundation import FoundationModel, load_fm
-from fedbench.models import get_tensors, tunable_names
+from fedbench.models.build import get_tensors, tunable_names
+from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.rng import Streams
 from fedbench.scenario.load import Federation
 

@@ -20,8 +20,8 @@ from fedbench.data.image_files import ImageFiles
 from fedbench.errors import FedbenchError
 
 if TYPE_CHECKING:
-    from fedbench.foundation import FoundationModel
-    from fedbench.processors import ImageProcessor
+    from fedbench.models.foundation import FoundationModel
+    from fedbench.models.reading import ImageProcessor
 
 CHUNK = 8192
 """Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""

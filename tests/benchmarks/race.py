@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedbench import engine
-from fedbench.foundation import minilm_folder
+from fedbench.models.foundation import minilm_folder
 
 HERE = Path(__file__).parent
 LR = 5e-4

@@ -16,7 +16,7 @@ from fedbench.api import Message
 from fedbench.data.partition import partition
 from fedbench.engine import Run, RunRequest, Silent, prepare
 from fedbench.gradient import gradient_error, gradients
-from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, tunable_names
+from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, frozen_state, tunable_names
 from fedbench.rng import Streams
 from fedbench.scenario.load import SplitSettings
 from fedbench.transport import Transport

@@ -18,7 +18,7 @@ from fedbench.api import AdamW, Frozen, LocalTask
 from fedbench.data.rows import Examples
 from fedbench.fused import execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy
-from fedbench.models import LoraSpec, ModelSpec, build, get_tensors, tunable_names
+from fedbench.models.build import LoraSpec, ModelSpec, build, get_tensors, tunable_names
 from fedbench.training import execute
 
 DEVICES = [

@@ -80,7 +80,7 @@ def broadcast(self, round, cohort):
 LOADS_THE_FM = """
 def task(self, round, inbox, data):
     from pathlib import Path
-    from fedbench.foundation import load_fm
+    from fedbench.models.foundation import load_fm
     load_fm("minilm-l6", 3, Path("."))
     return super().task(round, inbox, data)
 """
@@ -184,8 +184,8 @@ def test_guards_exist_and_one_of_nothing_is_an_error() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines().count("kept") >= 6, ran.stdout
-    for door in ("fedbench.data.rows:load_data", "fedbench.foundation:no_such"):
+    for door in ("fedbench.data.rows:load_data", "fedbench.models.foundation:no_such"):
         with pytest.raises(LookupError, match="which does not exist"):
             forbid([door], "no")
     assert "fedbench.data.load:load_data" in CLIENTS_DATA
-    assert "fedbench.foundation:load_fm" in THE_FM
+    assert "fedbench.models.foundation:load_fm" in THE_FM

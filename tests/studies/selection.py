@@ -62,7 +62,7 @@ def trajectories(data_dir: Path, folder: Path, methods: list[str], seeds: list[i
     """Which validation rows plug-in and proxy answer rightly after every round, and with the last K rounds' mean."""
     from fedbench.engine import Run, RunRequest, Silent, prepare
     from fedbench.evaluate import evaluate
-    from fedbench.models import get_tensors, set_tensors, tunable_names
+    from fedbench.models.build import get_tensors, set_tensors, tunable_names
 
     class Watched(Run):
         def __init__(self, *arguments: Any) -> None:

@@ -22,7 +22,7 @@ from fedbench.evaluate import Evaluation
 from fedbench.exposure import Exposure
 from fedbench.files import load_tensors, save_tensors, state_digest, write_text
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
-from fedbench.models import frozen_state
+from fedbench.models.build import frozen_state
 from fedbench.records import comparable
 
 

@@ -13,9 +13,9 @@ from helpers import random_values, save_tiny, train_rows
 from torch import Tensor, nn
 
 from fedbench import encoder
-from fedbench.foundation import FoundationModel, load_fm
-from fedbench.linear import _available, reordered
-from fedbench.models import LoraSpec, Parts, frozen_state, set_tensors, tunable_names
+from fedbench.models.build import LoraSpec, Parts, frozen_state, set_tensors, tunable_names
+from fedbench.models.foundation import FoundationModel, load_fm
+from fedbench.models.linear import _available, reordered
 from fedbench.packing import layer_outputs, logits, packing
 from fedbench.testing import tensors_close
 

@@ -17,20 +17,20 @@ import torch
 from helpers import SMALL, context, public_rows, random_values, save_tiny, save_tiny_bert, smoke_request, train_rows
 from torch import nn
 
-from fedbench import models
 from fedbench.api import AdamW, LocalTask
 from fedbench.context import ServerContext
 from fedbench.data.rows import Examples, Part, encode
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
-from fedbench.families import FAMILIES
-from fedbench.foundation import FoundationModel, load_fm
 from fedbench.gradient import gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import FedPFT, zeros
-from fedbench.models import LoraSpec, ModuleCache, Parts, build, get_tensors, set_tensors, tunable_names
+from fedbench.models.build import LoraSpec, ModuleCache, Parts, build, get_tensors, set_tensors, tunable_names
+from fedbench.models.build import build as models
+from fedbench.models.families import FAMILIES
+from fedbench.models.foundation import FoundationModel, load_fm
+from fedbench.models.reading import ImageProcessor, unknown_tokens
 from fedbench.packing import logits, packing
-from fedbench.processors import ImageProcessor, unknown_tokens
 from fedbench.testing import tensors_close
 from fedbench.training import execute
 

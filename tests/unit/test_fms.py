@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbench.fms import fm_folder, fm_label, is_called, recorded_label
+from fedbench.models.zoo.names import fm_folder, fm_label, is_called, recorded_label
 
 
 def test_a_folder_is_called_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.fused import adamw, clients_per_pass, execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
-from fedbench.models import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
+from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
+from fedbench.models.reading import ImageProcessor
 from fedbench.packing import Layout, packing
-from fedbench.processors import ImageProcessor
 from fedbench.testing import tensors_close
 from fedbench.training import execute
 

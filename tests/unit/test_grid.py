@@ -11,8 +11,8 @@ import pytest
 from _records import make_record
 
 from fedbench.errors import FedbenchError
-from fedbench.fms import FMS
 from fedbench.grid import Cell, Grid, Outcome, grid_names, load_grid, run_grid
+from fedbench.models.zoo.names import FMS
 from fedbench.records import Record, load, load_all, record_key, save
 from fedbench.registry import Registry
 from fedbench.scenario.load import load_scenario

@@ -19,10 +19,10 @@ from fedbench.data.rows import Examples, inputs_hash
 from fedbench.data.rows import rows as fedbench_data
 from fedbench.data.sets.embedded import EMBEDDED
 from fedbench.engine import RunRequest, prepare
-from fedbench.foundation import FoundationModel, load_fm
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
+from fedbench.models.foundation import FoundationModel, load_fm
 
 
 @dataclasses.dataclass

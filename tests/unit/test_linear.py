@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbench.linear import FrozenLinear, _available, cpu_has_bf16, reordered
+from fedbench.models.linear import FrozenLinear, _available, cpu_has_bf16, reordered
 from fedbench.packing import packing
 from fedbench.training import autocast
 

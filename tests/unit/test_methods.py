@@ -17,13 +17,13 @@ from fedbench.context import ClientContext
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.files import load_tensors
-from fedbench.foundation import FoundationModel
 from fedbench.gradient import gradient_error, gradients
 from fedbench.methods import _distillation as d
 from fedbench.methods.fedavg_lora import FedAvgLora, count, cross_entropy, weighted_mean
 from fedbench.methods.fedot import FedOT, FedOTServer, uniform
 from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest, zeros
-from fedbench.models import ModuleCache, Parts, frozen_state, get_tensors, tunable_names
+from fedbench.models.build import ModuleCache, Parts, frozen_state, get_tensors, tunable_names
+from fedbench.models.foundation import FoundationModel
 from fedbench.rng import Streams
 from fedbench.training import execute
 from fedbench.transport import deserialise, serialise

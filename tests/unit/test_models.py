@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from fedbench.data.rows import Batch
 from fedbench.errors import FedbenchError
-from fedbench.foundation import FoundationModel, load_fm
-from fedbench.models import (
+from fedbench.models.build import (
     LoraSpec,
     ModelSpec,
     ModuleCache,
@@ -27,6 +26,7 @@ from fedbench.models import (
     set_tensors,
     tunable_names,
 )
+from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.packing import layer_outputs, logits, packing
 from fedbench.rng import Streams
 
@@ -201,7 +201,7 @@ def test_a_head_trained_for_these_classes_is_kept_and_any_other_is_not(tmp_path:
 def test_the_embedded_minilm_computes_what_transformers_computes(tmp_path: Path) -> None:
     import transformers
 
-    from fedbench.foundation import minilm_folder
+    from fedbench.models.foundation import minilm_folder
 
     fm = load_fm("minilm-l6", 3, tmp_path)
     ours = fm.build(None, CPU)

@@ -15,7 +15,15 @@ from fedbench.evaluate import evaluate
 from fedbench.methods._distillation import hidden_loss
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
-from fedbench.models import LoraSpec, Parts, frozen_state, get_tensors, initial_tunables, set_tensors, tunable_names
+from fedbench.models.build import (
+    LoraSpec,
+    Parts,
+    frozen_state,
+    get_tensors,
+    initial_tunables,
+    set_tensors,
+    tunable_names,
+)
 from fedbench.packing import Layout, layer_outputs, logits, packing
 from fedbench.rng import Streams
 from fedbench.testing import tensors_close

@@ -17,9 +17,9 @@ from fedbench.data.rows import Examples
 from fedbench.engine import Prepared, Run, Silent, prepare, run
 from fedbench.errors import DivergedError, FedbenchError
 from fedbench.evaluate import Evaluation, evaluate
-from fedbench.linear import stock
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
-from fedbench.models import LoraSpec, Parts
+from fedbench.models.build import LoraSpec, Parts
+from fedbench.models.linear import stock
 from fedbench.records import pack_correct
 from fedbench.training import execute, execute_all, most_tokens
 
@@ -197,7 +197,7 @@ def rows_of(family: str) -> Examples:
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_what_observers_see_is_never_more_than_the_bound(family: str, tmp_path: Path) -> None:
-    from fedbench.foundation import load_fm
+    from fedbench.models.foundation import load_fm
 
     fm = tiny_fm() if family == "bert" else load_fm(str(save_tiny("vit", tmp_path / "vit")), 3, tmp_path)
     model, data = fm.build(LoraSpec(2, 4), CPU), rows_of(family)

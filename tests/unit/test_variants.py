@@ -16,7 +16,6 @@ from fedbench.context import ClientContext
 from fedbench.data.rows import Examples
 from fedbench.engine import RunRequest, prepare, run, scenario_settings
 from fedbench.errors import FedbenchError
-from fedbench.foundation import FoundationModel, load_fm
 from fedbench.methods import fedpft
 from fedbench.methods._distillation import layer_outputs
 from fedbench.methods.fedot import FedOT, FedOTServer
@@ -25,7 +24,8 @@ from fedbench.methods.fedpft_b import FedPFTB
 from fedbench.methods.fedpft_d import FedPFTD
 from fedbench.methods.fedpft_n import FedPFTN
 from fedbench.methods.fedpft_official import FedPFTOfficial, FedPFTOfficialServer
-from fedbench.models import ModelSpec, ModuleCache, Parts, frozen_state, get_tensors
+from fedbench.models.build import ModelSpec, ModuleCache, Parts, frozen_state, get_tensors
+from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario.load import load_scenario

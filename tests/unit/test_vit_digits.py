@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedbench import vit_digits
 from fedbench.files import load_tensors, save_tensors
-from fedbench.foundation import load_fm, model_spec
-from fedbench.models import build
+from fedbench.models.build import build
+from fedbench.models.build.zoo import vit_digits
+from fedbench.models.foundation import load_fm, model_spec
 
 
 @pytest.mark.slow

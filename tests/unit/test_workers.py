@@ -25,7 +25,7 @@ from fedbench.machine.memory import own_peak, peak_memory, reset_peak
 from fedbench.machine.workers import can_fork, choose_workers, fork_map
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
-from fedbench.models import LoraSpec, Parts, get_tensors, initial_tunables, set_tensors, tunable_names
+from fedbench.models.build import LoraSpec, Parts, get_tensors, initial_tunables, set_tensors, tunable_names
 from fedbench.rng import Streams
 from fedbench.training import execute_all
 

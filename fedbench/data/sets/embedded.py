@@ -18,7 +18,7 @@ from fedbench.files import packaged_file
 from fedbench.rng import Streams
 
 if TYPE_CHECKING:
-    from fedbench.processors import ImageProcessor
+    from fedbench.models.reading import ImageProcessor
 
 TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"
 

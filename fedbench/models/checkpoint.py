@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbench.errors import FedbenchError
-from fedbench.families import FAMILIES, NOT_COMPUTED, WITHOUT_MEANING, Family
+from fedbench.models.families import FAMILIES, NOT_COMPUTED, WITHOUT_MEANING, Family
 
 _POINTER = b"version https://git-lfs"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

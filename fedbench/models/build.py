@@ -22,9 +22,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedbench.api import Frozen
 from fedbench.errors import FedbenchError
-from fedbench.families import FAMILIES, Family
 from fedbench.files import state_digest, tensor_digest
-from fedbench.linear import AdaptedLinear, FrozenLinear
+from fedbench.models.families import FAMILIES, Family
+from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.rng import Streams
 
 PROJECTIONS = ("query", "key", "value", "output")
@@ -146,7 +146,7 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
         module = model.get_submodule(path)
     except AttributeError:
         raise FedbenchError(
-            f"{type(model).__name__} has no {path}: the description of its family in fedbench/families.py is wrong"
+            f"{type(model).__name__} has no {path}: its family's description in fedbench/models/families.py is wrong"
         ) from None
     module = getattr(module, "base_layer", module)
     if not isinstance(module, nn.Linear):

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from fedbench.data.sets.embedded import mnist_images
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors, state_digest
-from fedbench.foundation import FoundationModel, model_spec
-from fedbench.models import Parts, build, frozen_state
-from fedbench.processors import ImageProcessor
+from fedbench.models.build import Parts, build, frozen_state
+from fedbench.models.foundation import FoundationModel, model_spec
+from fedbench.models.reading import ImageProcessor
 from fedbench.rng import Streams
 
 RECIPE: dict[str, Any] = {

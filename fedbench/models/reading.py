@@ -19,7 +19,7 @@ import numpy as np
 from fedbench.errors import FedbenchError
 
 if TYPE_CHECKING:
-    from fedbench.models import ModelSpec
+    from fedbench.models.build import ModelSpec
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
 """Files that hold a vocabulary: one of these sets has to be whole."""
