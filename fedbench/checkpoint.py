@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedbench.api import Client, ClientId, State
+from fedbench.api.sides import Client, ClientId, State
 from fedbench.errors import DamagedFileError
 from fedbench.files import append_text, load_tensors, save_tensors, write_text
 

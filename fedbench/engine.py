@@ -23,10 +23,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fedbench import provenance
-from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
+from fedbench.api.context import ClientContext, ServerContext
+from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
 from fedbench.checkpoint import Checkpoint, read_checkpoint
 from fedbench.claims import claim
-from fedbench.context import ClientContext, ServerContext
 from fedbench.data.load import load_data
 from fedbench.data.partition import Partition, partition
 from fedbench.data.rows import Examples, RawData, encode, inputs_hash

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbench.api import LocalResult, LocalTask
+from fedbench.api.sides import LocalResult, LocalTask
 from fedbench.data.rows import Batch, Examples
 from fedbench.errors import FedbenchError
 from fedbench.models.linear import FrozenLinear, reordered

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fedbench.errors import FedbenchError, printable
 
 if TYPE_CHECKING:
-    from fedbench.api import Method
+    from fedbench.api.sides import Method
 
 METHODS_GROUP = "fedbench.methods"
 SCENARIOS_GROUP = "fedbench.scenarios"
@@ -185,7 +185,7 @@ def import_method(entry: MethodEntry) -> type[Method]:
     """Import what was found and return its Method class; a failure of any kind becomes a FedbenchError."""
     from inspect import isabstract
 
-    from fedbench.api import Method
+    from fedbench.api.sides import Method
 
     if entry.error:
         raise FedbenchError(entry.error)

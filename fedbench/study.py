@@ -27,7 +27,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedbench import provenance
-from fedbench.api import Client, ClientId, LocalResult, LocalTask, Method
+from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Method
 from fedbench.engine import Prepared, Progress, Run, Silent
 from fedbench.errors import FedbenchError
 from fedbench.gradient import aggregation_error, gradient_error, gradients

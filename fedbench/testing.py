@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server
-from fedbench.context import ClientContext, ServerContext
+from fedbench.api.context import ClientContext, ServerContext
+from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server
 from fedbench.data.rows import Examples
 from fedbench.engine import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
 from fedbench.evaluate import evaluate

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedbench.api import Method
-from fedbench.context import ServerContext
+from fedbench.api.context import ServerContext
+from fedbench.api.sides import Method
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors

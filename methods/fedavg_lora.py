@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbench.api import (
+from fedbench.api.context import ClientContext, ServerContext
+from fedbench.api.sides import (
     AdamW,
     Client,
     ClientId,
@@ -27,7 +28,6 @@ from fedbench.api import (
     State,
     TensorSpec,
 )
-from fedbench.context import ClientContext, ServerContext
 from fedbench.data.rows import Examples
 from fedbench.errors import MessageError
 from fedbench.models.build import (
@@ -57,7 +57,7 @@ def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 
 
 MOST = {"num_examples": 2**31 - 1, "tokens": 2**53}
-"""What no client can have more of. The harness knows better for each client (`fedbench.api.Server.accept`)."""
+"""What no client can have more of. The harness knows better for each client (`fedbench.api.sides.Server.accept`)."""
 
 
 def count(message: Message, name: str) -> int:

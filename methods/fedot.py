@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from fedbench.api import Server, Source
-from fedbench.context import ServerContext
+from fedbench.api.context import ServerContext
+from fedbench.api.sides import Server, Source
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.methods._distillation import ProxyServer, Schedule, distil_once, hidden_loss, required

@@ -14,8 +14,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Server, Source, State, Statistic, TensorSpec
-from fedbench.context import ClientContext, ServerContext
+from fedbench.api.context import ClientContext, ServerContext
+from fedbench.api.sides import (
+    Client,
+    ClientId,
+    LocalResult,
+    LocalTask,
+    Message,
+    Server,
+    Source,
+    State,
+    Statistic,
+    TensorSpec,
+)
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.methods._distillation import (

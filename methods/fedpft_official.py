@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedbench.api import Client, ClientId, LocalTask, Message, Server, State
-from fedbench.context import ClientContext, ServerContext
+from fedbench.api.context import ClientContext, ServerContext
+from fedbench.api.sides import Client, ClientId, LocalTask, Message, Server, State
 from fedbench.data.rows import Examples
 from fedbench.methods._distillation import required
 from fedbench.methods.fedpft import FedPFT, FedPFTClient, FedPFTServer, ZeroRule, highest

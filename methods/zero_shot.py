@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from fedbench.api import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
-from fedbench.context import ClientContext, ServerContext
+from fedbench.api.context import ClientContext, ServerContext
+from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
 from fedbench.data.rows import Examples
 from fedbench.models.build import set_tensors
 from fedbench.models.foundation import FoundationModel

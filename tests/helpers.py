@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedbench.context import ServerContext
+from fedbench.api.context import ServerContext
 from fedbench.data.rows import Examples
 from fedbench.engine import RunRequest
 from fedbench.models.build import get_tensors, tunable_names

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedbench.api import Frozen
+from fedbench.api.sides import Frozen
 from fedbench.errors import FedbenchError
 from fedbench.files import state_digest, tensor_digest
 from fedbench.models.families import FAMILIES, Family

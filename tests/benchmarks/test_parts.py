@@ -12,7 +12,7 @@ from helpers import save_tiny_bert
 from pytest_benchmark.fixture import BenchmarkFixture
 from test_training import MINILM, cohort
 
-from fedbench.api import Message
+from fedbench.api.sides import Message
 from fedbench.data.partition import partition
 from fedbench.engine import Run, RunRequest, Silent, prepare
 from fedbench.gradient import gradient_error, gradients

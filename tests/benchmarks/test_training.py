@@ -14,7 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from fedbench.api import AdamW, Frozen, LocalTask
+from fedbench.api.sides import AdamW, Frozen, LocalTask
 from fedbench.data.rows import Examples
 from fedbench.fused import execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy

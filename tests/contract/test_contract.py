@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import save_tiny_bert
 
-from fedbench.api import LocalResult, Message
+from fedbench.api.sides import LocalResult, Message
 from fedbench.engine import Prepared, Run, RunRequest, Silent, prepare, run
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.records import comparable, load, record_path

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import save_tiny_bert, smoke_request
 
-from fedbench.api import LocalResult, Message, State
+from fedbench.api.sides import LocalResult, Message, State
 from fedbench.checkpoint import INDEX, read_checkpoint
 from fedbench.engine import Run, Silent, checkpoint_folder, prepare, run
 from fedbench.errors import DamagedFileError, FedbenchError

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from fedbench.api import Client, ClientId, State
+from fedbench.api.sides import Client, ClientId, State
 from fedbench.checkpoint import INDEX, Checkpoint, Saved, read_checkpoint
 from fedbench.errors import DamagedFileError
 

@@ -13,8 +13,8 @@ import torch
 from helpers import save_tiny_bert, smoke_request
 
 from fedbench import engine
-from fedbench.api import ClientId, LocalResult, LocalTask
-from fedbench.context import ServerContext
+from fedbench.api.context import ServerContext
+from fedbench.api.sides import ClientId, LocalResult, LocalTask
 from fedbench.engine import (
     Prepared,
     Run,

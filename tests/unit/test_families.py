@@ -17,8 +17,8 @@ import torch
 from helpers import SMALL, context, public_rows, random_values, save_tiny, save_tiny_bert, smoke_request, train_rows
 from torch import nn
 
-from fedbench.api import AdamW, LocalTask
-from fedbench.context import ServerContext
+from fedbench.api.context import ServerContext
+from fedbench.api.sides import AdamW, LocalTask
 from fedbench.data.rows import Examples, Part, encode
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError

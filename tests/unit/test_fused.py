@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedbench import fused
-from fedbench.api import AdamW, Frozen, LocalResult, LocalTask
+from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.fused import adamw, clients_per_pass, execute_cohort

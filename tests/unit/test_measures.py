@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import tiny_fm, train_rows
 
-from fedbench.api import AdamW, Frozen, LocalTask, Source
+from fedbench.api.sides import AdamW, Frozen, LocalTask, Source
 from fedbench.errors import DivergedError
 from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.exposure import Exposure

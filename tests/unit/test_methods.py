@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import context, public_rows, tiny_fm, train_rows
 
-from fedbench.api import AdamW, LocalTask, Message, TensorSpec
-from fedbench.context import ClientContext
+from fedbench.api.context import ClientContext
+from fedbench.api.sides import AdamW, LocalTask, Message, TensorSpec
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.files import load_tensors

@@ -9,7 +9,7 @@ from helpers import tiny_fm, train_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbench.api import AdamW, Frozen, LocalTask
+from fedbench.api.sides import AdamW, Frozen, LocalTask
 from fedbench.errors import FedbenchError
 from fedbench.evaluate import evaluate
 from fedbench.methods._distillation import hidden_loss

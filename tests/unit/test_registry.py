@@ -197,13 +197,15 @@ def test_an_unknown_name_is_answered_with_what_the_plugins_bring(tmp_path: Path)
 
 def test_a_method_without_its_two_sides_is_said(tmp_path: Path) -> None:
     (tmp_path / "half.py").write_text(
-        "from typing import ClassVar\nfrom fedbench.api import Method\n"
+        "from typing import ClassVar\nfrom fedbench.api.sides import Method\n"
         "class Half(Method):\n    name: ClassVar[str] = 'half'\n"
         "class Field(Method):\n    name: str = 'field'\n"
     )
     with pytest.raises(FedbenchError, match="'half' of --plugin .*: Half does not define client and server"):
         Registry([str(tmp_path / "half.py")]).load_method("half")
-    (tmp_path / "field.py").write_text("from fedbench.api import Method\nclass A(Method):\n    name: str = 'field'\n")
+    (tmp_path / "field.py").write_text(
+        "from fedbench.api.sides import Method\nclass A(Method):\n    name: str = 'field'\n"
+    )
     with pytest.raises(FedbenchError, match=r'name: ClassVar\[str\] = "field"'):
         Registry([str(tmp_path / "field.py")]).load_method("field")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
-from fedbench.api import AdamW, Frozen, LocalResult, LocalTask, Message
+from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask, Message
 from fedbench.data.rows import Examples
 from fedbench.engine import Prepared, Run, Silent, prepare, run
 from fedbench.errors import DivergedError, FedbenchError

@@ -11,8 +11,8 @@ import torch
 from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
 from fedbench import engine
-from fedbench.api import LocalTask, Message, Method
-from fedbench.context import ClientContext
+from fedbench.api.context import ClientContext
+from fedbench.api.sides import LocalTask, Message, Method
 from fedbench.data.rows import Examples
 from fedbench.engine import RunRequest, prepare, run, scenario_settings
 from fedbench.errors import FedbenchError

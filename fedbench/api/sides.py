@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fedbench.context import ClientContext, ServerContext
+    from fedbench.api.context import ClientContext, ServerContext
     from fedbench.data.rows import Examples
     from fedbench.models.foundation import FoundationModel
     from fedbench.scenario.load import Federation, SplitSettings

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedbench.api import ClientId, Frozen
+from fedbench.api.sides import ClientId, Frozen
 from fedbench.models.build import ModelSpec, ModuleCache
 from fedbench.rng import Streams
 from fedbench.scenario.load import Federation
