@@ -36,13 +36,13 @@ from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.export import adapter_path, keep_adapter
 from fedbench.exposure import Exposure
 from fedbench.files import state_digest, try_folder
+from fedbench.forward.feed import packing
 from fedbench.gradient import gradient_error, gradients
 from fedbench.machine.memory import peak_memory, reset_peak
 from fedbench.machine.workers import choose_workers, one_thread
 from fedbench.models.build import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import unknown_tokens
-from fedbench.packing import packing
 from fedbench.records import SCHEMA, Record, complaint_of, record_key, save
 from fedbench.registry import Registry, nearest
 from fedbench.rng import Streams

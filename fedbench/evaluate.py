@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from fedbench.data.rows import Examples
 from fedbench.errors import DivergedError
+from fedbench.forward.feed import logits
 from fedbench.machine.workers import fork_map
 from fedbench.models.linear import reordered
-from fedbench.packing import logits
 from fedbench.records import pack_correct
 from fedbench.training import autocast
 

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from fedbench.api.sides import LocalResult, LocalTask
 from fedbench.data.rows import Batch, Examples
 from fedbench.errors import FedbenchError
+from fedbench.forward.feed import Layout, feeding, packs
 from fedbench.models.linear import FrozenLinear, reordered
-from fedbench.packing import Layout, feeding, packs
 from fedbench.training import autocast, execute, has_dropout, observing, result_of
 
 CPU_TOKENS = 4096

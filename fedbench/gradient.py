@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbench.data.rows import Examples
+from fedbench.forward.feed import logits
 from fedbench.machine.workers import fork_map
 from fedbench.models.linear import reordered
-from fedbench.packing import logits
 
 
 def gradients(

@@ -1,6 +1,6 @@
 """Executes LocalTasks: the local training of a round's clients.
 
-`execute` trains one client with a stock optimiser, through whatever form `fedbench.packing` gives a batch: padded,
+`execute` trains one client with a stock optimiser, through whatever form `fedbench.forward.feed` gives a batch: padded,
 which is the reference and says what local training *is*, or packed, which is held against it. `execute_all` does so
 for the clients of a round: over worker processes, or fused (`fedbench.fused`).
 """
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from fedbench.api.sides import LocalResult, LocalTask
 from fedbench.errors import DivergedError, FedbenchError
+from fedbench.forward.feed import feeding, packing
 from fedbench.machine.workers import fork_map
 from fedbench.models.linear import reordered, stock
-from fedbench.packing import feeding, packing
 
 
 def has_dropout(module: nn.Module) -> bool:

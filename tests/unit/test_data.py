@@ -21,10 +21,10 @@ from fedbench.data.load import load_data
 from fedbench.data.rows import Batch, Examples, Part, encode, sources, to_pixels
 from fedbench.data.sets.embedded import _mnist, tweet_words
 from fedbench.errors import FedbenchError
+from fedbench.forward.feed import logits, packing
 from fedbench.models.build import LoraSpec, initial_tunables, set_tensors
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import ImageProcessor
-from fedbench.packing import logits, packing
 from fedbench.rng import Streams
 from fedbench.scenario.load import DatasetSettings, PublicSettings
 

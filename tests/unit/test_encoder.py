@@ -12,11 +12,11 @@ import torch
 from helpers import random_values, save_tiny, train_rows
 from torch import Tensor, nn
 
-from fedbench import encoder
+from fedbench.forward import encoder
+from fedbench.forward.feed import layer_outputs, logits, packing
 from fedbench.models.build import LoraSpec, Parts, frozen_state, set_tensors, tunable_names
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.linear import _available, reordered
-from fedbench.packing import layer_outputs, logits, packing
 from fedbench.testing import tensors_close
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def test_a_layer_steps_aside_for_whatever_it_cannot_do(fm: FoundationModel, call
 
 
 def test_a_hook_in_the_last_layer_sees_all_tokens(fm: FoundationModel) -> None:
-    from fedbench.packing import feeding
+    from fedbench.forward.feed import feeding
 
     model, seen = build(fm, None), []
     path = Parts(model).ffn_activation_path(2)

@@ -32,9 +32,9 @@ from fedbench.engine import (
 )
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.evaluate import Evaluation, evaluate
+from fedbench.forward.feed import packs
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
-from fedbench.packing import packs
 from fedbench.records import load_all
 from fedbench.training import most_tokens
 

@@ -22,6 +22,7 @@ from fedbench.api.sides import AdamW, LocalTask
 from fedbench.data.rows import Examples, Part, encode
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
+from fedbench.forward.feed import logits, packing
 from fedbench.gradient import gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import FedPFT, zeros
@@ -30,7 +31,6 @@ from fedbench.models.build import build as models
 from fedbench.models.families import FAMILIES
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import ImageProcessor, unknown_tokens
-from fedbench.packing import logits, packing
 from fedbench.testing import tensors_close
 from fedbench.training import execute
 

@@ -20,11 +20,11 @@ from fedbench import fused
 from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
+from fedbench.forward.feed import Layout, packing
 from fedbench.fused import adamw, clients_per_pass, execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
 from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
 from fedbench.models.reading import ImageProcessor
-from fedbench.packing import Layout, packing
 from fedbench.testing import tensors_close
 from fedbench.training import execute
 
@@ -398,7 +398,7 @@ def test_a_layout_keeps_clients_together_and_tokens_in_their_rows(lengths: list[
     width, most = max(every), max(map(len, lengths))
     segments = kind == "segments"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedbench.packing.SHORT", 30 if kind == "blocks" else 0)
+        patch.setattr("fedbench.forward.feed.SHORT", 30 if kind == "blocks" else 0)
         layout = (Layout.of_segments if segments else Layout.of_clients)(lengths, width, CPU)
     row = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])  # client of each row
     client = np.repeat(np.arange(len(lengths)), layout.sizes)  # client of each packed place

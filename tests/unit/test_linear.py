@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedbench.forward.feed import packing
 from fedbench.models.linear import FrozenLinear, _available, cpu_has_bf16, reordered
-from fedbench.packing import packing
 from fedbench.training import autocast
 
 

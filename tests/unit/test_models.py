@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from fedbench.data.rows import Batch
 from fedbench.errors import FedbenchError
+from fedbench.forward.feed import layer_outputs, logits, packing
 from fedbench.models.build import (
     LoraSpec,
     ModelSpec,
@@ -27,7 +28,6 @@ from fedbench.models.build import (
     tunable_names,
 )
 from fedbench.models.foundation import FoundationModel, load_fm
-from fedbench.packing import layer_outputs, logits, packing
 from fedbench.rng import Streams
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedbench.api.sides import AdamW, Frozen, LocalTask
 from fedbench.errors import FedbenchError
 from fedbench.evaluate import evaluate
+from fedbench.forward.feed import Layout, layer_outputs, logits, packing
 from fedbench.methods._distillation import hidden_loss
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
@@ -24,7 +25,6 @@ from fedbench.models.build import (
     set_tensors,
     tunable_names,
 )
-from fedbench.packing import Layout, layer_outputs, logits, packing
 from fedbench.rng import Streams
 from fedbench.testing import tensors_close
 from fedbench.training import execute
@@ -58,7 +58,7 @@ def test_a_layout_holds_every_real_token_once(lengths: list[int], blocks: bool) 
     width = max(lengths)
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedbench.packing.SHORT", 30 if blocks else 0)
+        patch.setattr("fedbench.forward.feed.SHORT", 30 if blocks else 0)
         layout = Layout.of(mask)
     assert layout.blocks is blocks
     real = layout.source[layout.real[0]].sort().values
@@ -88,7 +88,7 @@ def test_packed_equals_padded_in_outputs_gradients_and_hidden_losses(rows: int, 
     found = []
     for packed in (False, True):
         with packing(packed), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fedbench.packing.SHORT", short)
+            patch.setattr("fedbench.forward.feed.SHORT", short)
             out = logits(built, batch)
             grads = torch.autograd.grad(out.square().sum(), parameters)
             hidden, mask = layer_outputs(built, batch)
@@ -232,7 +232,7 @@ def test_evaluation_by_hand() -> None:
 @pytest.mark.parametrize("short", [0, 128])
 def test_attention_dropout_leaves_rows_apart(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout that drops nothing a batch in training mode is what it is in evaluation mode."""
-    monkeypatch.setattr("fedbench.packing.SHORT", short)
+    monkeypatch.setattr("fedbench.forward.feed.SHORT", short)
     built, batch = model(), train_rows(9).batch(range(9))
     expected = logits(built, batch)
     for name, module in built.named_modules():

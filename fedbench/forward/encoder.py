@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedbench.attention import Bucket, attend, attend_backward
+from fedbench.forward.attention import Bucket, attend, attend_backward
 from fedbench.models.build import Parts
 from fedbench.models.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, remembered, watched
 

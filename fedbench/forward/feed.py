@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from fedbench.attention import Bucket, attend, attend_backward
 from fedbench.data.rows import Batch
-from fedbench.encoder import whole_layers
+from fedbench.forward.attention import Bucket, attend, attend_backward
+from fedbench.forward.encoder import whole_layers
 from fedbench.models.build import Parts, family_of
 from fedbench.models.linear import stock
 
