@@ -47,7 +47,7 @@ from fedbench.records import SCHEMA, Record, complaint_of, record_key, save
 from fedbench.registry import Registry, nearest
 from fedbench.rng import Streams
 from fedbench.scenario.load import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake, parse_value
-from fedbench.training import execute, execute_all, has_dropout, most_tokens, step_flops
+from fedbench.training.alone import execute, execute_all, has_dropout, most_tokens, step_flops
 from fedbench.transport import SETUP_KINDS, Bounds, Ledger, Transport
 
 

@@ -38,7 +38,7 @@ from fedbench.records import Record, comparable, differences
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario.load import Federation
-from fedbench.training import execute
+from fedbench.training.alone import execute
 from fedbench.transport import Transport, deserialise, serialise
 
 

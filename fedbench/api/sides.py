@@ -8,7 +8,7 @@ A method is a frozen set of validated hyper-parameters that makes the two sides:
     Method.server(fm, public, ctx) -> Server        Method.client(ctx) -> Client
 
 Clients do not loop over their data: they *declare* their local training as a `LocalTask`, and the harness
-(`fedbench.training`) executes the tasks of a round.
+(`fedbench.training.alone`) executes the tasks of a round.
 """
 
 from __future__ import annotations

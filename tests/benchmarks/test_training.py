@@ -16,10 +16,10 @@ from torch import nn
 
 from fedbench.api.sides import AdamW, Frozen, LocalTask
 from fedbench.data.rows import Examples
-from fedbench.fused import execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models.build import LoraSpec, ModelSpec, build, get_tensors, tunable_names
-from fedbench.training import execute
+from fedbench.training.alone import execute
+from fedbench.training.fused import execute_cohort
 
 DEVICES = [
     "cpu",

@@ -36,7 +36,7 @@ from fedbench.forward.feed import packs
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
 from fedbench.records import load_all
-from fedbench.training import most_tokens
+from fedbench.training.alone import most_tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -32,7 +32,7 @@ from fedbench.models.families import FAMILIES
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import ImageProcessor, unknown_tokens
 from fedbench.testing import tensors_close
-from fedbench.training import execute
+from fedbench.training.alone import execute
 
 CPU = torch.device("cpu")
 LAYERS = {

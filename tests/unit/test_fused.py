@@ -16,17 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedbench import fused
 from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Layout, packing
-from fedbench.fused import adamw, clients_per_pass, execute_cohort
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
 from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
 from fedbench.models.reading import ImageProcessor
 from fedbench.testing import tensors_close
-from fedbench.training import execute
+from fedbench.training.alone import execute, fused
+from fedbench.training.fused import adamw, clients_per_pass, execute_cohort
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 3}

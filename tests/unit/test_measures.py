@@ -17,7 +17,7 @@ from fedbench.machine.memory import peak_memory, reset_peak
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.records import pack_correct
 from fedbench.rng import Streams
-from fedbench.training import step_flops
+from fedbench.training.alone import step_flops
 
 
 def t(*values: float) -> torch.Tensor:

@@ -25,7 +25,7 @@ from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest, zeros
 from fedbench.models.build import ModuleCache, Parts, frozen_state, get_tensors, tunable_names
 from fedbench.models.foundation import FoundationModel
 from fedbench.rng import Streams
-from fedbench.training import execute
+from fedbench.training.alone import execute
 from fedbench.transport import deserialise, serialise
 
 CPU = torch.device("cpu")

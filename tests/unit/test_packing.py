@@ -27,7 +27,7 @@ from fedbench.models.build import (
 )
 from fedbench.rng import Streams
 from fedbench.testing import tensors_close
-from fedbench.training import execute
+from fedbench.training.alone import execute
 
 CPU = torch.device("cpu")
 

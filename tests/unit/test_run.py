@@ -21,7 +21,7 @@ from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, 
 from fedbench.models.build import LoraSpec, Parts
 from fedbench.models.linear import stock
 from fedbench.records import pack_correct
-from fedbench.training import execute, execute_all, most_tokens
+from fedbench.training.alone import execute, execute_all, most_tokens
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario.load import load_scenario
-from fedbench.training import execute
+from fedbench.training.alone import execute
 
 CPU = torch.device("cpu")
 R = 5

@@ -27,7 +27,7 @@ from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
 from fedbench.models.build import LoraSpec, Parts, get_tensors, initial_tunables, set_tensors, tunable_names
 from fedbench.rng import Streams
-from fedbench.training import execute_all
+from fedbench.training.alone import execute_all
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")

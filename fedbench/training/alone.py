@@ -2,7 +2,7 @@
 
 `execute` trains one client with a stock optimiser, through whatever form `fedbench.forward.feed` gives a batch: padded,
 which is the reference and says what local training *is*, or packed, which is held against it. `execute_all` does so
-for the clients of a round: over worker processes, or fused (`fedbench.fused`).
+for the clients of a round: over worker processes, or fused (`fedbench.training.fused`).
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def execute_all(
         return _numpy(r.tunables), r.steps, r.loss, _numpy(r.observed), r.observed_tokens
 
     if fused:
-        from fedbench.fused import execute_cohort
+        from fedbench.training.fused import execute_cohort
 
         yield from enumerate(execute_cohort(tasks, device, precision))
     elif device.type == "cpu" and len(tasks) > 1:
