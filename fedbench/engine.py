@@ -32,14 +32,14 @@ from fedbench.data.partition import Partition, partition
 from fedbench.data.rows import Examples, RawData, encode, inputs_hash
 from fedbench.data.sources import data_folder
 from fedbench.errors import DamagedFileError, DivergedError, FedbenchError
-from fedbench.evaluate import Evaluation, evaluate, per_client
 from fedbench.export import adapter_path, keep_adapter
-from fedbench.exposure import Exposure
 from fedbench.files import state_digest, try_folder
 from fedbench.forward.feed import packing
-from fedbench.gradient import gradient_error, gradients
 from fedbench.machine.memory import peak_memory, reset_peak
 from fedbench.machine.workers import choose_workers, one_thread
+from fedbench.measures.accuracy import Evaluation, evaluate, per_client
+from fedbench.measures.exposure import Exposure
+from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.models.build import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import unknown_tokens

@@ -31,7 +31,7 @@ from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Method
 from fedbench.engine import Prepared, Progress, Run, Silent
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import packing
-from fedbench.gradient import aggregation_error, gradient_error, gradients
+from fedbench.measures.gradient import aggregation_error, gradient_error, gradients
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.models.build import Parts, get_tensors, set_tensors, tunable_names
 

@@ -29,9 +29,9 @@ from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server
 from fedbench.data.rows import Examples
 from fedbench.engine import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
-from fedbench.evaluate import evaluate
 from fedbench.forward.feed import packing
 from fedbench.machine.workers import can_fork
+from fedbench.measures.accuracy import evaluate
 from fedbench.models.build import ModuleCache, get_tensors, tunable_names
 from fedbench.models.foundation import load_fm
 from fedbench.records import Record, comparable, differences

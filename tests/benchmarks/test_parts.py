@@ -15,7 +15,7 @@ from test_training import MINILM, cohort
 from fedbench.api.sides import Message
 from fedbench.data.partition import partition
 from fedbench.engine import Run, RunRequest, Silent, prepare
-from fedbench.gradient import gradient_error, gradients
+from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, frozen_state, tunable_names
 from fedbench.rng import Streams
 from fedbench.scenario.load import SplitSettings

@@ -18,9 +18,9 @@ from fedbench.api.sides import LocalResult, Message, State
 from fedbench.checkpoint import INDEX, read_checkpoint
 from fedbench.engine import Run, Silent, checkpoint_folder, prepare, run
 from fedbench.errors import DamagedFileError, FedbenchError
-from fedbench.evaluate import Evaluation
-from fedbench.exposure import Exposure
 from fedbench.files import load_tensors, save_tensors, state_digest, write_text
+from fedbench.measures.accuracy import Evaluation
+from fedbench.measures.exposure import Exposure
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
 from fedbench.models.build import frozen_state
 from fedbench.records import comparable

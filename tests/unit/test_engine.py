@@ -31,8 +31,8 @@ from fedbench.engine import (
     split_settings,
 )
 from fedbench.errors import FedbenchError, MessageError
-from fedbench.evaluate import Evaluation, evaluate
 from fedbench.forward.feed import packs
+from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
 from fedbench.records import load_all

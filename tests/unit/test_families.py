@@ -23,7 +23,7 @@ from fedbench.data.rows import Examples, Part, encode
 from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import logits, packing
-from fedbench.gradient import gradient_error, gradients
+from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import FedPFT, zeros
 from fedbench.models.build import LoraSpec, ModuleCache, Parts, build, get_tensors, set_tensors, tunable_names

@@ -9,11 +9,11 @@ from helpers import tiny_fm, train_rows
 
 from fedbench.api.sides import AdamW, Frozen, LocalTask, Source
 from fedbench.errors import DivergedError
-from fedbench.evaluate import Evaluation, evaluate, per_client
-from fedbench.exposure import Exposure
 from fedbench.forward.feed import packing
-from fedbench.gradient import aggregation_error, compare, gradient_error, gradients
 from fedbench.machine.memory import peak_memory, reset_peak
+from fedbench.measures.accuracy import Evaluation, evaluate, per_client
+from fedbench.measures.exposure import Exposure
+from fedbench.measures.gradient import aggregation_error, compare, gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.records import pack_correct
 from fedbench.rng import Streams

@@ -17,7 +17,7 @@ from fedbench.api.sides import AdamW, LocalTask, Message, TensorSpec
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.files import load_tensors
-from fedbench.gradient import gradient_error, gradients
+from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods import _distillation as d
 from fedbench.methods.fedavg_lora import FedAvgLora, count, cross_entropy, weighted_mean
 from fedbench.methods.fedot import FedOT, FedOTServer, uniform

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fedbench.api.sides import AdamW, Frozen, LocalTask
 from fedbench.errors import FedbenchError
-from fedbench.evaluate import evaluate
 from fedbench.forward.feed import Layout, layer_outputs, logits, packing
+from fedbench.measures.accuracy import evaluate
 from fedbench.methods._distillation import hidden_loss
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros

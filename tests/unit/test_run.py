@@ -16,7 +16,7 @@ from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask, Message
 from fedbench.data.rows import Examples
 from fedbench.engine import Prepared, Run, Silent, prepare, run
 from fedbench.errors import DivergedError, FedbenchError
-from fedbench.evaluate import Evaluation, evaluate
+from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
 from fedbench.models.build import LoraSpec, Parts
 from fedbench.models.linear import stock

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from fedbench.api.sides import AdamW, Frozen, LocalTask
 from fedbench.errors import FedbenchError
-from fedbench.evaluate import evaluate
-from fedbench.gradient import gradients
 from fedbench.machine.memory import own_peak, peak_memory, reset_peak
 from fedbench.machine.workers import can_fork, choose_workers, fork_map
+from fedbench.measures.accuracy import evaluate
+from fedbench.measures.gradient import gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
 from fedbench.models.build import LoraSpec, Parts, get_tensors, initial_tunables, set_tensors, tunable_names
