@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from fedbench.engine import RunRequest
-    from fedbench.records import Record
+    from fedbench.records.store import Record
     from fedbench.registry import Registry
 
 app = typer.Typer(
@@ -256,8 +256,9 @@ def run_command(
     registry.find_scenario(scenario)
     console = _console()
     with console.status("loading") if console.is_terminal else _nothing():
-        from fedbench import engine, records, report
+        from fedbench import engine, report
         from fedbench.progress import ConsoleProgress
+        from fedbench.records import store as records
 
         request = _request(
             method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
@@ -435,7 +436,7 @@ def table_command(
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
     from fedbench.grid import load_grid
     from fedbench.models.zoo.names import FMS
-    from fedbench.records import load_all
+    from fedbench.records.store import load_all
     from fedbench.registry import nearest
     from fedbench.render import render, terminal
     from fedbench.tables import compare, of_fm

@@ -22,7 +22,6 @@ from platformdirs import user_cache_path
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedbench import provenance
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
 from fedbench.checkpoint import Checkpoint, read_checkpoint
@@ -43,7 +42,8 @@ from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.models.build import ModuleCache, Parts, frozen_state, tunable_names
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import unknown_tokens
-from fedbench.records import SCHEMA, Record, complaint_of, record_key, save
+from fedbench.records import provenance
+from fedbench.records.store import SCHEMA, Record, complaint_of, record_key, save
 from fedbench.registry import Registry, nearest
 from fedbench.rng import Streams
 from fedbench.scenario.load import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake, parse_value

@@ -22,7 +22,7 @@ from fedbench.models.build import get_tensors, tunable_names
 from fedbench.models.families import FAMILIES
 from fedbench.models.foundation import MINILM_HUB, load_fm, own_labels
 from fedbench.models.zoo.names import fm_folder
-from fedbench.records import Record, load
+from fedbench.records.store import Record, load
 
 
 def adapter_path(results: Path, key: str) -> Path:

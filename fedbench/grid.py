@@ -51,7 +51,7 @@ from fedbench.claims import claim
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.files import try_folder
 from fedbench.models.zoo.names import fm_label
-from fedbench.records import SCHEMA, Record, load, record_key, record_path, save
+from fedbench.records.store import SCHEMA, Record, load, record_key, record_path, save
 from fedbench.registry import bad_name, nearest
 from fedbench.scenario.load import mistake, read_toml
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedbench.errors import one_line
 from fedbench.formats import MEGA, megabytes, signed
-from fedbench.records import Record, diverged, no_upload, rounds_without_upload
+from fedbench.records.store import Record, diverged, no_upload, rounds_without_upload
 from fedbench.statistics import binomial_standard_error
 
 

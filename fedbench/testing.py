@@ -34,7 +34,7 @@ from fedbench.machine.workers import can_fork
 from fedbench.measures.accuracy import evaluate
 from fedbench.models.build import ModuleCache, get_tensors, tunable_names
 from fedbench.models.foundation import load_fm
-from fedbench.records import Record, comparable, differences
+from fedbench.records.store import Record, comparable, differences
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.scenario.load import Federation

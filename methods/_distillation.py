@@ -28,7 +28,7 @@ from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
 from fedbench.models.build import Parts, checkpoint_name, frozen_state, load_frozen, set_tensors
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.linear import reordered
-from fedbench.records import canonical_json
+from fedbench.records.store import canonical_json
 
 
 def required(method: Method, public: Examples | None) -> Examples:

@@ -17,7 +17,7 @@ from fedbench.errors import DivergedError
 from fedbench.forward.feed import logits
 from fedbench.machine.workers import fork_map
 from fedbench.models.linear import reordered
-from fedbench.records import pack_correct
+from fedbench.records.store import pack_correct
 from fedbench.training.alone import autocast
 
 

@@ -6,8 +6,8 @@ modules that own tunables treat each client's part with that client's own values
 loss is the sum over clients of the mean over a client's own rows, so each client's gradient is what it would be alone;
 clipping and AdamW work row by row on one matrix [clients, parameters].
 
-The same mathematics as `fedbench.training.alone.execute`, client by client, which tests hold it to. It pays where a batch of
-one client leaves the device idle: on a GPU, or on a CPU with threads to spare.
+The same mathematics as `fedbench.training.alone.execute`, client by client, which tests hold it to. It pays where a
+batch of one client leaves the device idle: on a GPU, or on a CPU with threads to spare.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def execute_cohort(
     chunk: int | None = None,
     segments: bool | None = None,
 ) -> list[LocalResult]:
-    """Train every task as `fedbench.training.alone.execute` does, together where they fit together; results in their order.
+    """Train every task as `training.alone.execute` does, together where they fit together; results in their order.
 
     Tasks fit together if they share backbone, names of tunables, clipping, betas, eps, observed modules, and whether
     they have a penalty. Tasks with active dropout, with tunables in modules other than Linear and LayerNorm, or with

@@ -19,7 +19,7 @@ from helpers import save_tiny_bert
 from fedbench.api.sides import LocalResult, Message
 from fedbench.engine import Prepared, Run, RunRequest, Silent, prepare, run
 from fedbench.methods.fedavg_lora import AdapterClient
-from fedbench.records import comparable, load, record_path
+from fedbench.records.store import comparable, load, record_path
 from fedbench.registry import Registry
 from fedbench.testing import check_method
 

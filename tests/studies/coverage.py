@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbench.records import load_all, unpack_correct
+from fedbench.records.store import load_all, unpack_correct
 from fedbench.statistics import LEVEL, Difference, half_width
 from fedbench.tables import CEILING, FLOOR, REFERENCES
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedbench.records import Record, pack_correct, record_key
+from fedbench.records.store import Record, pack_correct, record_key
 
 
 def make_record(

@@ -23,7 +23,7 @@ from fedbench.measures.accuracy import Evaluation
 from fedbench.measures.exposure import Exposure
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
 from fedbench.models.build import frozen_state
-from fedbench.records import comparable
+from fedbench.records.store import comparable
 
 
 def run_of(folder: Path, method: str = "fedpft") -> Run:

@@ -22,7 +22,7 @@ from fedbench.claims import claim
 from fedbench.engine import prepare, run
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.grid import Cell, Outcome, run_grid
-from fedbench.records import Record, save
+from fedbench.records.store import Record, save
 
 KEY = "a" * 64
 HOLD = """

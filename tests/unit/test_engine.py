@@ -35,7 +35,7 @@ from fedbench.forward.feed import packs
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
-from fedbench.records import load_all
+from fedbench.records.store import load_all
 from fedbench.training.alone import most_tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

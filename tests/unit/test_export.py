@@ -21,7 +21,7 @@ from fedbench.errors import FedbenchError
 from fedbench.export import adapter_path, export_adapter
 from fedbench.files import save_tensors
 from fedbench.models.build import LoraSpec, set_tensors
-from fedbench.records import Record, path_of, unpack_correct
+from fedbench.records.store import Record, path_of, unpack_correct
 
 
 @dataclass(frozen=True)

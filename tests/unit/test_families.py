@@ -26,8 +26,8 @@ from fedbench.forward.feed import logits, packing
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import FedPFT, zeros
+from fedbench.models import build as models
 from fedbench.models.build import LoraSpec, ModuleCache, Parts, build, get_tensors, set_tensors, tunable_names
-from fedbench.models.build import build as models
 from fedbench.models.families import FAMILIES
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import ImageProcessor, unknown_tokens

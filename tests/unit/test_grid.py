@@ -13,7 +13,7 @@ from _records import make_record
 from fedbench.errors import FedbenchError
 from fedbench.grid import Cell, Grid, Outcome, grid_names, load_grid, run_grid
 from fedbench.models.zoo.names import FMS
-from fedbench.records import Record, load, load_all, record_key, save
+from fedbench.records.store import Record, load, load_all, record_key, save
 from fedbench.registry import Registry
 from fedbench.scenario.load import load_scenario
 

@@ -15,8 +15,8 @@ import pytest
 from helpers import WORDS, context, public_rows, save_tiny, save_tiny_bert
 
 from fedbench import engine
+from fedbench.data import rows as fedbench_data
 from fedbench.data.rows import Examples, inputs_hash
-from fedbench.data.rows import rows as fedbench_data
 from fedbench.data.sets.embedded import EMBEDDED
 from fedbench.engine import RunRequest, prepare
 from fedbench.methods.fedavg_lora import FedAvgLora

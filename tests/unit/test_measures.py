@@ -15,7 +15,7 @@ from fedbench.measures.accuracy import Evaluation, evaluate, per_client
 from fedbench.measures.exposure import Exposure
 from fedbench.measures.gradient import aggregation_error, compare, gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
-from fedbench.records import pack_correct
+from fedbench.records.store import pack_correct
 from fedbench.rng import Streams
 from fedbench.training.alone import step_flops
 

@@ -16,9 +16,9 @@ from _records import make_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedbench import provenance, records
 from fedbench.errors import FedbenchError
-from fedbench.records import (
+from fedbench.records import store as records
+from fedbench.records.store import (
     Record,
     canonical_json,
     comparable,
@@ -29,6 +29,7 @@ from fedbench.records import (
     pack_correct,
     path_of,
     plain,
+    provenance,
     record_key,
     save,
     unpack_correct,
@@ -134,7 +135,7 @@ def test_killed_between_write_and_rename(tmp_path: Path) -> None:
     path = save(make_record(accuracy=0.5), tmp_path)
     before = load(path)
     script = (
-        "import os, sys, signal; from pathlib import Path; from fedbench import records\n"
+        "import os, sys, signal; from pathlib import Path; from fedbench.records import store as records\n"
         "record = records.load(Path(sys.argv[1]))\n"
         "changed = record.model_copy(update={'distillation': [{'layer': 0}]})\n"
         "os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL)\n"

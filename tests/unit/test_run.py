@@ -20,7 +20,7 @@ from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
 from fedbench.models.build import LoraSpec, Parts
 from fedbench.models.linear import stock
-from fedbench.records import pack_correct
+from fedbench.records.store import pack_correct
 from fedbench.training.alone import execute, execute_all, most_tokens
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from studies.coverage import SCENARIOS, SEEDS, simulate
 
-from fedbench.records import Record
+from fedbench.records.store import Record
 from fedbench.render import comments
 from fedbench.statistics import Difference, half_width, holm, paired_test, seeds_needed, variances
 from fedbench.tables import Section, compare

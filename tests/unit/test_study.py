@@ -17,7 +17,7 @@ from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
-from fedbench.records import plain
+from fedbench.records.store import plain
 from fedbench.study import Study, matched, mean_block, study
 from fedbench.study_report import layers_frame, markdown, points_frame, save, terminal
 

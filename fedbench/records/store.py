@@ -40,9 +40,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from fedbench.blocks import BLOCKS, Rounds
 from fedbench.errors import FedbenchError, one_line
 from fedbench.files import write_text
+from fedbench.records.schema import BLOCKS, Rounds
 
 SCHEMA = 2
 READABLE = (1, 2)
@@ -85,7 +85,7 @@ class Record(BaseModel):
     """One run. Blocks are plain mappings, laid out as this module's docstring says.
 
     Values are made plain and rounded on construction, so a record in memory equals the same record read back. Raises
-    ValidationError for a block that is not laid out so (`fedbench.blocks`), and for one that contradicts another.
+    ValidationError for a block that is not laid out so (`records.schema`), and for one that contradicts another.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
