@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from fedbench.engine import RunRequest
     from fedbench.records.store import Record
     from fedbench.registry import Registry
+    from fedbench.run.loop import RunRequest
 
 app = typer.Typer(
     name="fedbench",
@@ -256,9 +256,10 @@ def run_command(
     registry.find_scenario(scenario)
     console = _console()
     with console.status("loading") if console.is_terminal else _nothing():
-        from fedbench import engine, report
-        from fedbench.progress import ConsoleProgress
+        from fedbench import report
         from fedbench.records import store as records
+        from fedbench.run import loop as engine
+        from fedbench.run.progress import ConsoleProgress
 
         request = _request(
             method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
@@ -374,8 +375,8 @@ def grid_command(
 ) -> None:
     """Run methods x scenarios x FMs x seeds, skipping what is finished; a failed cell is recorded, the rest goes on."""
     from fedbench.grid import Cell, EngineRunner, Outcome, load_grid, run_grid
-    from fedbench.progress import ConsoleProgress
     from fedbench.registry import Registry
+    from fedbench.run.progress import ConsoleProgress
 
     registry = Registry(tuple(plugin or ()))
     chosen = load_grid(grid).only(_names(methods), _names(scenarios), seeds, fm)
@@ -496,8 +497,9 @@ def gradient_command(
     registry.find_scenario(scenario)
     console = _console()
     with console.status("loading") if console.is_terminal else _nothing():
-        from fedbench import engine, study, study_report
-        from fedbench.progress import ConsoleProgress
+        from fedbench import study, study_report
+        from fedbench.run import loop as engine
+        from fedbench.run.progress import ConsoleProgress
 
         asked = partial(
             _request,
@@ -563,8 +565,8 @@ def export_command(
     ] = None,
 ) -> None:
     """Write a run's tuned adapter and head in peft's format, for use with plain transformers and peft."""
-    from fedbench.engine import cache_folder
-    from fedbench.export import export_adapter
+    from fedbench.run.export import export_adapter
+    from fedbench.run.loop import cache_folder
 
     done = export_adapter(record, folder, cache_folder(cache), fm)
     revision = f", revision={done.revision!r}" if done.revision else ""
@@ -668,8 +670,8 @@ def _pairs(settings: list[str] | None, rounds: int | None) -> dict[str, str]:
 
 
 def _request(*, rounds: int | None, settings: list[str] | None, plugins: list[str] | None, **rest: Any) -> RunRequest:
-    from fedbench.engine import RunRequest
     from fedbench.grid import LARGEST_SEED
+    from fedbench.run.loop import RunRequest
 
     if rest["seed"] > LARGEST_SEED:
         raise FedbenchError(f"--seed {rest['seed']}: too large; use at most {LARGEST_SEED}")
@@ -681,8 +683,8 @@ def _show_fm(console: Console, name: str, description: str) -> None:
     from rich.text import Text
 
     console.print(_headline(printable(name), description), soft_wrap=True)
-    from fedbench.engine import cache_folder
     from fedbench.models.foundation import load_fm
+    from fedbench.run.loop import cache_folder
 
     fm = load_fm(name, num_labels=2, cache=cache_folder())
     table = _grid("what", "value")
@@ -722,7 +724,7 @@ def _show_method(
     """Print what a method is, and its hyper-parameters with where each value came from."""
     from inspect import cleandoc
 
-    from fedbench.engine import RunRequest, make_method, parse_values, scenario_settings, split_settings
+    from fedbench.run.loop import RunRequest, make_method, parse_values, scenario_settings, split_settings
     from fedbench.scenario.load import load_scenario
 
     entry, kind = registry.find_method(name), registry.load_method(name)

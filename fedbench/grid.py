@@ -47,12 +47,12 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from fedbench.claims import claim
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.files import try_folder
 from fedbench.models.zoo.names import fm_label
 from fedbench.records.store import SCHEMA, Record, load, record_key, record_path, save
 from fedbench.registry import bad_name, nearest
+from fedbench.run.claims import claim
 from fedbench.scenario.load import mistake, read_toml
 
 Status = Literal["skipped", "complete", "failed"]
@@ -368,13 +368,13 @@ def _traceback(error: BaseException) -> str:
 
 
 class EngineRunner:
-    """Runs cells with `fedbench.engine`; `options` are further fields of its RunRequest (device, data_dir, ...)."""
+    """Runs cells with `fedbench.run.loop`; `options` are further fields of its RunRequest (device, data_dir, ...)."""
 
     def __init__(self, results: Path, progress: Any = None, **options: Any) -> None:
         self.results, self.progress, self.options = results, progress, options
 
     def prepare(self, cell: Cell) -> Any:
-        from fedbench import engine
+        from fedbench.run import loop as engine
 
         return engine.prepare(
             engine.RunRequest(
@@ -389,7 +389,7 @@ class EngineRunner:
         )
 
     def run(self, prepared: Any) -> Record:
-        from fedbench import engine
+        from fedbench.run import loop as engine
 
         return engine.run(prepared, self.progress)
 

@@ -27,13 +27,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Method
-from fedbench.engine import Prepared, Progress, Run, Silent
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import packing
 from fedbench.measures.gradient import aggregation_error, gradient_error, gradients
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.models.build import Parts, get_tensors, set_tensors, tunable_names
 from fedbench.records import provenance
+from fedbench.run.loop import Prepared, Progress, Run, Silent
 
 Block = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]

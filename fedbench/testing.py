@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server
 from fedbench.data.rows import Examples
-from fedbench.engine import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
 from fedbench.forward.feed import packing
 from fedbench.machine.workers import can_fork
 from fedbench.measures.accuracy import evaluate
@@ -37,9 +36,10 @@ from fedbench.models.foundation import load_fm
 from fedbench.records.store import Record, comparable, differences
 from fedbench.registry import Registry
 from fedbench.rng import Streams
+from fedbench.run.loop import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
+from fedbench.run.transport import Transport, deserialise, serialise
 from fedbench.scenario.load import Federation
 from fedbench.training.alone import execute
-from fedbench.transport import Transport, deserialise, serialise
 
 
 @dataclass(frozen=True)
@@ -454,8 +454,8 @@ def _load_method(request: RunRequest, settings: Mapping[str, Any]) -> Method:
 
 CLIENTS_DATA = (
     "fedbench.data.load:load_data",
-    "fedbench.engine:_load",
-    "fedbench.engine:prepare",
+    "fedbench.run.loop:_load",
+    "fedbench.run.loop:prepare",
     "fedbench.data.sets.text:load_text_set",
     "fedbench.data.sets.text:read_text_file",
     "fedbench.data.sets.images:load_image_set",
@@ -469,8 +469,8 @@ THE_FM = (
     "fedbench.models.foundation:_checkpoint",
     "fedbench.models.foundation:minilm_folder",
     "fedbench.models.zoo.vit_digits:vit_digits",
-    "fedbench.engine:_load",
-    "fedbench.engine:prepare",
+    "fedbench.run.loop:_load",
+    "fedbench.run.loop:prepare",
     "fedbench.files:load_tensors",
     "transformers:PreTrainedModel.from_pretrained",
     "safetensors.torch:load_file",

@@ -9,10 +9,10 @@ import torch
 
 from fedbench.api.context import ServerContext
 from fedbench.data.rows import Examples
-from fedbench.engine import RunRequest
 from fedbench.models.build import get_tensors, tunable_names
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.rng import Streams
+from fedbench.run.loop import RunRequest
 from fedbench.scenario.load import Federation
 
 WORDS = [

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedbench import engine
 from fedbench.models.foundation import minilm_folder
+from fedbench.run import loop as engine
 
 HERE = Path(__file__).parent
 LR = 5e-4

@@ -14,12 +14,12 @@ from test_training import MINILM, cohort
 
 from fedbench.api.sides import Message
 from fedbench.data.partition import partition
-from fedbench.engine import Run, RunRequest, Silent, prepare
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, frozen_state, tunable_names
 from fedbench.rng import Streams
+from fedbench.run.loop import Run, RunRequest, Silent, prepare
+from fedbench.run.transport import Transport
 from fedbench.scenario.load import SplitSettings
-from fedbench.transport import Transport
 
 
 @pytest.mark.benchmark(group="transport")

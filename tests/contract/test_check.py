@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_bert
 
-from fedbench.engine import RunRequest, prepare
+from fedbench.run.loop import RunRequest, prepare
 from fedbench.testing import (
     CLIENTS_DATA,
     THE_FM,
@@ -173,7 +173,7 @@ def test_guards_exist_and_one_of_nothing_is_an_error() -> None:
     """In a process of their own: what is forbidden stays so."""
     program = (
         "from fedbench.testing import *; from fedbench.testing import CLIENTS_DATA, THE_FM, forbid\n"
-        "from fedbench.data.load import load_data; from fedbench import engine\n"
+        "from fedbench.data.load import load_data; from fedbench.run import loop as engine\n"
         "forbid([*CLIENTS_DATA, *THE_FM], 'no')\n"
         "import transformers, safetensors.torch\n"
         "for call in (load_data, engine.load_data, engine._load, engine.load_fm, safetensors.torch.load_file,\n"

@@ -17,10 +17,10 @@ import torch
 from helpers import save_tiny_bert
 
 from fedbench.api.sides import LocalResult, Message
-from fedbench.engine import Prepared, Run, RunRequest, Silent, prepare, run
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.records.store import comparable, load, record_path
 from fedbench.registry import Registry
+from fedbench.run.loop import Prepared, Run, RunRequest, Silent, prepare, run
 from fedbench.testing import check_method
 
 METHODS = sorted(Registry(()).methods)
@@ -177,7 +177,7 @@ def test_packed_and_reference_executor_agree_and_share_a_key(fm: str, tmp_path: 
 
 KILL = """
 import os, sys, signal
-from fedbench import engine
+from fedbench.run import loop as engine
 from pathlib import Path
 after = int(sys.argv[1])
 original = engine.Run.round

@@ -17,7 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import save_tiny_bert
 
-from fedbench.engine import RunRequest, prepare, run
+from fedbench.run.loop import RunRequest, prepare, run
 
 STORED = Path(__file__).with_name("golden.json")
 METHODS = {

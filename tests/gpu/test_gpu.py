@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import save_tiny_bert
 
-from fedbench.engine import RunRequest, prepare, run
+from fedbench.run.loop import RunRequest, prepare, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -15,8 +15,6 @@ import torch
 from helpers import save_tiny_bert, smoke_request
 
 from fedbench.api.sides import LocalResult, Message, State
-from fedbench.checkpoint import INDEX, read_checkpoint
-from fedbench.engine import Run, Silent, checkpoint_folder, prepare, run
 from fedbench.errors import DamagedFileError, FedbenchError
 from fedbench.files import load_tensors, save_tensors, state_digest, write_text
 from fedbench.measures.accuracy import Evaluation
@@ -24,6 +22,8 @@ from fedbench.measures.exposure import Exposure
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
 from fedbench.models.build import frozen_state
 from fedbench.records.store import comparable
+from fedbench.run.checkpoint import INDEX, read_checkpoint
+from fedbench.run.loop import Run, Silent, checkpoint_folder, prepare, run
 
 
 def run_of(folder: Path, method: str = "fedpft") -> Run:
@@ -246,7 +246,7 @@ def test_a_crash_before_the_index_leaves_the_checkpoint_before(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedbench.checkpoint.write_text", crash)
+        patch.setattr("fedbench.run.checkpoint.write_text", crash)
         with pytest.raises(KeyboardInterrupt):
             run.loop(folder, until=2)
     again = run_of(tmp_path)

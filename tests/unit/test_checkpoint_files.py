@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fedbench.api.sides import Client, ClientId, State
-from fedbench.checkpoint import INDEX, Checkpoint, Saved, read_checkpoint
 from fedbench.errors import DamagedFileError
+from fedbench.run.checkpoint import INDEX, Checkpoint, Saved, read_checkpoint
 
 KEY = "k" * 64
 

@@ -18,17 +18,17 @@ import pytest
 from _records import make_record
 from helpers import save_tiny_bert, smoke_request
 
-from fedbench.claims import claim
-from fedbench.engine import prepare, run
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.grid import Cell, Outcome, run_grid
 from fedbench.records.store import Record, save
+from fedbench.run.claims import claim
+from fedbench.run.loop import prepare, run
 
 KEY = "a" * 64
 HOLD = """
 import sys, time
 from pathlib import Path
-from fedbench.claims import claim
+from fedbench.run.claims import claim
 with claim(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()

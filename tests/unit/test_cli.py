@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_bert
 
-from fedbench import cli, engine
+from fedbench import cli
 from fedbench.errors import FedbenchError
+from fedbench.run import loop as engine
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "pandas", "scipy", "sklearn"}
 Invoke = Callable[..., tuple[int, str, str]]
@@ -181,7 +182,7 @@ def test_a_file_the_machine_refuses_is_one_line(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "some/cache")
 
-    monkeypatch.setattr("fedbench.engine.prepare", refuse)
+    monkeypatch.setattr("fedbench.run.loop.prepare", refuse)
     code, _, err = invoke("run", "--method", "fedpft", "--scenario", "tweets-iid", "--results", tmp_path)
     assert (code, err) == (2, "fedbench: some/cache: Permission denied\n")
 

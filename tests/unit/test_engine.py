@@ -12,10 +12,16 @@ import pytest
 import torch
 from helpers import save_tiny_bert, smoke_request
 
-from fedbench import engine
 from fedbench.api.context import ServerContext
 from fedbench.api.sides import ClientId, LocalResult, LocalTask
-from fedbench.engine import (
+from fedbench.errors import FedbenchError, MessageError
+from fedbench.forward.feed import packs
+from fedbench.measures.accuracy import Evaluation, evaluate
+from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
+from fedbench.methods.fedpft import FedPFT
+from fedbench.records.store import load_all
+from fedbench.run import loop as engine
+from fedbench.run.loop import (
     Prepared,
     Run,
     RunRequest,
@@ -30,12 +36,6 @@ from fedbench.engine import (
     prepare,
     split_settings,
 )
-from fedbench.errors import FedbenchError, MessageError
-from fedbench.forward.feed import packs
-from fedbench.measures.accuracy import Evaluation, evaluate
-from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
-from fedbench.methods.fedpft import FedPFT
-from fedbench.records.store import load_all
 from fedbench.training.alone import most_tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from fedbench import cli
 from fedbench.data.rows import Examples
-from fedbench.engine import Prepared, prepare, run
 from fedbench.errors import FedbenchError
-from fedbench.export import adapter_path, export_adapter
 from fedbench.files import save_tensors
 from fedbench.models.build import LoraSpec, set_tensors
 from fedbench.records.store import Record, path_of, unpack_correct
+from fedbench.run.export import adapter_path, export_adapter
+from fedbench.run.loop import Prepared, prepare, run
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def test_an_fm_without_a_checkpoint_is_exported_with_the_adapter(
     # As if it was the FM that has no checkpoint but what fedbench pre-trained.
     done.path.write_text(done.path.read_text().replace('"fm": "fm"', '"fm": "vit-digits"'))
     fm = done.prepared.loaded.fm
-    monkeypatch.setattr("fedbench.export.load_fm", lambda *_: replace(fm, content_hash="another"))
+    monkeypatch.setattr("fedbench.run.export.load_fm", lambda *_: replace(fm, content_hash="another"))
     with pytest.raises(FedbenchError, match="is another than that of this run"):
         export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache")
-    monkeypatch.setattr("fedbench.export.load_fm", lambda *_: fm)
+    monkeypatch.setattr("fedbench.run.export.load_fm", lambda *_: fm)
     made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache")
     base = AutoModelForImageClassification.from_pretrained(made.base)
     rows = done.prepared.loaded.test

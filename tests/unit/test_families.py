@@ -20,7 +20,6 @@ from torch import nn
 from fedbench.api.context import ServerContext
 from fedbench.api.sides import AdamW, LocalTask
 from fedbench.data.rows import Examples, Part, encode
-from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import logits, packing
 from fedbench.measures.gradient import gradient_error, gradients
@@ -31,6 +30,7 @@ from fedbench.models.build import LoraSpec, ModuleCache, Parts, build, get_tenso
 from fedbench.models.families import FAMILIES
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import ImageProcessor, unknown_tokens
+from fedbench.run.loop import prepare, run
 from fedbench.testing import tensors_close
 from fedbench.training.alone import execute
 

@@ -22,8 +22,8 @@ from fedbench.data.load import load_data
 from fedbench.data.rows import RawData
 from fedbench.data.sets.images import IMAGE_SETS
 from fedbench.data.sources import HubState
-from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
+from fedbench.run.loop import prepare, run
 from fedbench.scenario.load import DatasetSettings, PublicSettings
 
 CIFAR10 = DatasetSettings(name="cifar10", validation=10)

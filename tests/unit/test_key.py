@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from helpers import WORDS, context, public_rows, save_tiny, save_tiny_bert
 
-from fedbench import engine
 from fedbench.data import rows as fedbench_data
 from fedbench.data.rows import Examples, inputs_hash
 from fedbench.data.sets.embedded import EMBEDDED
-from fedbench.engine import RunRequest, prepare
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
 from fedbench.models.foundation import FoundationModel, load_fm
+from fedbench.run import loop as engine
+from fedbench.run.loop import RunRequest, prepare
 
 
 @dataclasses.dataclass

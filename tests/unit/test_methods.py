@@ -25,8 +25,8 @@ from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest, zeros
 from fedbench.models.build import ModuleCache, Parts, frozen_state, get_tensors, tunable_names
 from fedbench.models.foundation import FoundationModel
 from fedbench.rng import Streams
+from fedbench.run.transport import deserialise, serialise
 from fedbench.training.alone import execute
-from fedbench.transport import deserialise, serialise
 
 CPU = torch.device("cpu")
 

@@ -14,13 +14,13 @@ from helpers import save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_row
 
 from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask, Message
 from fedbench.data.rows import Examples
-from fedbench.engine import Prepared, Run, Silent, prepare, run
 from fedbench.errors import DivergedError, FedbenchError
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
 from fedbench.models.build import LoraSpec, Parts
 from fedbench.models.linear import stock
 from fedbench.records.store import pack_correct
+from fedbench.run.loop import Prepared, Run, Silent, prepare, run
 from fedbench.training.alone import execute, execute_all, most_tokens
 
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_no_row_of_a_test_set_is_looked_at_before_the_end(tmp_path: Path, monkey
         scored.append(data)
         return evaluate(model, data, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fedbench.engine.evaluate", watched)
+    monkeypatch.setattr("fedbench.run.loop.evaluate", watched)
     this.loop(None)
     assert {id(data) for data in scored} == {id(loaded.validation)}
     assert len(scored) == 2 * 3, "plug-in and proxy in every round"
@@ -219,7 +219,7 @@ def test_what_observers_see_is_never_more_than_the_bound(family: str, tmp_path: 
 
 
 def test_a_run_that_cannot_be_a_record_says_in_which_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedbench.engine.per_client", lambda *_: {"mean": 2.0, "std": 0.0, "worst_tenth": 0.5})
+    monkeypatch.setattr("fedbench.run.loop.per_client", lambda *_: {"mean": 2.0, "std": 0.0, "worst_tenth": 0.5})
     with pytest.raises(
         FedbenchError,
         match=r"fedavg-lora on tweets-noniid: what came out is no record: accuracy.per_client.mean: .* 2.0",
@@ -240,7 +240,7 @@ def test_clients_are_trained_as_the_record_says(tmp_path: Path, monkeypatch: pyt
         asked.append((rest[3], stock.get()))
         return execute_all(tasks, *rest)
 
-    monkeypatch.setattr("fedbench.engine.execute_all", watched)
+    monkeypatch.setattr("fedbench.run.loop.execute_all", watched)
     record = run(prepare(replace(prepared(tmp_path).request, executor=executor)))
     assert record.provenance["executor"] == executor
     assert asked == [(executor == "fused", executor == "reference")]

@@ -14,8 +14,8 @@ from helpers import WORDS, save_tiny_bert, smoke_request
 from fedbench.data.load import load_data
 from fedbench.data.sets.text import TEXT_SETS, read_text_file
 from fedbench.data.sources import HubState
-from fedbench.engine import prepare, run
 from fedbench.errors import FedbenchError
+from fedbench.run.loop import prepare, run
 from fedbench.scenario.load import DatasetSettings, PublicSettings
 
 OFFICIAL = '"3","Wall St. Bears","Short-sellers, ""Wall Street"" are\\seeing green"\n"1","Peace","talks\\begin"\n'

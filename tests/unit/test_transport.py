@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from fedbench.api.sides import Message, TensorSpec
 from fedbench.errors import MessageError
-from fedbench.transport import (
+from fedbench.run.transport import (
     Bounds,
     Ledger,
     Transport,

@@ -10,11 +10,9 @@ import pytest
 import torch
 from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
-from fedbench import engine
 from fedbench.api.context import ClientContext
 from fedbench.api.sides import LocalTask, Message, Method
 from fedbench.data.rows import Examples
-from fedbench.engine import RunRequest, prepare, run, scenario_settings
 from fedbench.errors import FedbenchError
 from fedbench.methods import fedpft
 from fedbench.methods._distillation import layer_outputs
@@ -28,6 +26,8 @@ from fedbench.models.build import ModelSpec, ModuleCache, Parts, frozen_state, g
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.registry import Registry
 from fedbench.rng import Streams
+from fedbench.run import loop as engine
+from fedbench.run.loop import RunRequest, prepare, run, scenario_settings
 from fedbench.scenario.load import load_scenario
 from fedbench.training.alone import execute
 

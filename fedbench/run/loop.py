@@ -24,14 +24,11 @@ from torch import Tensor
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
-from fedbench.checkpoint import Checkpoint, read_checkpoint
-from fedbench.claims import claim
 from fedbench.data.load import load_data
 from fedbench.data.partition import Partition, partition
 from fedbench.data.rows import Examples, RawData, encode, inputs_hash
 from fedbench.data.sources import data_folder
 from fedbench.errors import DamagedFileError, DivergedError, FedbenchError
-from fedbench.export import adapter_path, keep_adapter
 from fedbench.files import state_digest, try_folder
 from fedbench.forward.feed import packing
 from fedbench.machine.memory import peak_memory, reset_peak
@@ -46,9 +43,12 @@ from fedbench.records import provenance
 from fedbench.records.store import SCHEMA, Record, complaint_of, record_key, save
 from fedbench.registry import Registry, nearest
 from fedbench.rng import Streams
+from fedbench.run.checkpoint import Checkpoint, read_checkpoint
+from fedbench.run.claims import claim
+from fedbench.run.export import adapter_path, keep_adapter
+from fedbench.run.transport import SETUP_KINDS, Bounds, Ledger, Transport
 from fedbench.scenario.load import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake, parse_value
 from fedbench.training.alone import execute, execute_all, has_dropout, most_tokens, step_flops
-from fedbench.transport import SETUP_KINDS, Bounds, Ledger, Transport
 
 
 @dataclass(frozen=True)

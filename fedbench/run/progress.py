@@ -25,7 +25,7 @@ class _Count(MofNCompleteColumn):
 
 
 class ConsoleProgress:
-    """Shows phases and their advance; use as a context manager. Follows `fedbench.engine.Progress`.
+    """Shows phases and their advance; use as a context manager. Follows `fedbench.run.loop.Progress`.
 
     Values given to `advance` stay on show until the next phase. Off a terminal a line is printed at the start of
     each phase, with every accuracy, and else at most every `interval` seconds.
