@@ -374,7 +374,7 @@ def grid_command(
     workers: Workers = None,
 ) -> None:
     """Run methods x scenarios x FMs x seeds, skipping what is finished; a failed cell is recorded, the rest goes on."""
-    from fedbench.grid import Cell, EngineRunner, Outcome, load_grid, run_grid
+    from fedbench.grid.cells import Cell, EngineRunner, Outcome, load_grid, run_grid
     from fedbench.registry import Registry
     from fedbench.run.progress import ConsoleProgress
 
@@ -435,7 +435,7 @@ def table_command(
     ] = None,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
-    from fedbench.grid import load_grid
+    from fedbench.grid.cells import load_grid
     from fedbench.models.zoo.names import FMS
     from fedbench.records.store import load_all
     from fedbench.registry import nearest
@@ -670,7 +670,7 @@ def _pairs(settings: list[str] | None, rounds: int | None) -> dict[str, str]:
 
 
 def _request(*, rounds: int | None, settings: list[str] | None, plugins: list[str] | None, **rest: Any) -> RunRequest:
-    from fedbench.grid import LARGEST_SEED
+    from fedbench.grid.cells import LARGEST_SEED
     from fedbench.run.loop import RunRequest
 
     if rest["seed"] > LARGEST_SEED:

@@ -31,7 +31,7 @@ from fedbench.statistics import (
 )
 
 if TYPE_CHECKING:
-    from fedbench.grid import Cell, Reported
+    from fedbench.grid.cells import Cell, Reported
 
 REFERENCES = ("zero-shot", "head-only", "centralised-lora")
 """Methods that mark floor and ceiling; tests between pairs of methods leave them out."""

@@ -19,7 +19,7 @@ from _records import make_record
 from helpers import save_tiny_bert, smoke_request
 
 from fedbench.errors import ClaimedError, FedbenchError
-from fedbench.grid import Cell, Outcome, run_grid
+from fedbench.grid.cells import Cell, Outcome, run_grid
 from fedbench.records.store import Record, save
 from fedbench.run.claims import claim
 from fedbench.run.loop import prepare, run
@@ -126,7 +126,7 @@ def test_a_cell_that_another_process_is_at_is_left_for_later_and_taken_as_it_com
 ) -> None:
     root = tmp_path / "records"
     runner, asked = Made(root), cells()
-    monkeypatch.setattr("fedbench.grid.WAIT", 0.05)
+    monkeypatch.setattr("fedbench.grid.cells.WAIT", 0.05)
     key = runner.prepare(asked[0]).key
     events: list[str] = []
     with another_process(tmp_path, key) as process:
@@ -159,7 +159,7 @@ def test_a_cell_that_another_process_is_at_is_left_for_later_and_taken_as_it_com
 def test_a_cell_whose_process_was_killed_is_made_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "records"
     runner, asked = Made(root), cells()[:1]
-    monkeypatch.setattr("fedbench.grid.WAIT", 0.05)
+    monkeypatch.setattr("fedbench.grid.cells.WAIT", 0.05)
     with another_process(tmp_path, runner.prepare(asked[0]).key) as process:
         Thread(target=lambda: (time.sleep(0.2), os.kill(process.pid, signal.SIGKILL))).start()
         [outcome] = run_grid(asked, runner, root)

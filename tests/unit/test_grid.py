@@ -11,7 +11,7 @@ import pytest
 from _records import make_record
 
 from fedbench.errors import FedbenchError
-from fedbench.grid import Cell, Grid, Outcome, grid_names, load_grid, run_grid
+from fedbench.grid.cells import Cell, Grid, Outcome, grid_names, load_grid, run_grid
 from fedbench.models.zoo.names import FMS
 from fedbench.records.store import Record, load, load_all, record_key, save
 from fedbench.registry import Registry
@@ -365,7 +365,7 @@ def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path:
     assert record.error is not None
     assert (record.error["type"], record.error["message"]) == ("ValueError", "loss is not finite")
     assert "in _maybe" in record.error["traceback"]
-    assert 'File "fedbench/grid.py"' in record.error["traceback"]  # from the import folder on, not from the root
+    assert 'File "fedbench/grid/cells.py"' in record.error["traceback"]  # from the import folder on, not from the root
     assert record.identity["fm"] == "minilm-l6"
     assert record.identity["method_version"] == 2
     # Tried again, made good, and the failure is gone.

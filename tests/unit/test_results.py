@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbench.grid import load_grid
+from fedbench.grid.cells import load_grid
 from fedbench.records.store import load_all
 from fedbench.render import render
 from fedbench.tables import Comparison, compare

@@ -360,7 +360,7 @@ def _traceback(error: BaseException) -> str:
     """The traceback, with files named from their import folder on: records are shared, home folders are not."""
     text = "".join(traceback.format_exception(error))
     folders = {str(Path(entry or ".").resolve()) for entry in sys.path}
-    folders.add(str(Path(__file__).resolve().parents[1]))
+    folders.add(str(Path(__file__).resolve().parents[2]))
     for folder in sorted(folders, key=len, reverse=True):
         if folder != "/":
             text = text.replace(f'File "{folder}/', 'File "')
