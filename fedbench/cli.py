@@ -256,10 +256,10 @@ def run_command(
     registry.find_scenario(scenario)
     console = _console()
     with console.status("loading") if console.is_terminal else _nothing():
-        from fedbench import report
         from fedbench.records import store as records
         from fedbench.run import loop as engine
         from fedbench.run.progress import ConsoleProgress
+        from fedbench.tables import report
 
         request = _request(
             method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
@@ -439,8 +439,8 @@ def table_command(
     from fedbench.models.zoo.names import FMS
     from fedbench.records.store import load_all
     from fedbench.registry import nearest
-    from fedbench.render import render, terminal
-    from fedbench.tables import compare, of_fm
+    from fedbench.tables.compare import compare, of_fm
+    from fedbench.tables.render import render, terminal
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():

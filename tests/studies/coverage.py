@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbench.records.store import load_all, unpack_correct
-from fedbench.statistics import LEVEL, Difference, half_width
-from fedbench.tables import CEILING, FLOOR, REFERENCES
+from fedbench.tables.compare import CEILING, FLOOR, REFERENCES
+from fedbench.tables.statistics import LEVEL, Difference, half_width
 
 RECORDS = Path(__file__).parents[2] / "results" / "records"
 SCENARIOS = ("agnews-noniid", "sst2-noniid", "sst2-iid")

@@ -8,8 +8,8 @@ import pytest
 
 from fedbench.grid.cells import load_grid
 from fedbench.records.store import load_all
-from fedbench.render import render
-from fedbench.tables import Comparison, compare
+from fedbench.tables.compare import Comparison, compare
+from fedbench.tables.render import render
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "results" / "tables").glob("*.md"))

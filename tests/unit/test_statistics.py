@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from studies.coverage import SCENARIOS, SEEDS, simulate
 
 from fedbench.records.store import Record
-from fedbench.render import comments
-from fedbench.statistics import Difference, half_width, holm, paired_test, seeds_needed, variances
-from fedbench.tables import Section, compare
+from fedbench.tables.compare import Section, compare
+from fedbench.tables.render import comments
+from fedbench.tables.statistics import Difference, half_width, holm, paired_test, seeds_needed, variances
 
 T2, T1, NORMAL = 4.3026527, 12.7062047, 1.9599640
 """97.5% quantiles of Student's t with 2 and with 1 degrees of freedom, and of the normal distribution."""

@@ -17,14 +17,16 @@ import pytest
 from _records import make_record
 from rich.console import Console, RenderableType
 
-from fedbench import cli, report, tables
-from fedbench import render as render_module
+from fedbench import cli
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell, Grid, load_grid
 from fedbench.records.store import Record, save
-from fedbench.render import accuracy_text, beside_frame, comments, overview_frame, render, terminal
-from fedbench.statistics import Summary, binomial_standard_error, holm, paired_test
-from fedbench.tables import compare, of_fm
+from fedbench.tables import compare as tables
+from fedbench.tables import render as render_module
+from fedbench.tables import report
+from fedbench.tables.compare import compare, of_fm
+from fedbench.tables.render import accuracy_text, beside_frame, comments, overview_frame, render, terminal
+from fedbench.tables.statistics import Summary, binomial_standard_error, holm, paired_test
 
 
 def shown(renderable: RenderableType, width: int = 120) -> str:
@@ -748,7 +750,7 @@ def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
         save(record, tmp_path)
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from fedbench import render, report, tables; from fedbench.grid import cells as grid; from fedbench.records import store as records\n"
+        "from fedbench.tables import render; from fedbench.tables import report; from fedbench.tables import compare as tables; from fedbench.grid import cells as grid; from fedbench.records import store as records\n"
         "found = records.load_all(Path(sys.argv[1]))\n"
         "chosen = grid.load_grid('paper-iid')\n"
         "comparison = tables.compare(found, chosen.cells(), '', chosen.reported)\n"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbench.formats import p_value, seeds_text, signed
+from fedbench.tables.formats import p_value, seeds_text, signed
 
 SEEDS_FOR_TEST = 6
 """With fewer paired seeds no exact two-sided test can pass 0.05 once Holm has been applied to anything."""

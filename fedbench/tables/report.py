@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbench.errors import one_line
-from fedbench.formats import MEGA, megabytes, signed
 from fedbench.records.store import Record, diverged, no_upload, rounds_without_upload
-from fedbench.statistics import binomial_standard_error
+from fedbench.tables.formats import MEGA, megabytes, signed
+from fedbench.tables.statistics import binomial_standard_error
 
 
 def summary(record: Record) -> RenderableType:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from fedbench.errors import FedbenchError, one_line
-from fedbench.formats import MEGA, signed, three_digits
-from fedbench.statistics import SEEDS_FOR_TEST, half_width, seeds_needed, variances
-from fedbench.tables import CEILING, FLAG, FLOOR, Beside, Comparison, Row, Section, test_path
+from fedbench.tables.compare import CEILING, FLAG, FLOOR, Beside, Comparison, Row, Section, test_path
+from fedbench.tables.formats import MEGA, signed, three_digits
+from fedbench.tables.statistics import SEEDS_FOR_TEST, half_width, seeds_needed, variances
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult

@@ -18,10 +18,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedbench.errors import FedbenchError
-from fedbench.formats import MEGA, seeds_text
 from fedbench.models.zoo.names import FMS, fm_label, is_called, recorded_label
 from fedbench.records.store import Record, diverged, no_upload, rounds_without_upload, unpack_correct
-from fedbench.statistics import (
+from fedbench.tables.formats import MEGA, seeds_text
+from fedbench.tables.statistics import (
     SEEDS_FOR_TEST,
     Difference,
     Summary,
