@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_bert
 
-from fedbench.run.loop import RunRequest, prepare
-from fedbench.testing import (
+from fedbench.check.suite import (
     CLIENTS_DATA,
     THE_FM,
     CheckResult,
@@ -23,6 +22,7 @@ from fedbench.testing import (
     separate_processes,
     tunables_are_trained,
 )
+from fedbench.run.loop import RunRequest, prepare
 
 START = """
 from typing import ClassVar
@@ -172,7 +172,7 @@ def test_the_check_reports_each_clause_as_it_goes_and_fails(tmp_path: Path, fm: 
 def test_guards_exist_and_one_of_nothing_is_an_error() -> None:
     """In a process of their own: what is forbidden stays so."""
     program = (
-        "from fedbench.testing import *; from fedbench.testing import CLIENTS_DATA, THE_FM, forbid\n"
+        "from fedbench.check.suite import *; from fedbench.check.suite import CLIENTS_DATA, THE_FM, forbid\n"
         "from fedbench.data.load import load_data; from fedbench.run import loop as engine\n"
         "forbid([*CLIENTS_DATA, *THE_FM], 'no')\n"
         "import transformers, safetensors.torch\n"

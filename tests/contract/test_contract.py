@@ -17,11 +17,11 @@ import torch
 from helpers import save_tiny_bert
 
 from fedbench.api.sides import LocalResult, Message
+from fedbench.check.suite import check_method
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.records.store import comparable, load, record_path
 from fedbench.registry import Registry
 from fedbench.run.loop import Prepared, Run, RunRequest, Silent, prepare, run
-from fedbench.testing import check_method
 
 METHODS = sorted(Registry(()).methods)
 SETTINGS = {"fedpft": {"t": "1", "r": "6"}, "fedot": {"emulator": "1"}}
@@ -209,7 +209,7 @@ def test_a_run_killed_with_sigkill_resumes_to_the_identical_record(fm: str, tmp_
 
 def test_a_run_killed_at_any_moment_resumes_to_the_identical_record(fm: str, tmp_path: Path) -> None:
     """Not between rounds but wherever it happens to be, through the command line."""
-    command = [sys.executable, "-m", "fedbench.cli", "run", "--method", "fedpft", "--scenario", "tweets-noniid"]
+    command = [sys.executable, "-m", "fedbench.cli.app", "run", "--method", "fedpft", "--scenario", "tweets-noniid"]
     command += ["--fm", fm, "--profile", "smoke", "--set", "t=1", "--set", "r=6", "--rounds", "40", "--device", "cpu"]
     command += ["--results", str(tmp_path / "killed")]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)

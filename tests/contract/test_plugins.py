@@ -26,7 +26,7 @@ def documented_method() -> str:
 
 def call(python: Path | str, *arguments: object, cwd: Path) -> str:
     run = subprocess.run(
-        [str(python), "-m", "fedbench.cli", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+        [str(python), "-m", "fedbench.cli.app", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout

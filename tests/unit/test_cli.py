@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_bert
 
-from fedbench import cli
+from fedbench.cli import app as cli
 from fedbench.errors import FedbenchError
 from fedbench.run import loop as engine
 
@@ -55,7 +55,7 @@ def test_light_commands_load_nothing_heavy(arguments: Sequence[str]) -> None:
     program = (
         "import sys\n"
         f"sys.argv = ['fedbench', *{list(arguments)!r}]\n"
-        "from fedbench.cli import main\n"
+        "from fedbench.cli.app import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print('loaded', *sorted(name for name in sys.modules if '.' not in name))\n"
     )
@@ -123,7 +123,7 @@ def test_bad_input_is_one_line_and_exit_code_2(invoke: Invoke, arguments: Sequen
 
 def call_in_a_shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command in which `fedbench` stands for this one, with bash's `pipefail`."""
-    program = f'fedbench() {{ {shlex.quote(sys.executable)} -m fedbench.cli "$@"; }}; set -o pipefail; {command}'
+    program = f'fedbench() {{ {shlex.quote(sys.executable)} -m fedbench.cli.app "$@"; }}; set -o pipefail; {command}'
     return subprocess.run(
         ["bash", "-c", program], env=os.environ | environment, capture_output=True, text=True, encoding="utf-8"
     )

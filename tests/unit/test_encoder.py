@@ -12,12 +12,12 @@ import torch
 from helpers import random_values, save_tiny, train_rows
 from torch import Tensor, nn
 
+from fedbench.check.suite import tensors_close
 from fedbench.forward import encoder
 from fedbench.forward.feed import layer_outputs, logits, packing
 from fedbench.models.build import LoraSpec, Parts, frozen_state, set_tensors, tunable_names
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.linear import _available, reordered
-from fedbench.testing import tensors_close
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _available, reason="torch without oneDNN")

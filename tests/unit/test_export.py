@@ -14,7 +14,7 @@ from helpers import save_tiny, save_tiny_bert, smoke_request
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from fedbench import cli
+from fedbench.cli import app as cli
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.files import save_tensors

@@ -19,6 +19,7 @@ from torch import nn
 
 from fedbench.api.context import ServerContext
 from fedbench.api.sides import AdamW, LocalTask
+from fedbench.check.suite import tensors_close
 from fedbench.data.rows import Examples, Part, encode
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import logits, packing
@@ -31,7 +32,6 @@ from fedbench.models.families import FAMILIES
 from fedbench.models.foundation import FoundationModel, load_fm
 from fedbench.models.reading import ImageProcessor, unknown_tokens
 from fedbench.run.loop import prepare, run
-from fedbench.testing import tensors_close
 from fedbench.training.alone import execute
 
 CPU = torch.device("cpu")

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask
+from fedbench.check.suite import tensors_close
 from fedbench.data.rows import Examples
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Layout, packing
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
 from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
 from fedbench.models.reading import ImageProcessor
-from fedbench.testing import tensors_close
 from fedbench.training.alone import execute, fused
 from fedbench.training.fused import adamw, clients_per_pass, execute_cohort
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbench.api.sides import AdamW, Frozen, LocalTask
+from fedbench.check.suite import tensors_close
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Layout, layer_outputs, logits, packing
 from fedbench.measures.accuracy import evaluate
@@ -26,7 +27,6 @@ from fedbench.models.build import (
     tunable_names,
 )
 from fedbench.rng import Streams
-from fedbench.testing import tensors_close
 from fedbench.training.alone import execute
 
 CPU = torch.device("cpu")

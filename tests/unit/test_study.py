@@ -12,14 +12,14 @@ import pytest
 from helpers import save_tiny_bert, smoke_request
 from typer.testing import CliRunner
 
-from fedbench.cli import app
+from fedbench.cli.app import app
 from fedbench.errors import FedbenchError
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
 from fedbench.records.store import plain
 from fedbench.run.loop import prepare, run
-from fedbench.study import Study, matched, mean_block, study
-from fedbench.study_report import layers_frame, markdown, points_frame, save, terminal
+from fedbench.study.report import layers_frame, markdown, points_frame, save, terminal
+from fedbench.study.study import Study, matched, mean_block, study
 
 
 @cache

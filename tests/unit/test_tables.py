@@ -17,7 +17,7 @@ import pytest
 from _records import make_record
 from rich.console import Console, RenderableType
 
-from fedbench import cli
+from fedbench.cli import app as cli
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell, Grid, load_grid
 from fedbench.records.store import Record, save

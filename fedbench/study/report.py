@@ -10,7 +10,7 @@ import pandas as pd
 
 from fedbench.files import write_text
 from fedbench.records.store import dumps, plain
-from fedbench.study import Block, Study
+from fedbench.study.study import Block, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -497,9 +497,10 @@ def gradient_command(
     registry.find_scenario(scenario)
     console = _console()
     with console.status("loading") if console.is_terminal else _nothing():
-        from fedbench import study, study_report
         from fedbench.run import loop as engine
         from fedbench.run.progress import ConsoleProgress
+        from fedbench.study import report as study_report
+        from fedbench.study import study
 
         asked = partial(
             _request,
@@ -536,7 +537,7 @@ def check_command(
     registry = Registry(tuple(plugin or ()))
     registry.find_method(method)
     registry.find_scenario(scenario)
-    from fedbench.testing import CheckResult, check_method
+    from fedbench.check.suite import CheckResult, check_method
 
     console = _console()
 
@@ -583,7 +584,7 @@ def doctor_command(data_dir: DataDir = None, cache: CacheDir = None) -> None:
     """Say what this machine has: device, bf16, caches, data and models found, hub reachable."""
     from rich.text import Text
 
-    from fedbench.doctor import facts
+    from fedbench.cli.doctor import facts
 
     table = _grid("what", "found")
     for name, found in facts(data_dir, cache):

@@ -483,7 +483,7 @@ _forbidden_calls: list[str] = []
 
 
 def _refuse(*_: Any, _why: str = "", **__: Any) -> Any:
-    from fedbench.testing import Violation, _forbidden_calls  # this code runs in the place of another module's
+    from fedbench.check.suite import Violation, _forbidden_calls  # this code runs in the place of another module's
 
     _forbidden_calls.append(_why)
     raise Violation(_why)
