@@ -16,9 +16,10 @@ from helpers import save_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fedbench.data import sources
 from fedbench.data.image_files import EncodedImage, ImageFiles
 from fedbench.data.load import load_data
-from fedbench.data.rows import Batch, Examples, Part, encode, sources, to_pixels
+from fedbench.data.rows import Batch, Examples, Part, encode, to_pixels
 from fedbench.data.sets.embedded import _mnist, tweet_words
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import logits, packing

@@ -24,7 +24,8 @@ from fedbench.forward.feed import Layout, packing
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
 from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
 from fedbench.models.reading import ImageProcessor
-from fedbench.training.alone import execute, fused
+from fedbench.training import fused
+from fedbench.training.alone import execute
 from fedbench.training.fused import adamw, clients_per_pass, execute_cohort
 
 CPU = torch.device("cpu")

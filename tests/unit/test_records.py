@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedbench.errors import FedbenchError
+from fedbench.records import provenance
 from fedbench.records import store as records
 from fedbench.records.store import (
     Record,
@@ -29,7 +30,6 @@ from fedbench.records.store import (
     pack_correct,
     path_of,
     plain,
-    provenance,
     record_key,
     save,
     unpack_correct,

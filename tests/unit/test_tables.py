@@ -750,7 +750,8 @@ def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
         save(record, tmp_path)
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from fedbench.tables import render; from fedbench.tables import report; from fedbench.tables import compare as tables; from fedbench.grid import cells as grid; from fedbench.records import store as records\n"
+        "from fedbench.tables import render, report; from fedbench.tables import compare as tables\n"
+        "from fedbench.grid import cells as grid; from fedbench.records import store as records\n"
         "found = records.load_all(Path(sys.argv[1]))\n"
         "chosen = grid.load_grid('paper-iid')\n"
         "comparison = tables.compare(found, chosen.cells(), '', chosen.reported)\n"

@@ -9,8 +9,8 @@ import torch
 
 from fedbench.files import load_tensors, save_tensors
 from fedbench.models.build import build
-from fedbench.models.build.zoo import vit_digits
 from fedbench.models.foundation import load_fm, model_spec
+from fedbench.models.zoo import vit_digits
 
 
 @pytest.mark.slow
