@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from fedbench.api.context import ServerContext
 from fedbench.api.sides import Method
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors
 from fedbench.forward.feed import layer_outputs
 from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
-from fedbench.models.build import Parts, checkpoint_name, frozen_state, load_frozen, set_tensors
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.linear import reordered
+from fedbench.models.parts import Parts
+from fedbench.models.weights import checkpoint_name, frozen_state, load_frozen, set_tensors
 from fedbench.records.store import canonical_json
 
 

@@ -28,16 +28,11 @@ from fedbench.api.sides import (
     State,
     TensorSpec,
 )
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import MessageError
-from fedbench.models.build import (
-    LoraSpec,
-    ModelSpec,
-    frozen_state,
-    initial_tunables,
-    set_tensors,
-)
 from fedbench.models.foundation import FoundationModel
+from fedbench.models.spec import LoraSpec, ModelSpec
+from fedbench.models.weights import frozen_state, initial_tunables, set_tensors
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

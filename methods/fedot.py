@@ -15,13 +15,15 @@ from torch import Tensor
 
 from fedbench.api.context import ServerContext
 from fedbench.api.sides import Server, Source
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.methods._distillation import ProxyServer, Schedule, distil_once, hidden_loss, required
 from fedbench.methods.fedavg_lora import LoraMethod
 from fedbench.methods.fedpft import FedPFT
-from fedbench.models.build import Parts, build, frozen_state, load_frozen, tunable_names
+from fedbench.models.build import build
 from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import Parts
+from fedbench.models.weights import frozen_state, load_frozen, tunable_names
 
 
 class FedOT(LoraMethod):

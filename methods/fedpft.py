@@ -27,7 +27,7 @@ from fedbench.api.sides import (
     Statistic,
     TensorSpec,
 )
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.methods._distillation import (
     LayerLoss,
@@ -42,8 +42,11 @@ from fedbench.methods._distillation import (
     weight_loss,
 )
 from fedbench.methods.fedavg_lora import AdapterClient, LoraMethod, count
-from fedbench.models.build import LoraSpec, Parts, build, frozen_state, load_frozen, set_tensors, tunable_names
+from fedbench.models.build import build
 from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import Parts
+from fedbench.models.spec import LoraSpec
+from fedbench.models.weights import frozen_state, load_frozen, set_tensors, tunable_names
 
 ZeroRule = Literal["non-positive", "exact-zero", "abs-below-eps"]
 Choice = Literal["highest", "lowest", "random"]

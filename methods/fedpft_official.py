@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.sides import Client, ClientId, LocalTask, Message, Server, State
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.methods._distillation import required
 from fedbench.methods.fedpft import FedPFT, FedPFTClient, FedPFTServer, ZeroRule, highest
-from fedbench.models.build import LoraSpec, set_tensors
 from fedbench.models.foundation import FoundationModel
+from fedbench.models.spec import LoraSpec
+from fedbench.models.weights import set_tensors
 
 
 class FedPFTOfficial(FedPFT):

@@ -9,9 +9,9 @@ from torch import nn
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
-from fedbench.data.rows import Examples
-from fedbench.models.build import set_tensors
+from fedbench.data.examples import Examples
 from fedbench.models.foundation import FoundationModel
+from fedbench.models.weights import set_tensors
 from fedbench.scenario.load import Federation, SplitSettings
 
 

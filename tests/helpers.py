@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from fedbench.api.context import ServerContext
-from fedbench.data.rows import Examples
-from fedbench.models.build import get_tensors, tunable_names
-from fedbench.models.foundation import FoundationModel, load_fm
+from fedbench.data.examples import Examples
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.weights import get_tensors, tunable_names
+from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
 from fedbench.run.loop import RunRequest
 from fedbench.scenario.load import Federation

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedbench.api.sides import ClientId, Frozen
-from fedbench.models.build import ModelSpec, ModuleCache
+from fedbench.models.cache import ModuleCache
+from fedbench.models.spec import ModelSpec
 from fedbench.rng import Streams
 from fedbench.scenario.load import Federation
 

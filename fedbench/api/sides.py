@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fedbench.api.context import ClientContext, ServerContext
-    from fedbench.data.rows import Examples
+    from fedbench.data.examples import Examples
     from fedbench.models.foundation import FoundationModel
     from fedbench.scenario.load import Federation, SplitSettings
 

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.forward.feed import packing
 from fedbench.machine.workers import can_fork
 from fedbench.measures.accuracy import evaluate
-from fedbench.models.build import ModuleCache, get_tensors, tunable_names
-from fedbench.models.foundation import load_fm
+from fedbench.models.cache import ModuleCache
+from fedbench.models.weights import get_tensors, tunable_names
+from fedbench.models.zoo.load import load_fm
 from fedbench.records.store import Record, comparable, differences
 from fedbench.registry import Registry
 from fedbench.rng import Streams
@@ -465,9 +466,9 @@ CLIENTS_DATA = (
 """What could load the clients' rows."""
 
 THE_FM = (
-    "fedbench.models.foundation:load_fm",
-    "fedbench.models.foundation:_checkpoint",
-    "fedbench.models.foundation:minilm_folder",
+    "fedbench.models.zoo.load:load_fm",
+    "fedbench.models.checkpoint:_checkpoint",
+    "fedbench.models.zoo.load:minilm_folder",
     "fedbench.models.zoo.vit_digits:vit_digits",
     "fedbench.run.loop:_load",
     "fedbench.run.loop:prepare",

@@ -684,7 +684,7 @@ def _show_fm(console: Console, name: str, description: str) -> None:
     from rich.text import Text
 
     console.print(_headline(printable(name), description), soft_wrap=True)
-    from fedbench.models.foundation import load_fm
+    from fedbench.models.zoo.load import load_fm
     from fedbench.run.loop import cache_folder
 
     fm = load_fm(name, num_labels=2, cache=cache_folder())

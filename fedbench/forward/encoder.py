@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.forward.attention import Bucket, attend, attend_backward
-from fedbench.models.build import Parts
 from fedbench.models.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, remembered, watched
+from fedbench.models.parts import Parts
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from fedbench.data.rows import Batch
+from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
 from fedbench.forward.encoder import whole_layers
-from fedbench.models.build import Parts, family_of
 from fedbench.models.linear import stock
+from fedbench.models.parts import Parts, family_of
 
 NAME = "fedbench_packed"
 SLACK = 0.15

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 from torch import nn
 from torch.nn import functional as F
 
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
 from fedbench.forward.feed import logits
 from fedbench.machine.workers import fork_map

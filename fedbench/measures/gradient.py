@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.forward.feed import logits
 from fedbench.machine.workers import fork_map
 from fedbench.models.linear import reordered

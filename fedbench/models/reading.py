@@ -6,20 +6,28 @@ tokens alone where a vocabulary is missing. What cannot belong to the model is r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from fedbench.data.image_files import ImageFiles
 from fedbench.errors import FedbenchError
 
 if TYPE_CHECKING:
-    from fedbench.models.build import ModelSpec
+    from fedbench.models.foundation import FoundationModel
+
+from fedbench.data.examples import Examples
+from fedbench.data.pixels import ImageProcessor, resize, to_pixels
+from fedbench.data.rows import Part
+from fedbench.models.spec import ModelSpec
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
 """Files that hold a vocabulary: one of these sets has to be whole."""
@@ -27,20 +35,6 @@ SMALLEST_SHARE = 0.5
 """A tokenizer with fewer tokens than this share of the model's embeddings is another model's."""
 UNKNOWN_NOTED = 0.05
 """Share of unknown tokens in the data from which on the notes say so."""
-
-
-@dataclass(frozen=True)
-class ImageProcessor:
-    """What an image model expects: square images of `size` pixels, [channels, size, size], (x - mean) / std.
-
-    resample: how images are brought to that size, as torchvision calls it.
-    """
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    channels: int
-    resample: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
 
 
 def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
@@ -172,3 +166,72 @@ def _each(path: Path, key: str, value: Any, channels: int) -> tuple[float, ...]:
     if len(values) != channels or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
         raise FedbenchError(f"{path}: {key} is {value}, expected {channels} numbers, one a channel")
     return tuple(map(float, values))
+
+
+CHUNK = 8192
+"""Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""
+
+
+def encode(part: Part, fm: FoundationModel, max_length: int) -> Examples:
+    """Tokenise texts for this FM, or make images ready for it.
+
+    A row keeps at most `max_length` tokens; of a pair the longer segment is cut first. Raises FedbenchError where FM
+    and data set are of different kinds, and where a row has more tokens than the FM has positions or token types.
+    """
+    labels = torch.from_numpy(part.labels.astype(np.int64))
+    if fm.family.modality == "image":
+        if part.images is None:
+            raise FedbenchError(f"FM {fm.name} reads images, the data set holds text; choose another --fm")
+        return _encode_images(labels, part.images, fm.processor)
+    if part.texts is None:
+        raise FedbenchError(f"FM {fm.name} reads text, the data set holds images; choose another --fm")
+    tokens: list[np.ndarray] = []
+    segments: list[np.ndarray] | None = [] if part.text_pairs is not None and fm.family.token_types else None
+    for start in range(0, len(part), CHUNK):
+        chosen = slice(start, start + CHUNK)
+        texts = [list(t[chosen]) for t in (part.texts, part.text_pairs) if t is not None]
+        asked = {} if segments is None else {"return_token_type_ids": True}
+        found = fm.processor(*texts, truncation="longest_first", max_length=max_length, padding=False, **asked)
+        tokens += [np.asarray(row, dtype=np.int32) for row in found["input_ids"]]
+        if segments is not None:
+            segments += [np.asarray(row, dtype=np.int8) for row in found["token_type_ids"]]
+    if (longest := max(map(len, tokens), default=0)) > (room := fm.positions()):
+        raise FedbenchError(
+            f"dataset.max_length is {max_length} and a row has {longest} tokens, but FM {fm.name} has positions for "
+            f"{room}; set dataset.max_length to {room} or less"
+        )
+    if segments and (types := 1 + max(int(row.max()) for row in segments)) > fm.segments():
+        raise FedbenchError(
+            f"FM {fm.name}: its tokenizer gives {types} token types to pairs, the model has {fm.segments()}; they "
+            "belong to different models"
+        )
+    return Examples(labels, tokens, None, int(fm.processor.pad_token_id), segments)
+
+
+def inputs_hash(parts: Mapping[str, Examples], fm: FoundationModel) -> str:
+    """SHA-256 of what the FM's tokenizer or image settings made of the rows, by role.
+
+    Of images, whose contents are part of the data's own hash, sizes and settings stand for the pixels.
+    """
+    text = fm.family.modality == "text"
+    made = {
+        role: rows.content_hash() if text or rows.pixels is None else list(rows.pixels.shape)
+        for role, rows in parts.items()
+    }
+    about = [made, None if text else repr(fm.processor)]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _encode_images(labels: Tensor, images: np.ndarray | ImageFiles, processor: ImageProcessor) -> Examples:
+    """Grey images become pixel values at once; colour images stay uint8, shrunk here where larger than the model's."""
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8:
+            return Examples(labels, pixels=to_pixels(torch.from_numpy(images.astype(np.float32))[:, None], processor))
+        stored = torch.from_numpy(images).permute(0, 3, 1, 2)
+        if max(stored.shape[2:]) > processor.size:
+            stored = torch.cat([resize(chunk, processor) for chunk in stored.split(256)])
+        return Examples(labels, pixels=stored, processor=processor)
+    stored = torch.empty((len(images), 3, processor.size, processor.size), dtype=torch.uint8)
+    for i in range(len(images)):
+        stored[i] = resize(torch.from_numpy(images.decode(i)).permute(2, 0, 1)[None], processor)[0]
+    return Examples(labels, pixels=stored, processor=processor)

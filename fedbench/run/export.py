@@ -18,9 +18,10 @@ from torch import nn
 
 from fedbench.errors import FedbenchError
 from fedbench.files import load_tensors, save_tensors
-from fedbench.models.build import get_tensors, tunable_names
+from fedbench.models.checkpoint import own_labels
 from fedbench.models.families import FAMILIES
-from fedbench.models.foundation import MINILM_HUB, load_fm, own_labels
+from fedbench.models.weights import get_tensors, tunable_names
+from fedbench.models.zoo.load import MINILM_HUB, load_fm
 from fedbench.models.zoo.names import fm_folder
 from fedbench.records.store import Record, load
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
+from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
 from fedbench.data.partition import Partition, partition
-from fedbench.data.rows import Examples, RawData, encode, inputs_hash
+from fedbench.data.rows import RawData
 from fedbench.data.sources import data_folder
 from fedbench.errors import DamagedFileError, DivergedError, FedbenchError
 from fedbench.files import state_digest, try_folder
@@ -36,9 +37,12 @@ from fedbench.machine.workers import choose_workers, one_thread
 from fedbench.measures.accuracy import Evaluation, evaluate, per_client
 from fedbench.measures.exposure import Exposure
 from fedbench.measures.gradient import gradient_error, gradients
-from fedbench.models.build import ModuleCache, Parts, frozen_state, tunable_names
-from fedbench.models.foundation import FoundationModel, load_fm
-from fedbench.models.reading import unknown_tokens
+from fedbench.models.cache import ModuleCache
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import Parts
+from fedbench.models.reading import encode, inputs_hash, unknown_tokens
+from fedbench.models.weights import frozen_state, tunable_names
+from fedbench.models.zoo.load import load_fm
 from fedbench.records import provenance
 from fedbench.records.store import SCHEMA, Record, complaint_of, record_key, save
 from fedbench.registry import Registry, nearest
@@ -177,7 +181,7 @@ def choose_executor(name: str, device: torch.device) -> str:
 class Loaded:
     """Data and FM, loaded and encoded; `extra_tests` by name, in order.
 
-    inputs_hash: `fedbench.data.rows.inputs_hash` of all of them. notes: what the FM makes of the data, for the user.
+    inputs_hash: `models.reading.inputs_hash` of all of them. notes: what the FM makes of the data, for the user.
     """
 
     data: RawData

@@ -31,7 +31,8 @@ from fedbench.errors import FedbenchError
 from fedbench.forward.feed import packing
 from fedbench.measures.gradient import aggregation_error, gradient_error, gradients
 from fedbench.methods.fedavg_lora import FedAvgLora
-from fedbench.models.build import Parts, get_tensors, set_tensors, tunable_names
+from fedbench.models.parts import Parts
+from fedbench.models.weights import get_tensors, set_tensors, tunable_names
 from fedbench.records import provenance
 from fedbench.run.loop import Prepared, Progress, Run, Silent
 

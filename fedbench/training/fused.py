@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbench.api.sides import LocalResult, LocalTask
-from fedbench.data.rows import Batch, Examples
+from fedbench.data.examples import Batch, Examples
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Layout, feeding, packs
 from fedbench.models.linear import FrozenLinear, reordered

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedbench.models.foundation import minilm_folder
+from fedbench.models.zoo.load import minilm_folder
 from fedbench.run import loop as engine
 
 HERE = Path(__file__).parent

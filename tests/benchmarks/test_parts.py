@@ -15,7 +15,10 @@ from test_training import MINILM, cohort
 from fedbench.api.sides import Message
 from fedbench.data.partition import partition
 from fedbench.measures.gradient import gradient_error, gradients
-from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, frozen_state, tunable_names
+from fedbench.models.build import build
+from fedbench.models.parts import Parts
+from fedbench.models.spec import LoraSpec, ModelSpec
+from fedbench.models.weights import frozen_state, tunable_names
 from fedbench.rng import Streams
 from fedbench.run.loop import Run, RunRequest, Silent, prepare
 from fedbench.run.transport import Transport

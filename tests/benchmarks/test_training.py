@@ -15,9 +15,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
 from fedbench.api.sides import AdamW, Frozen, LocalTask
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.methods.fedavg_lora import cross_entropy
-from fedbench.models.build import LoraSpec, ModelSpec, build, get_tensors, tunable_names
+from fedbench.models.build import build
+from fedbench.models.spec import LoraSpec, ModelSpec
+from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.training.alone import execute
 from fedbench.training.fused import execute_cohort
 

@@ -188,4 +188,4 @@ def test_guards_exist_and_one_of_nothing_is_an_error() -> None:
         with pytest.raises(LookupError, match="which does not exist"):
             forbid([door], "no")
     assert "fedbench.data.load:load_data" in CLIENTS_DATA
-    assert "fedbench.models.foundation:load_fm" in THE_FM
+    assert "fedbench.models.zoo.load:load_fm" in THE_FM

@@ -61,7 +61,7 @@ RULES: dict[str, Rule] = {
 def trajectories(data_dir: Path, folder: Path, methods: list[str], seeds: list[int]) -> None:
     """Which validation rows plug-in and proxy answer rightly after every round, and with the last K rounds' mean."""
     from fedbench.measures.accuracy import evaluate
-    from fedbench.models.build import get_tensors, set_tensors, tunable_names
+    from fedbench.models.weights import get_tensors, set_tensors, tunable_names
     from fedbench.run.loop import Run, RunRequest, Silent, prepare
 
     class Watched(Run):

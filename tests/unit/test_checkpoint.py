@@ -20,7 +20,7 @@ from fedbench.files import load_tensors, save_tensors, state_digest, write_text
 from fedbench.measures.accuracy import Evaluation
 from fedbench.measures.exposure import Exposure
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
-from fedbench.models.build import frozen_state
+from fedbench.models.weights import frozen_state
 from fedbench.records.store import comparable
 from fedbench.run.checkpoint import INDEX, read_checkpoint
 from fedbench.run.loop import Run, Silent, checkpoint_folder, prepare, run

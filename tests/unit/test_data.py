@@ -17,15 +17,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fedbench.data import sources
+from fedbench.data.examples import Batch, Examples
 from fedbench.data.image_files import EncodedImage, ImageFiles
 from fedbench.data.load import load_data
-from fedbench.data.rows import Batch, Examples, Part, encode, to_pixels
+from fedbench.data.pixels import ImageProcessor, to_pixels
+from fedbench.data.rows import Part
 from fedbench.data.sets.embedded import _mnist, tweet_words
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import logits, packing
-from fedbench.models.build import LoraSpec, initial_tunables, set_tensors
-from fedbench.models.foundation import FoundationModel, load_fm
-from fedbench.models.reading import ImageProcessor
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.reading import encode
+from fedbench.models.spec import LoraSpec
+from fedbench.models.weights import initial_tunables, set_tensors
+from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
 from fedbench.scenario.load import DatasetSettings, PublicSettings
 

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from fedbench.check.suite import tensors_close
 from fedbench.forward import encoder
 from fedbench.forward.feed import layer_outputs, logits, packing
-from fedbench.models.build import LoraSpec, Parts, frozen_state, set_tensors, tunable_names
-from fedbench.models.foundation import FoundationModel, load_fm
+from fedbench.models.foundation import FoundationModel
 from fedbench.models.linear import _available, reordered
+from fedbench.models.parts import Parts
+from fedbench.models.spec import LoraSpec
+from fedbench.models.weights import frozen_state, set_tensors, tunable_names
+from fedbench.models.zoo.load import load_fm
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _available, reason="torch without oneDNN")

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from fedbench.cli import app as cli
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.files import save_tensors
-from fedbench.models.build import LoraSpec, set_tensors
+from fedbench.models.spec import LoraSpec
+from fedbench.models.weights import set_tensors
 from fedbench.records.store import Record, path_of, unpack_correct
 from fedbench.run.export import adapter_path, export_adapter
 from fedbench.run.loop import Prepared, prepare, run

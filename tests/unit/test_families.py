@@ -20,17 +20,24 @@ from torch import nn
 from fedbench.api.context import ServerContext
 from fedbench.api.sides import AdamW, LocalTask
 from fedbench.check.suite import tensors_close
-from fedbench.data.rows import Examples, Part, encode
+from fedbench.data.examples import Examples
+from fedbench.data.pixels import ImageProcessor
+from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import logits, packing
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import FedPFT, zeros
 from fedbench.models import build as models
-from fedbench.models.build import LoraSpec, ModuleCache, Parts, build, get_tensors, set_tensors, tunable_names
+from fedbench.models.build import build
+from fedbench.models.cache import ModuleCache
 from fedbench.models.families import FAMILIES
-from fedbench.models.foundation import FoundationModel, load_fm
-from fedbench.models.reading import ImageProcessor, unknown_tokens
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import Parts
+from fedbench.models.reading import encode, unknown_tokens
+from fedbench.models.spec import LoraSpec
+from fedbench.models.weights import get_tensors, set_tensors, tunable_names
+from fedbench.models.zoo.load import load_fm
 from fedbench.run.loop import prepare, run
 from fedbench.training.alone import execute
 

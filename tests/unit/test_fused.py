@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask
 from fedbench.check.suite import tensors_close
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
+from fedbench.data.pixels import ImageProcessor
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Layout, packing
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
-from fedbench.models.build import LoraSpec, ModelSpec, Parts, build, get_tensors, tunable_names
-from fedbench.models.reading import ImageProcessor
+from fedbench.models.build import build
+from fedbench.models.parts import Parts
+from fedbench.models.spec import LoraSpec, ModelSpec
+from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.training import fused
 from fedbench.training.alone import execute
 from fedbench.training.fused import adamw, clients_per_pass, execute_cohort

@@ -15,12 +15,14 @@ import pytest
 from helpers import WORDS, context, public_rows, save_tiny, save_tiny_bert
 
 from fedbench.data import rows as fedbench_data
-from fedbench.data.rows import Examples, inputs_hash
+from fedbench.data.examples import Examples
 from fedbench.data.sets.embedded import EMBEDDED
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
-from fedbench.models.foundation import FoundationModel, load_fm
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.reading import inputs_hash
+from fedbench.models.zoo.load import load_fm
 from fedbench.run import loop as engine
 from fedbench.run.loop import RunRequest, prepare
 

@@ -14,7 +14,7 @@ from helpers import context, public_rows, tiny_fm, train_rows
 
 from fedbench.api.context import ClientContext
 from fedbench.api.sides import AdamW, LocalTask, Message, TensorSpec
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.files import load_tensors
 from fedbench.measures.gradient import gradient_error, gradients
@@ -22,8 +22,10 @@ from fedbench.methods import _distillation as d
 from fedbench.methods.fedavg_lora import FedAvgLora, count, cross_entropy, weighted_mean
 from fedbench.methods.fedot import FedOT, FedOTServer, uniform
 from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest, zeros
-from fedbench.models.build import ModuleCache, Parts, frozen_state, get_tensors, tunable_names
+from fedbench.models.cache import ModuleCache
 from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import Parts
+from fedbench.models.weights import frozen_state, get_tensors, tunable_names
 from fedbench.rng import Streams
 from fedbench.run.transport import deserialise, serialise
 from fedbench.training.alone import execute

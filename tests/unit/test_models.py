@@ -10,24 +10,16 @@ import torch
 from helpers import save_tiny, save_tiny_bert, tiny_fm, train_rows
 from safetensors.torch import save_file
 
-from fedbench.data.rows import Batch
+from fedbench.data.examples import Batch
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import layer_outputs, logits, packing
-from fedbench.models.build import (
-    LoraSpec,
-    ModelSpec,
-    ModuleCache,
-    Parts,
-    TensorStore,
-    build,
-    frozen_state,
-    get_tensors,
-    initial_tunables,
-    load_frozen,
-    set_tensors,
-    tunable_names,
-)
-from fedbench.models.foundation import FoundationModel, load_fm
+from fedbench.models.build import build
+from fedbench.models.cache import ModuleCache, TensorStore
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import Parts
+from fedbench.models.spec import LoraSpec, ModelSpec
+from fedbench.models.weights import frozen_state, get_tensors, initial_tunables, load_frozen, set_tensors, tunable_names
+from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
 
 CPU = torch.device("cpu")
@@ -201,7 +193,7 @@ def test_a_head_trained_for_these_classes_is_kept_and_any_other_is_not(tmp_path:
 def test_the_embedded_minilm_computes_what_transformers_computes(tmp_path: Path) -> None:
     import transformers
 
-    from fedbench.models.foundation import minilm_folder
+    from fedbench.models.zoo.load import minilm_folder
 
     fm = load_fm("minilm-l6", 3, tmp_path)
     ours = fm.build(None, CPU)

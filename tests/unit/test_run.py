@@ -13,12 +13,13 @@ import torch
 from helpers import save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
 from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask, Message
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError, FedbenchError
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
-from fedbench.models.build import LoraSpec, Parts
 from fedbench.models.linear import stock
+from fedbench.models.parts import Parts
+from fedbench.models.spec import LoraSpec
 from fedbench.records.store import pack_correct
 from fedbench.run.loop import Prepared, Run, Silent, prepare, run
 from fedbench.training.alone import execute, execute_all, most_tokens
@@ -197,7 +198,7 @@ def rows_of(family: str) -> Examples:
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_what_observers_see_is_never_more_than_the_bound(family: str, tmp_path: Path) -> None:
-    from fedbench.models.foundation import load_fm
+    from fedbench.models.zoo.load import load_fm
 
     fm = tiny_fm() if family == "bert" else load_fm(str(save_tiny("vit", tmp_path / "vit")), 3, tmp_path)
     model, data = fm.build(LoraSpec(2, 4), CPU), rows_of(family)

@@ -12,7 +12,7 @@ from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_reque
 
 from fedbench.api.context import ClientContext
 from fedbench.api.sides import LocalTask, Message, Method
-from fedbench.data.rows import Examples
+from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.methods import fedpft
 from fedbench.methods._distillation import layer_outputs
@@ -22,8 +22,12 @@ from fedbench.methods.fedpft_b import FedPFTB
 from fedbench.methods.fedpft_d import FedPFTD
 from fedbench.methods.fedpft_n import FedPFTN
 from fedbench.methods.fedpft_official import FedPFTOfficial, FedPFTOfficialServer
-from fedbench.models.build import ModelSpec, ModuleCache, Parts, frozen_state, get_tensors
-from fedbench.models.foundation import FoundationModel, load_fm
+from fedbench.models.cache import ModuleCache
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import Parts
+from fedbench.models.spec import ModelSpec
+from fedbench.models.weights import frozen_state, get_tensors
+from fedbench.models.zoo.load import load_fm
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.run import loop as engine

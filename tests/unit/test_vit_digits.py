@@ -9,8 +9,9 @@ import torch
 
 from fedbench.files import load_tensors, save_tensors
 from fedbench.models.build import build
-from fedbench.models.foundation import load_fm, model_spec
+from fedbench.models.checkpoint import model_spec
 from fedbench.models.zoo import vit_digits
+from fedbench.models.zoo.load import load_fm
 
 
 @pytest.mark.slow

@@ -25,7 +25,9 @@ from fedbench.measures.accuracy import evaluate
 from fedbench.measures.gradient import gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
-from fedbench.models.build import LoraSpec, Parts, get_tensors, initial_tunables, set_tensors, tunable_names
+from fedbench.models.parts import Parts
+from fedbench.models.spec import LoraSpec
+from fedbench.models.weights import get_tensors, initial_tunables, set_tensors, tunable_names
 from fedbench.rng import Streams
 from fedbench.training.alone import execute_all
 

@@ -6,19 +6,16 @@ import csv
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedbench.data.rows import Part, to_pixels
+from fedbench.data.pixels import ImageProcessor, to_pixels
+from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
 from fedbench.files import packaged_file
 from fedbench.rng import Streams
-
-if TYPE_CHECKING:
-    from fedbench.models.reading import ImageProcessor
 
 TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"
 

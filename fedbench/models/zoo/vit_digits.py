@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedbench.data.pixels import ImageProcessor
 from fedbench.data.sets.embedded import mnist_images
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors, state_digest
-from fedbench.models.build import Parts, build, frozen_state
-from fedbench.models.foundation import FoundationModel, model_spec
-from fedbench.models.reading import ImageProcessor
+from fedbench.models.build import build
+from fedbench.models.checkpoint import model_spec
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import Parts
+from fedbench.models.weights import frozen_state
 from fedbench.rng import Streams
 
 RECIPE: dict[str, Any] = {

@@ -1,0 +1,74 @@
+"""What a model is, but for its weights: a `ModelSpec`, JSON, sent along with weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedbench.models.families import FAMILIES, Family
+
+PROJECTIONS = ("query", "key", "value", "output")
+"""The linear layers of an attention, in the order of `Family.attention`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """LoRA on these projections of the attention of these layers; None means all layers."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
+    projections: tuple[str, ...] = PROJECTIONS
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything needed to build a classifier but its weights; survives JSON.
+
+    config: a transformers configuration as a dictionary, labels and layer count included.
+    ffn_widths: neurons of each layer's FFN.
+    """
+
+    model_type: str
+    config: Mapping[str, Any]
+    ffn_widths: tuple[int, ...]
+    lora: LoraSpec | None = None
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    def with_lora(self, lora: LoraSpec | None) -> ModelSpec:
+        """The same model with other adapters."""
+        return replace(self, lora=lora)
+
+    def with_ffn_widths(self, widths: Sequence[int]) -> ModelSpec:
+        """The same model with other FFN widths, one a layer."""
+        return replace(self, ffn_widths=tuple(widths))
+
+    def with_layers(self, layers: Sequence[int]) -> ModelSpec:
+        """A shallower model made of these layers of this one."""
+        config = {**self.config, self.family.layer_count: len(layers)}
+        return replace(self, config=config, ffn_widths=tuple(self.ffn_widths[i] for i in layers))
+
+    def to_json(self) -> str:
+        lora: list[Any] | None = None
+        if self.lora is not None:
+            layers, projections = self.lora.layers, self.lora.projections
+            lora = [self.lora.r, self.lora.alpha, self.lora.dropout, None if layers is None else list(layers)]
+            if projections != PROJECTIONS:
+                lora.append(list(projections))
+        body = {"type": self.model_type, "config": dict(self.config), "ffn": list(self.ffn_widths), "lora": lora}
+        return json.dumps(body, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        body = json.loads(text)
+        lora = None
+        if body["lora"] is not None:
+            r, alpha, dropout, layers, *rest = body["lora"]
+            lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
+        return cls(body["type"], body["config"], tuple(body["ffn"]), lora)
