@@ -15,19 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.sides import (
-    AdamW,
-    Client,
-    ClientId,
-    Kind,
-    LocalResult,
-    LocalTask,
-    Message,
-    Method,
-    Server,
-    State,
-    TensorSpec,
-)
+from fedbench.api.local import AdamW, LocalResult, LocalTask
+from fedbench.api.messages import ClientId, Kind, Message, State, TensorSpec
+from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import MessageError
 from fedbench.models.foundation import FoundationModel

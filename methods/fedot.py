@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedbench.api.context import ServerContext
-from fedbench.api.sides import Server, Source
+from fedbench.api.messages import Source
+from fedbench.api.sides import Server
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.methods._distillation import ProxyServer, Schedule, distil_once, hidden_loss, required

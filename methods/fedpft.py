@@ -15,18 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.sides import (
-    Client,
-    ClientId,
-    LocalResult,
-    LocalTask,
-    Message,
-    Server,
-    Source,
-    State,
-    Statistic,
-    TensorSpec,
-)
+from fedbench.api.local import LocalResult, LocalTask, Statistic
+from fedbench.api.messages import ClientId, Message, Source, State, TensorSpec
+from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.methods._distillation import (

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.sides import Client, ClientId, LocalTask, Message, Server, State
+from fedbench.api.local import LocalTask
+from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.methods._distillation import required
 from fedbench.methods.fedpft import FedPFT, FedPFTClient, FedPFTServer, ZeroRule, highest

@@ -8,7 +8,9 @@ from typing import ClassVar
 from torch import nn
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
+from fedbench.api.local import LocalResult, LocalTask
+from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.weights import set_tensors

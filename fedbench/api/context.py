@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedbench.api.sides import ClientId, Frozen
-from fedbench.models.cache import ModuleCache
+from fedbench.api.messages import ClientId
+from fedbench.models.cache import Frozen, ModuleCache
 from fedbench.models.spec import ModelSpec
 from fedbench.rng import Streams
 from fedbench.scenario.load import Federation

@@ -1,4 +1,4 @@
-"""The interface of a federated method: Message, Server, Client, LocalTask, Method.
+"""The interface of a federated method: Server, Client, Method.
 
 Only messages cross the boundary between server and clients. A `Server` never sees a client's rows, a
 `Client` never sees the foundation model (FM); what one side wants the other to know, it has to send.
@@ -15,145 +15,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
-if TYPE_CHECKING:
-    from fedbench.api.context import ClientContext, ServerContext
-    from fedbench.data.examples import Examples
-    from fedbench.models.foundation import FoundationModel
-    from fedbench.scenario.load import Federation, SplitSettings
-
-ClientId = int
-Kind = Literal["fm", "sub_fm", "adapter", "alignment", "statistics"]
-KINDS: tuple[str, ...] = ("fm", "sub_fm", "adapter", "alignment", "statistics")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """The only thing that crosses between server and client.
-
-    `tensors` are read-only at the receiver: the transport refuses a round in which one was changed in place.
-    `meta` holds plain values; structured values travel as JSON text.
-    """
-
-    kind: Kind
-    tensors: Mapping[str, Tensor]
-    meta: Mapping[str, int | float | str | bool] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What a tensor in an upload has to look like."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A checkpoint of one side: tensors by name, and plain (JSON) values."""
-
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a frozen tensor of the proxy was taken from in the FM.
-
-    `index` lists the rows (`dim` 0) or columns (`dim` 1) of the FM's tensor `name` that were kept, in order;
-    None means the whole tensor.
-    """
-
-    name: str
-    dim: int = 0
-    index: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AdamW:
-    """The local optimiser, made anew by every client in every round (Loshchilov & Hutter 2019)."""
-
-    lr: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """A frozen backbone a client has assembled from what it received.
-
-    `key` is the content hash of specification and weights: tasks with equal keys may share one module, and
-    `module` is that shared module. Only the executor runs it; nobody may change its frozen weights.
-    """
-
-    key: str
-    module: nn.Module
-
-
-Statistic = Callable[[Tensor], Tensor]
-"""Maps activations [N, d] of N real tokens to a sum over them, [d]."""
-
-
-@dataclass(slots=True)
-class LocalTask:
-    """One client's local training, declared.
-
-    Attributes:
-        frozen: the backbone to train through.
-        tunables: start values by parameter name of `frozen.module`; everything else stays frozen.
-        data: the client's rows.
-        batches: row indices of `data`, one array a step, in order; several epochs are simply more batches.
-        optimiser: AdamW settings.
-        loss: (logits [B, C], labels [B]) -> loss of each row [B]; the step minimises its mean.
-        clip_norm: largest L2 norm of the whole gradient, None for no clipping.
-        penalty: (parameters, received) -> scalar added to the loss, both by name (FedProx).
-        gradient_offset: added to the gradient of each named tunable before clipping (SCAFFOLD).
-        rank_mask: multiplied into gradient and value of each named tunable (adapters of mixed ranks).
-        observers: module path -> statistic of that module's output, summed over real tokens while training.
-        observe_padding: sum over padding positions too; such a task is trained in padded batches, by itself.
-        seed: seeds dropout, which reads torch's global generator, inside `fork_rng`.
-    """
-
-    frozen: Frozen
-    tunables: Mapping[str, Tensor]
-    data: Examples
-    batches: Sequence[np.ndarray]
-    optimiser: AdamW
-    loss: Callable[[Tensor, Tensor], Tensor]
-    clip_norm: float | None = None
-    penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None = None
-    gradient_offset: Mapping[str, Tensor] | None = None
-    rank_mask: Mapping[str, Tensor] | None = None
-    observers: Mapping[str, Statistic] = field(default_factory=dict)
-    observe_padding: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LocalResult:
-    """What came of a LocalTask: tuned values, steps taken, mean loss, and the observers' sums.
-
-    `observed[path]` is the statistic summed over `observed_tokens` tokens of all training steps: a text's real tokens
-    (all positions of its padded batches with `observe_padding`), an image's patches and class token.
-    """
-
-    tunables: Mapping[str, Tensor]
-    steps: int
-    loss: float
-    observed: Mapping[str, Tensor] = field(default_factory=dict)
-    observed_tokens: int = 0
+from fedbench.api.context import ClientContext, ServerContext
+from fedbench.api.local import LocalResult, LocalTask
+from fedbench.api.messages import ClientId, Message, Source, State, TensorSpec
+from fedbench.data.examples import Examples
+from fedbench.models.foundation import FoundationModel
+from fedbench.scenario.load import Federation, SplitSettings
 
 
 class Server(ABC):

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server
+from fedbench.api.local import LocalResult, LocalTask
+from fedbench.api.messages import ClientId, Message
+from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.forward.feed import packing
 from fedbench.machine.workers import can_fork

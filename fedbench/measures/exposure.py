@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedbench.api.sides import Source
+from fedbench.api.messages import Source
 
 NEAR = 0.01
 """An element counts as exposed within this relative distance of the FM's value."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedbench.api.sides import Frozen
 from fedbench.files import state_digest, tensor_digest
 from fedbench.models.build import build
 from fedbench.models.spec import ModelSpec
@@ -67,3 +67,15 @@ class ModuleCache:
                 self._modules.popitem(last=False)
         self._modules.move_to_end(key)
         return Frozen(key, self._modules[key])
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A frozen backbone a client has assembled from what it received.
+
+    `key` is the content hash of specification and weights: tasks with equal keys may share one module, and
+    `module` is that shared module. Only the executor runs it; nobody may change its frozen weights.
+    """
+
+    key: str
+    module: nn.Module

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedbench.api.sides import Client, ClientId, State
+from fedbench.api.messages import ClientId, State
+from fedbench.api.sides import Client
 from fedbench.errors import DamagedFileError
 from fedbench.files import append_text, load_tensors, save_tensors, write_text
 

@@ -23,7 +23,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Message, Method, Server, State
+from fedbench.api.local import LocalResult, LocalTask
+from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
 from fedbench.data.partition import Partition, partition

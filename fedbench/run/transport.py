@@ -21,7 +21,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from fedbench.api.sides import KINDS, ClientId, Message, TensorSpec
+from fedbench.api.messages import KINDS, ClientId, Message, TensorSpec
 from fedbench.errors import MessageError, one_line
 
 Direction = Literal["down", "up"]

@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fedbench.api.sides import Client, ClientId, LocalResult, LocalTask, Method
+from fedbench.api.local import LocalResult, LocalTask
+from fedbench.api.messages import ClientId
+from fedbench.api.sides import Client, Method
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import packing
 from fedbench.measures.gradient import aggregation_error, gradient_error, gradients

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedbench.api.sides import LocalResult, LocalTask
+from fedbench.api.local import LocalResult, LocalTask
 from fedbench.errors import DivergedError, FedbenchError
 from fedbench.forward.feed import feeding, packing
 from fedbench.machine.workers import fork_map

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedbench.api.sides import LocalResult, LocalTask
+from fedbench.api.local import LocalResult, LocalTask
 from fedbench.data.examples import Batch, Examples
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Layout, feeding, packs

@@ -12,7 +12,7 @@ from helpers import save_tiny_bert
 from pytest_benchmark.fixture import BenchmarkFixture
 from test_training import MINILM, cohort
 
-from fedbench.api.sides import Message
+from fedbench.api.messages import Message
 from fedbench.data.partition import partition
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.models.build import build

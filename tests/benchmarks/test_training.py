@@ -14,10 +14,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from fedbench.api.sides import AdamW, Frozen, LocalTask
+from fedbench.api.local import AdamW, LocalTask
 from fedbench.data.examples import Examples
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models.build import build
+from fedbench.models.cache import Frozen
 from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.training.alone import execute

@@ -16,7 +16,8 @@ import pytest
 import torch
 from helpers import save_tiny_bert
 
-from fedbench.api.sides import LocalResult, Message
+from fedbench.api.local import LocalResult
+from fedbench.api.messages import Message
 from fedbench.check.suite import check_method
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.records.store import comparable, load, record_path

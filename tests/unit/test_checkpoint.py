@@ -14,7 +14,8 @@ import pytest
 import torch
 from helpers import save_tiny_bert, smoke_request
 
-from fedbench.api.sides import LocalResult, Message, State
+from fedbench.api.local import LocalResult
+from fedbench.api.messages import Message, State
 from fedbench.errors import DamagedFileError, FedbenchError
 from fedbench.files import load_tensors, save_tensors, state_digest, write_text
 from fedbench.measures.accuracy import Evaluation

@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from fedbench.api.sides import Client, ClientId, State
+from fedbench.api.messages import ClientId, State
+from fedbench.api.sides import Client
 from fedbench.errors import DamagedFileError
 from fedbench.run.checkpoint import INDEX, Checkpoint, Saved, read_checkpoint
 

@@ -13,7 +13,8 @@ import torch
 from helpers import save_tiny_bert, smoke_request
 
 from fedbench.api.context import ServerContext
-from fedbench.api.sides import ClientId, LocalResult, LocalTask
+from fedbench.api.local import LocalResult, LocalTask
+from fedbench.api.messages import ClientId
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.forward.feed import packs
 from fedbench.measures.accuracy import Evaluation, evaluate

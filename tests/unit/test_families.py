@@ -18,7 +18,7 @@ from helpers import SMALL, context, public_rows, random_values, save_tiny, save_
 from torch import nn
 
 from fedbench.api.context import ServerContext
-from fedbench.api.sides import AdamW, LocalTask
+from fedbench.api.local import AdamW, LocalTask
 from fedbench.check.suite import tensors_close
 from fedbench.data.examples import Examples
 from fedbench.data.pixels import ImageProcessor

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask
+from fedbench.api.local import AdamW, LocalResult, LocalTask
 from fedbench.check.suite import tensors_close
 from fedbench.data.examples import Examples
 from fedbench.data.pixels import ImageProcessor
@@ -24,6 +24,7 @@ from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Layout, packing
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
 from fedbench.models.build import build
+from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import get_tensors, tunable_names

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import tiny_fm, train_rows
 
-from fedbench.api.sides import AdamW, Frozen, LocalTask, Source
+from fedbench.api.local import AdamW, LocalTask
+from fedbench.api.messages import Source
 from fedbench.errors import DivergedError
 from fedbench.forward.feed import packing
 from fedbench.machine.memory import peak_memory, reset_peak
@@ -15,6 +16,7 @@ from fedbench.measures.accuracy import Evaluation, evaluate, per_client
 from fedbench.measures.exposure import Exposure
 from fedbench.measures.gradient import aggregation_error, compare, gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
+from fedbench.models.cache import Frozen
 from fedbench.records.store import pack_correct
 from fedbench.rng import Streams
 from fedbench.training.alone import step_flops

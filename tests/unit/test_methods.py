@@ -13,7 +13,8 @@ import torch
 from helpers import context, public_rows, tiny_fm, train_rows
 
 from fedbench.api.context import ClientContext
-from fedbench.api.sides import AdamW, LocalTask, Message, TensorSpec
+from fedbench.api.local import AdamW, LocalTask
+from fedbench.api.messages import Message, TensorSpec
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.files import load_tensors

@@ -9,7 +9,7 @@ from helpers import tiny_fm, train_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbench.api.sides import AdamW, Frozen, LocalTask
+from fedbench.api.local import AdamW, LocalTask
 from fedbench.check.suite import tensors_close
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Layout, layer_outputs, logits, packing
@@ -17,6 +17,7 @@ from fedbench.measures.accuracy import evaluate
 from fedbench.methods._distillation import hidden_loss
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
+from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import frozen_state, get_tensors, initial_tunables, set_tensors, tunable_names

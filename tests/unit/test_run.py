@@ -12,11 +12,13 @@ import pytest
 import torch
 from helpers import save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
-from fedbench.api.sides import AdamW, Frozen, LocalResult, LocalTask, Message
+from fedbench.api.local import AdamW, LocalResult, LocalTask
+from fedbench.api.messages import Message
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError, FedbenchError
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
+from fedbench.models.cache import Frozen
 from fedbench.models.linear import stock
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedbench.api.sides import Message, TensorSpec
+from fedbench.api.messages import Message, TensorSpec
 from fedbench.errors import MessageError
 from fedbench.run.transport import (
     Bounds,

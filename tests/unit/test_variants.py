@@ -11,7 +11,9 @@ import torch
 from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
 from fedbench.api.context import ClientContext
-from fedbench.api.sides import LocalTask, Message, Method
+from fedbench.api.local import LocalTask
+from fedbench.api.messages import Message
+from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.methods import fedpft

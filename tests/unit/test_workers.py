@@ -17,7 +17,7 @@ from helpers import tiny_fm, train_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbench.api.sides import AdamW, Frozen, LocalTask
+from fedbench.api.local import AdamW, LocalTask
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import own_peak, peak_memory, reset_peak
 from fedbench.machine.workers import can_fork, choose_workers, fork_map
@@ -25,6 +25,7 @@ from fedbench.measures.accuracy import evaluate
 from fedbench.measures.gradient import gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
+from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import get_tensors, initial_tunables, set_tensors, tunable_names
