@@ -6,7 +6,7 @@ import math
 from typing import ClassVar
 
 from fedbench.methods.fedavg_lora import LoraMethod
-from fedbench.scenario.load import Federation, SplitSettings
+from fedbench.scenario.tables import Federation, SplitSettings
 
 
 class CentralisedLora(LoraMethod):

@@ -14,7 +14,7 @@ from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.weights import set_tensors
-from fedbench.scenario.load import Federation, SplitSettings
+from fedbench.scenario.tables import Federation, SplitSettings
 
 
 class ZeroShot(Method):

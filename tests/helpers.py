@@ -14,7 +14,7 @@ from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
 from fedbench.run.loop import RunRequest
-from fedbench.scenario.load import Federation
+from fedbench.scenario.tables import Federation
 
 WORDS = [
     *[

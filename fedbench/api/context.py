@@ -14,7 +14,7 @@ from fedbench.api.messages import ClientId
 from fedbench.models.cache import Frozen, ModuleCache
 from fedbench.models.spec import ModelSpec
 from fedbench.rng import Streams
-from fedbench.scenario.load import Federation
+from fedbench.scenario.tables import Federation
 
 
 @dataclass(frozen=True)

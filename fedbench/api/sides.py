@@ -25,7 +25,7 @@ from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId, Message, Source, State, TensorSpec
 from fedbench.data.examples import Examples
 from fedbench.models.foundation import FoundationModel
-from fedbench.scenario.load import Federation, SplitSettings
+from fedbench.scenario.tables import Federation, SplitSettings
 
 
 class Server(ABC):

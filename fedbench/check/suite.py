@@ -41,7 +41,7 @@ from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.run.loop import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
 from fedbench.run.transport import Transport, deserialise, serialise
-from fedbench.scenario.load import Federation
+from fedbench.scenario.tables import Federation
 from fedbench.training.alone import execute
 
 

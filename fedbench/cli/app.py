@@ -329,7 +329,8 @@ def show_command(
 ) -> None:
     """Show the resolved settings of a method or scenario and where each came from; or what a model is."""
     from fedbench.models.zoo.names import FMS, fm_folder
-    from fedbench.registry import Registry, nearest
+    from fedbench.names import nearest
+    from fedbench.registry import Registry
 
     registry = Registry(tuple(plugin or ()))
     console = _console()
@@ -437,8 +438,8 @@ def table_command(
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
     from fedbench.grid.cells import load_grid
     from fedbench.models.zoo.names import FMS
+    from fedbench.names import nearest
     from fedbench.records.store import load_all
-    from fedbench.registry import nearest
     from fedbench.tables.compare import compare, of_fm
     from fedbench.tables.render import render, terminal
 

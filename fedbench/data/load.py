@@ -18,7 +18,7 @@ from fedbench.data.sets.text import TEXT_SETS, load_text_set
 from fedbench.data.sources import data_folder
 from fedbench.errors import FedbenchError
 from fedbench.rng import Streams
-from fedbench.scenario.load import DatasetSettings, PublicSettings
+from fedbench.scenario.tables import DatasetSettings, PublicSettings
 
 
 def load_data(dataset: DatasetSettings, public: PublicSettings | None, data_dir: Path | None) -> RawData:

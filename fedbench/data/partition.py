@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedbench.errors import FedbenchError
-from fedbench.scenario.load import SplitSettings
+from fedbench.scenario.tables import SplitSettings
 
 TRIES = 1000
 """Draws of a random split before its minimum size is called unreachable."""

@@ -18,10 +18,9 @@ batch, to rounding (tests hold the two together), in a half to a quarter of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,177 +31,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
 from fedbench.forward.encoder import whole_layers
+from fedbench.forward.layout import Layout
 from fedbench.models.linear import stock
 from fedbench.models.parts import Parts, family_of
 
 NAME = "fedbench_packed"
-SLACK = 0.15
-"""A row joins a bucket if it is at most this share shorter than the bucket's longest."""
-BLOCK = 64
-"""Most tokens in a block of several rows."""
-SHORT = 128
-"""The longest row that goes into a block: for longer ones torch's kernel, which keeps no scores, is as fast."""
-SEGMENT_SLACK = 0.5
-"""The same where only attention pays for a bucket's padding, and every bucket costs calls."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a padded batch [B, T] lie in the packed row [1, N].
-
-    source: [N] index into the flattened padded batch. position: [N] place in its own row. real: [1, N] False for
-    padding. first: packed place of each row's first token, in the batch's own order. sizes: positions of each client,
-    whose rows lie together. blocks: whether its buckets are blocks. gather, scatter: [M] and [N], from the packed row
-    to that of the buckets and back; None where the two are one.
-    """
-
-    source: Tensor
-    position: Tensor
-    real: Tensor
-    first: Tensor
-    buckets: tuple[Bucket, ...]
-    sizes: tuple[int, ...]
-    blocks: bool = False
-    gather: Tensor | None = None
-    scatter: Tensor | None = None
-
-    @classmethod
-    def of(cls, attention_mask: Tensor) -> Layout:
-        """The layout of a right-padded batch, from its mask [B, T]."""
-        return cls.of_clients([attention_mask.sum(1).tolist()], attention_mask.shape[1], attention_mask.device)
-
-    @classmethod
-    def of_clients(cls, lengths: Sequence[Sequence[int]], width: int, device: torch.device) -> Layout:
-        """The layout of a batch that holds the rows of one client after another, each client in buckets of its own.
-
-        `lengths`: tokens of each row of each client. `width`: of the padded batch. Nothing but the padding inside
-        buckets is added, which suits a device where time goes by tokens. In blocks on a CPU, where no row is long.
-        """
-        sources, positions, reals, buckets, sizes, first = [], [], [], [], [], []
-        blocks = device.type == "cpu" and max(map(max, lengths)) <= SHORT
-        start = before = 0
-        for own in lengths:
-            places = [0] * len(own)
-            begin = start
-            for rows in _filled(own, BLOCK) if blocks else _alike(own, SLACK):
-                row, tokens = torch.tensor(rows), torch.tensor([own[r] for r in rows])
-                held = tokens if blocks else tokens[:1].expand(len(rows))  # the positions of each row
-                offset = held.cumsum(0) - held
-                place = torch.arange(int(held.sum())) - offset.repeat_interleave(held)
-                real = place < tokens.repeat_interleave(held)
-                sources.append((row + before).repeat_interleave(held) * width + place)
-                positions.append(place)
-                reals.append(real)
-                if blocks:
-                    whose = row.repeat_interleave(held)
-                    mask = torch.zeros(len(place), len(place)).masked_fill(whose[:, None] != whose, -torch.inf)
-                    buckets.append(Bucket(start, 1, len(place), mask[None, None] if len(rows) > 1 else None, offset))
-                else:
-                    buckets.append(Bucket(start, len(rows), own[rows[0]], _padding([own[r] for r in rows], device)))
-                for r, o in zip(rows, offset.tolist(), strict=True):
-                    places[r] = start + o
-                start += len(place)
-            before += len(own)
-            first += places
-            sizes.append(start - begin)
-        return cls(
-            torch.cat(sources).to(device),
-            torch.cat(positions).to(device),
-            torch.cat(reals)[None].to(device),
-            torch.tensor(first, device=device),
-            tuple(buckets),
-            tuple(sizes),
-            blocks,
-        )
-
-    @classmethod
-    def of_segments(cls, lengths: Sequence[Sequence[int]], width: int, device: torch.device) -> Layout:
-        """The same in a segment of equal size for each client, with buckets over the rows of all clients.
-
-        Every segment is as long as the longest client's tokens, and `first` holds as many rows for each client as the
-        largest has. Few buckets and one batched product for all clients suit a device where time goes by calls.
-        """
-        size, most = max(map(sum, lengths)), max(map(len, lengths))
-        source = torch.empty(len(lengths), size, dtype=torch.int64)
-        position = torch.zeros(len(lengths), size, dtype=torch.int64)
-        real = torch.zeros(len(lengths), size, dtype=torch.bool)
-        first = torch.empty(len(lengths), most, dtype=torch.int64)
-        starts: list[int] = []
-        row = 0
-        for c, own in enumerate(lengths):
-            # Whatever fills up is the client's own: no value of one client, not even NaN, ever reaches another.
-            source[c], first[c] = row * width, c * size
-            place = 0
-            for i, n in enumerate(own):
-                source[c, place : place + n] = torch.arange(row * width, row * width + n)
-                position[c, place : place + n] = torch.arange(n)
-                first[c, i] = c * size + place
-                starts.append(c * size + place)
-                place += n
-                row += 1
-            real[c, :place] = True
-        every = [n for own in lengths for n in own]
-        gathers, buckets, start = [], [], 0
-        slots = torch.empty(len(every), dtype=torch.int64)
-        scatter = torch.empty(len(lengths) * size, dtype=torch.int64)
-        for rows in _alike(every, SEGMENT_SLACK):
-            longest = every[rows[0]]
-            place_of, mask = torch.arange(longest), _padding([every[row] for row in rows], device)
-            last = torch.tensor([every[row] - 1 for row in rows])[:, None]
-            gathers.append((torch.tensor([starts[row] for row in rows])[:, None] + place_of.minimum(last)).flatten())
-            buckets.append(Bucket(start, len(rows), longest, mask))
-            for i, row in enumerate(rows):
-                slots[row] = start + i * longest
-                scatter[starts[row] : starts[row] + every[row]] = torch.arange(every[row]) + slots[row]
-            start += longest * len(rows)
-        row = 0
-        for c, own in enumerate(lengths):
-            scatter[c * size + sum(own) : (c + 1) * size] = slots[row]
-            row += len(own)
-        return cls(
-            source.flatten().to(device),
-            position.flatten().to(device),
-            real.view(1, -1).to(device),
-            first.flatten().to(device),
-            tuple(buckets),
-            (size,) * len(lengths),
-            gather=torch.cat(gathers).to(device),
-            scatter=scatter.to(device),
-        )
-
-
-def _alike(lengths: Sequence[int], slack: float) -> list[list[int]]:
-    """Rows in groups of like length, longest first."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[row] >= (1 - slack) * lengths[groups[-1][0]]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
-
-
-def _filled(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Rows in groups of at most `most` tokens, or of one row: the longest first, each where it first fits."""
-    groups: list[list[int]] = []
-    free: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for i, left in enumerate(free):
-            if lengths[row] <= left:
-                groups[i].append(row)
-                free[i] -= lengths[row]
-                break
-        else:
-            groups.append([row])
-            free.append(most - lengths[row])
-    return groups
-
-
-def _padding(lengths: Sequence[int], device: torch.device) -> Tensor | None:
-    """The mask of a bucket of rows side by side, the longest first."""
-    if lengths[-1] == lengths[0]:
-        return None
-    return (torch.arange(lengths[0]) < torch.tensor(lengths)[:, None])[:, None, None].to(device)
 
 
 _layout: ContextVar[Layout] = ContextVar("layout")

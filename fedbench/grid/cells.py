@@ -50,10 +50,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.files import try_folder
 from fedbench.models.zoo.names import fm_label
+from fedbench.names import bad_name, nearest
 from fedbench.records.store import SCHEMA, Record, load, record_key, record_path, save
-from fedbench.registry import bad_name, nearest
 from fedbench.run.claims import claim
-from fedbench.scenario.load import mistake, read_toml
+from fedbench.scenario.load import read_toml
+from fedbench.scenario.settings import mistake
 
 Status = Literal["skipped", "complete", "failed"]
 WAIT = 2.0

@@ -18,7 +18,7 @@ from fedbench.forward.feed import logits
 from fedbench.machine.workers import fork_map
 from fedbench.models.linear import reordered
 from fedbench.records.store import pack_correct
-from fedbench.training.alone import autocast
+from fedbench.training.common import autocast
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedbench.data.image_files import ImageFiles
-from fedbench.errors import FedbenchError
-
-if TYPE_CHECKING:
-    from fedbench.models.foundation import FoundationModel
-
 from fedbench.data.examples import Examples
+from fedbench.data.image_files import ImageFiles
 from fedbench.data.pixels import ImageProcessor, resize, to_pixels
 from fedbench.data.rows import Part
+from fedbench.errors import FedbenchError
+from fedbench.models.foundation import FoundationModel
 from fedbench.models.spec import ModelSpec
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))

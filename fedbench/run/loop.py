@@ -37,6 +37,7 @@ from fedbench.forward.feed import packing
 from fedbench.machine.memory import peak_memory, reset_peak
 from fedbench.machine.workers import choose_workers, one_thread
 from fedbench.measures.accuracy import Evaluation, evaluate, per_client
+from fedbench.measures.cost import most_tokens, step_flops
 from fedbench.measures.exposure import Exposure
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.models.cache import ModuleCache
@@ -45,16 +46,21 @@ from fedbench.models.parts import Parts
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
 from fedbench.models.weights import frozen_state, tunable_names
 from fedbench.models.zoo.load import load_fm
+from fedbench.names import nearest
 from fedbench.records import provenance
 from fedbench.records.store import SCHEMA, Record, complaint_of, record_key, save
-from fedbench.registry import Registry, nearest
+from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.run.checkpoint import Checkpoint, read_checkpoint
 from fedbench.run.claims import claim
 from fedbench.run.export import adapter_path, keep_adapter
 from fedbench.run.transport import SETUP_KINDS, Bounds, Ledger, Transport
-from fedbench.scenario.load import KEYS, DatasetSettings, PublicSettings, Scenario, load_scenario, mistake, parse_value
-from fedbench.training.alone import execute, execute_all, has_dropout, most_tokens, step_flops
+from fedbench.scenario.load import load_scenario
+from fedbench.scenario.settings import mistake, parse_value
+from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario
+from fedbench.training.alone import execute
+from fedbench.training.cohort import execute_all
+from fedbench.training.common import has_dropout
 
 
 @dataclass(frozen=True)

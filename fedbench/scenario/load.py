@@ -3,118 +3,18 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import ValidationError
 
 from fedbench.errors import FedbenchError, printable
-from fedbench.registry import bad_name, nearest, plugin_name
-
-
-class Settings(BaseModel):
-    """A table of a scenario file: immutable, unknown fields forbidden, numbers finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DatasetSettings(Settings):
-    """The data set: `name` of a loader, `revision` pinned on the hub, token limit, and how many rows to use.
-
-    validation: rows held out of train for selection and probes. train_rows, test_rows: caps, drawn by a fixed stream
-    that does not depend on the seed; None takes all.
-    """
-
-    name: str
-    revision: str | None = None
-    max_length: int = Field(64, ge=4)
-    validation: int = Field(400, ge=1)
-    train_rows: int | None = Field(None, ge=1)
-    test_rows: int | None = Field(None, ge=1)
-
-
-class PublicSettings(Settings):
-    """The public corpus: `name` of a corpus, at most `rows` of it. in_domain: whether it is the clients' own domain."""
-
-    name: str
-    rows: int | None = Field(None, ge=1)
-    in_domain: bool = False
-
-
-class SplitSettings(Settings):
-    """How training rows are divided over `clients`; alpha belongs to the Dirichlet kinds, shards to "shards".
-
-    dirichlet: per class over clients. dirichlet-clients: per client over classes, equal sizes, prior-weighted.
-    quantity: label-blind, Dirichlet over sizes. min_size: fewest rows a client may have.
-    """
-
-    kind: Literal["iid", "dirichlet", "dirichlet-clients", "shards", "quantity"]
-    clients: int = Field(ge=1)
-    alpha: float = Field(0.5, gt=0, le=1e9)  # shares are equal long before; draws overflow at 1e308
-    shards_per_client: int = Field(2, ge=1)
-    min_size: int = Field(1, ge=1)
-
-
-class Federation(Settings):
-    """The schedule: share of clients sampled a round, rounds, local work, and how often a sampled client drops out.
-
-    max_steps caps a client's local steps in a round; None trains all of its local epochs. max_update_norm: uploads
-    whose adapter differs from the one sent by more than this L2 norm are refused; None lets in any that is finite.
-    """
-
-    fraction: float = Field(0.1, gt=0, le=1)
-    rounds: int = Field(10, ge=0)
-    local_epochs: int = Field(1, ge=1)
-    batch_size: int = Field(16, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    max_update_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
-
-    def cohort_size(self, clients: int) -> int:
-        """Clients sampled a round, at least one."""
-        return max(1, round(self.fraction * clients))
-
-
-class EvaluationSettings(Settings):
-    """When and on what to evaluate; `selection` says which round the test set scores, never by looking at it.
-
-    every: rounds between two evaluations of gradient error and plug-in. selection: the last round; or the best, by the
-    proxy's score on the validation rows after every round (the FM's own where clients train that), of equals the first.
-    """
-
-    every: int = Field(5, ge=1)
-    probe_size: int = Field(64, ge=0)
-    selection: Literal["last", "best"] = "last"
-    batch_size: int = Field(64, ge=1)
-
-
-class Scenario(Settings):
-    """A resolved scenario. `methods` holds hyper-parameters by method, validated by the method itself."""
-
-    name: str
-    title: str
-    dataset: DatasetSettings
-    split: SplitSettings
-    federation: Federation
-    evaluation: EvaluationSettings
-    fm: str = Field(min_length=1)
-    public: PublicSettings | None = None
-    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
-
-    def identity(self, method: str) -> dict[str, Any]:
-        """What enters a run's key: everything but the title and the settings of methods, which the method holds."""
-        return self.model_dump(mode="json", exclude={"title", "methods"})
-
-    def provenance(self) -> dict[str, tuple[Any, str]]:
-        """Dotted key -> (value, where it came from), for every setting."""
-        flat = _flatten(self.model_dump(mode="json"))
-        return {key: (value, self._sources.get(key, "default")) for key, value in flat.items() if key != "name"}
-
+from fedbench.names import bad_name, nearest, plugin_name
+from fedbench.scenario.settings import leaves, mistake, parse_value
+from fedbench.scenario.tables import KEYS, Scenario, flatten
 
 _TABLES = ("title", "fm", "dataset", "public", "federation", "evaluation", "methods", "splits", "profiles")
 
@@ -162,15 +62,15 @@ def load_scenario(
     sources: dict[str, str] = {}
     for label, layer in layers:
         _merge(merged, layer)
-        sources |= dict.fromkeys(_flatten(layer), label)
-    known = [*KEYS, *_flatten({"methods": merged.get("methods", {})})]
+        sources |= dict.fromkeys(flatten(layer), label)
+    known = [*KEYS, *flatten({"methods": merged.get("methods", {})})]
     for key, text in (overrides or {}).items():
         # Hyper-parameters are checked by their method; here only that the scenario has such a method's table.
         if key not in known and not key.startswith(tuple(f"methods.{m}." for m in merged.get("methods", {}))):
             raise FedbenchError(f"--set {key}: no such setting; {nearest(key, known)}")
         layer = _nest(key.split("."), parse_value(key, text))
         _merge(merged, layer)
-        sources |= dict.fromkeys(_flatten(layer), "--set")
+        sources |= dict.fromkeys(flatten(layer), "--set")
     try:
         scenario = Scenario.model_validate(merged)
     except ValidationError as error:
@@ -196,7 +96,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise FedbenchError(f"{path}: not TOML: it is not in UTF-8; save it as that") from None
     except (ValueError, RecursionError) as error:
         raise FedbenchError(f"{path}: not TOML: {error}") from None
-    for place, value in _leaves(content):
+    for place, value in leaves(content):
         name = printable(".".join(place))
         if any(printable(part) != part for part in place):
             raise FedbenchError(f"{path}: {name}: a name may not hold control characters")
@@ -207,35 +107,6 @@ def read_toml(path: Path) -> dict[str, Any]:
                 f"{path}: {name}: {value} is a date or a time, which no setting is; write text in quotes"
             )
     return content
-
-
-def _leaves(value: Any, place: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
-    """Every value in nested tables and lists, with its place; empty ones themselves."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not inside:
-        yield place, value
-    for key, inner in inside:
-        yield from _leaves(inner, (*place, str(key)))
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """The mistake to name of those that pydantic found: a field it does not know before one that is missing."""
-
-    place: tuple[str, ...]
-    message: str
-    unknown: bool
-
-
-def mistake(error: ValidationError) -> Mistake:
-    """What to say of values that were refused."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = message[0].lower() + message[1:]
-    value = first["input"]
-    if message.startswith("input should") and (value is None or isinstance(value, (bool, int, float, str))):
-        message += f", not {printable(str(value))[:60]!r}" if isinstance(value, str) else f", not {str(value)[:60]}"
-    return Mistake(tuple(map(str, first["loc"])), message, first["type"] == "extra_forbidden")
 
 
 def _tables(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
@@ -249,22 +120,6 @@ def _tables(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, dict[str
     return tables
 
 
-def parse_value(key: str, text: str) -> Any:
-    """A value of `--set`, of scenario and method alike: TOML where it parses as TOML, "none" as null, else text.
-
-    Raises FedbenchError, naming the key, for a date or a time.
-    """
-    if text.lower() in ("none", "null"):
-        return None
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except (ValueError, RecursionError):
-        return text
-    if any(isinstance(leaf, (date, time)) for _, leaf in _leaves(value)):
-        raise FedbenchError(f"--set {key}: {text} is a date or a time, which no setting is; quote text")
-    return value
-
-
 def _nest(parts: list[str], value: Any) -> dict[str, Any]:
     return {parts[0]: _nest(parts[1:], value) if len(parts) > 1 else value}
 
@@ -275,31 +130,3 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = deepcopy(value)
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            out |= _flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
-
-
-KEYS: tuple[str, ...] = (
-    "title",
-    "fm",
-    *(
-        f"{table}.{name}"
-        for table, kind in (
-            ("dataset", DatasetSettings),
-            ("split", SplitSettings),
-            ("federation", Federation),
-            ("evaluation", EvaluationSettings),
-            ("public", PublicSettings),
-        )
-        for name in kind.model_fields
-    ),
-)
-"""Every dotted key a scenario can have, but for the hyper-parameters of methods."""

@@ -26,9 +26,11 @@ from torch.nn import functional as F
 from fedbench.api.local import LocalResult, LocalTask
 from fedbench.data.examples import Batch, Examples
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import Layout, feeding, packs
+from fedbench.forward.feed import feeding, packs
+from fedbench.forward.layout import Layout
 from fedbench.models.linear import FrozenLinear, reordered
-from fedbench.training.alone import autocast, execute, has_dropout, observing, result_of
+from fedbench.training.alone import execute
+from fedbench.training.common import autocast, has_dropout, observing, result_of
 
 CPU_TOKENS = 4096
 """Tokens in a pass on a CPU: more gain nothing there."""

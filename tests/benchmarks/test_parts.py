@@ -22,7 +22,7 @@ from fedbench.models.weights import frozen_state, tunable_names
 from fedbench.rng import Streams
 from fedbench.run.loop import Run, RunRequest, Silent, prepare
 from fedbench.run.transport import Transport
-from fedbench.scenario.load import SplitSettings
+from fedbench.scenario.tables import SplitSettings
 
 
 @pytest.mark.benchmark(group="transport")

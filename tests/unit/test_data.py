@@ -31,7 +31,7 @@ from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import initial_tunables, set_tensors
 from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
-from fedbench.scenario.load import DatasetSettings, PublicSettings
+from fedbench.scenario.tables import DatasetSettings, PublicSettings
 
 
 def test_embedded_tweets_have_disjoint_parts() -> None:

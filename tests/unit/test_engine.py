@@ -18,6 +18,7 @@ from fedbench.api.messages import ClientId
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.forward.feed import packs
 from fedbench.measures.accuracy import Evaluation, evaluate
+from fedbench.measures.cost import most_tokens
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
 from fedbench.records.store import load_all
@@ -37,7 +38,6 @@ from fedbench.run.loop import (
     prepare,
     split_settings,
 )
-from fedbench.training.alone import most_tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -21,7 +21,8 @@ from fedbench.check.suite import tensors_close
 from fedbench.data.examples import Examples
 from fedbench.data.pixels import ImageProcessor
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import Layout, packing
+from fedbench.forward.feed import packing
+from fedbench.forward.layout import Layout
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
 from fedbench.models.build import build
 from fedbench.models.cache import Frozen
@@ -402,7 +403,7 @@ def test_a_layout_keeps_clients_together_and_tokens_in_their_rows(lengths: list[
     width, most = max(every), max(map(len, lengths))
     segments = kind == "segments"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedbench.forward.feed.SHORT", 30 if kind == "blocks" else 0)
+        patch.setattr("fedbench.forward.layout.SHORT", 30 if kind == "blocks" else 0)
         layout = (Layout.of_segments if segments else Layout.of_clients)(lengths, width, CPU)
     row = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])  # client of each row
     client = np.repeat(np.arange(len(lengths)), layout.sizes)  # client of each packed place

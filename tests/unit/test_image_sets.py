@@ -24,7 +24,7 @@ from fedbench.data.sets.images import IMAGE_SETS
 from fedbench.data.sources import HubState
 from fedbench.errors import FedbenchError
 from fedbench.run.loop import prepare, run
-from fedbench.scenario.load import DatasetSettings, PublicSettings
+from fedbench.scenario.tables import DatasetSettings, PublicSettings
 
 CIFAR10 = DatasetSettings(name="cifar10", validation=10)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedbench.forward.feed import packing
 from fedbench.models.linear import FrozenLinear, _available, cpu_has_bf16, reordered
-from fedbench.training.alone import autocast
+from fedbench.training.common import autocast
 
 
 def frozen(n_in: int = 24, n_out: int = 40, seed: int = 0) -> FrozenLinear:

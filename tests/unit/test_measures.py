@@ -13,13 +13,13 @@ from fedbench.errors import DivergedError
 from fedbench.forward.feed import packing
 from fedbench.machine.memory import peak_memory, reset_peak
 from fedbench.measures.accuracy import Evaluation, evaluate, per_client
+from fedbench.measures.cost import step_flops
 from fedbench.measures.exposure import Exposure
 from fedbench.measures.gradient import aggregation_error, compare, gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models.cache import Frozen
 from fedbench.records.store import pack_correct
 from fedbench.rng import Streams
-from fedbench.training.alone import step_flops
 
 
 def t(*values: float) -> torch.Tensor:

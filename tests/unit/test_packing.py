@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedbench.api.local import AdamW, LocalTask
 from fedbench.check.suite import tensors_close
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import Layout, layer_outputs, logits, packing
+from fedbench.forward.feed import layer_outputs, logits, packing
+from fedbench.forward.layout import Layout
 from fedbench.measures.accuracy import evaluate
 from fedbench.methods._distillation import hidden_loss
 from fedbench.methods.fedavg_lora import cross_entropy
@@ -53,7 +54,7 @@ def test_a_layout_holds_every_real_token_once(lengths: list[int], blocks: bool) 
     width = max(lengths)
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedbench.forward.feed.SHORT", 30 if blocks else 0)
+        patch.setattr("fedbench.forward.layout.SHORT", 30 if blocks else 0)
         layout = Layout.of(mask)
     assert layout.blocks is blocks
     real = layout.source[layout.real[0]].sort().values
@@ -83,7 +84,7 @@ def test_packed_equals_padded_in_outputs_gradients_and_hidden_losses(rows: int, 
     found = []
     for packed in (False, True):
         with packing(packed), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fedbench.forward.feed.SHORT", short)
+            patch.setattr("fedbench.forward.layout.SHORT", short)
             out = logits(built, batch)
             grads = torch.autograd.grad(out.square().sum(), parameters)
             hidden, mask = layer_outputs(built, batch)
@@ -227,7 +228,7 @@ def test_evaluation_by_hand() -> None:
 @pytest.mark.parametrize("short", [0, 128])
 def test_attention_dropout_leaves_rows_apart(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout that drops nothing a batch in training mode is what it is in evaluation mode."""
-    monkeypatch.setattr("fedbench.forward.feed.SHORT", short)
+    monkeypatch.setattr("fedbench.forward.layout.SHORT", short)
     built, batch = model(), train_rows(9).batch(range(9))
     expected = logits(built, batch)
     for name, module in built.named_modules():

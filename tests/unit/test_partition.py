@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedbench.data.partition import partition
 from fedbench.errors import FedbenchError
-from fedbench.scenario.load import SplitSettings
+from fedbench.scenario.tables import SplitSettings
 
 KINDS = ["iid", "dirichlet", "dirichlet-clients", "shards", "quantity"]
 

@@ -13,7 +13,8 @@ import pytest
 
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import grid_names
-from fedbench.registry import Registry, bad_name, nearest, plugin_name
+from fedbench.names import bad_name, nearest, plugin_name
+from fedbench.registry import Registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -250,7 +251,7 @@ def test_text_of_a_plugin_cannot_act_on_the_terminal(tmp_path: Path) -> None:
     ],
 )
 def test_what_others_call_a_setting_leads_to_ours(wrong: str, right: str) -> None:
-    from fedbench.scenario.load import KEYS
+    from fedbench.scenario.tables import KEYS
 
     assert nearest(wrong, ["lr", "lora_r", "lora_alpha", "weight_decay", *KEYS]) == f"did you mean {right}?"
 

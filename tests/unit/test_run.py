@@ -17,6 +17,7 @@ from fedbench.api.messages import Message
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError, FedbenchError
 from fedbench.measures.accuracy import Evaluation, evaluate
+from fedbench.measures.cost import most_tokens
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
 from fedbench.models.cache import Frozen
 from fedbench.models.linear import stock
@@ -24,7 +25,8 @@ from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.records.store import pack_correct
 from fedbench.run.loop import Prepared, Run, Silent, prepare, run
-from fedbench.training.alone import execute, execute_all, most_tokens
+from fedbench.training.alone import execute
+from fedbench.training.cohort import execute_all
 
 CPU = torch.device("cpu")
 

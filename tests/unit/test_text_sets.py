@@ -16,7 +16,7 @@ from fedbench.data.sets.text import TEXT_SETS, read_text_file
 from fedbench.data.sources import HubState
 from fedbench.errors import FedbenchError
 from fedbench.run.loop import prepare, run
-from fedbench.scenario.load import DatasetSettings, PublicSettings
+from fedbench.scenario.tables import DatasetSettings, PublicSettings
 
 OFFICIAL = '"3","Wall St. Bears","Short-sellers, ""Wall Street"" are\\seeing green"\n"1","Peace","talks\\begin"\n'
 TEXT_FIRST = '"Wall St. Bears Short-sellers, ""green"" again",2\n"Peace talks, begin",0\n'

@@ -30,7 +30,7 @@ from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import get_tensors, initial_tunables, set_tensors, tunable_names
 from fedbench.rng import Streams
-from fedbench.training.alone import execute_all
+from fedbench.training.cohort import execute_all
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")

@@ -1,0 +1,78 @@
+"""What the ways of training a client have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedbench.api.local import LocalResult, LocalTask
+from fedbench.errors import DivergedError
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether any dropout of `module` would drop something in training mode."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()) or any(
+        value > 0
+        for m in module.modules()
+        if (config := getattr(m, "config", None)) is not None
+        for name in ("attention_probs_dropout_prob", "attention_dropout")
+        if isinstance(value := getattr(config, name, 0.0), (int, float))
+    )
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context of a forward pass: bf16 autocast for precision "bf16", nothing for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@dataclass
+class Observed:
+    """Of one client, by module path: the sum of its observer's statistic, and the tokens that went into it."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def observing(
+    module: nn.Module, tasks: Sequence[LocalTask], real: Callable[[Tensor], Sequence[Tensor]]
+) -> Iterator[list[Observed]]:
+    """What each client's observers make of its tokens that pass their modules inside the block.
+
+    All tasks observe the same modules. `real` gives, of an activation of the batch under way, the tokens [n, d] of each
+    client still training, which are the first of `tasks`.
+    """
+    seen = [Observed() for _ in tasks]
+
+    def observe(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        with torch.no_grad():
+            for task, own, share in zip(tasks, seen, real(output), strict=False):
+                value = task.observers[path](share)
+                own.sums[path] = own.sums[path] + value if path in own.sums else value
+                own.tokens[path] = own.tokens.get(path, 0) + len(share)
+
+    with ExitStack() as hooks:
+        for path in tasks[0].observers:
+            hooks.callback(module.get_submodule(path).register_forward_hook(partial(observe, path)).remove)
+        yield seen
+
+
+def result_of(tuned: dict[str, Tensor], losses: Tensor, seen: Observed) -> LocalResult:
+    """What came of a task: tuned values in CPU memory of their own, the losses [steps] on the CPU, and what was seen.
+
+    Raises DivergedError when one is not finite: such an update must never be averaged.
+    """
+    if not bool(torch.isfinite(losses).all()):
+        step = int((~torch.isfinite(losses)).nonzero()[0])
+        raise DivergedError(
+            f"local training diverged: the loss of step {step} is {losses[step].item()}; lower lr, "
+            "or refuse uploads that are too far off with federation.max_update_norm"
+        )
+    observed = {path: value.to("cpu", copy=True) for path, value in seen.sums.items()}
+    return LocalResult(tuned, len(losses), float(losses.mean()), observed, max(seen.tokens.values(), default=0))
