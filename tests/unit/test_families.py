@@ -231,7 +231,7 @@ def test_a_target_that_matches_nothing_is_an_error(fm: FoundationModel, monkeypa
         ("ffn_out", fm.family.attention[0].rpartition(".")[0]),  # a module, but no linear map
     ):
         monkeypatch.setitem(FAMILIES, kind, replace(fm.family, **{field: value}))
-        with pytest.raises(FedbenchError, match=r"the description of its family in|expected Linear"):
+        with pytest.raises(FedbenchError, match=r"its family's description in|expected Linear"):
             build(fm.spec.with_lora(LoraSpec(2, 4)))
 
 

@@ -1,0 +1,60 @@
+"""The plan of the house: .ci/rooms finds what goes against it."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def rooms() -> ModuleType:
+    loader = SourceFileLoader("rooms", str(ROOT / ".ci" / "rooms"))
+    spec = importlib.util.spec_from_loader("rooms", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_this_house_keeps_to_its_plan(rooms: ModuleType) -> None:
+    assert rooms.complaints(ROOT) == []
+    assert len(rooms.modules(ROOT)) > 80
+
+
+def test_an_import_that_climbs_is_found(rooms: ModuleType, tmp_path: Path) -> None:
+    house = {"fedbench/data/rows.py": "def f():\n    from fedbench.run import loop\n", "fedbench/run/loop.py": ""}
+    assert rooms.complaints(write(tmp_path, house)) == [
+        "fedbench/data/rows.py: data imports fedbench.run.loop, which is not below it"
+    ]
+
+
+def test_rooms_of_one_floor_do_not_import_each_other(rooms: ModuleType, tmp_path: Path) -> None:
+    house = {"fedbench/scenario/load.py": "import fedbench.machine.workers\n", "fedbench/machine/workers.py": ""}
+    assert "scenario imports fedbench.machine.workers" in rooms.complaints(write(tmp_path, house))[0]
+
+
+def test_a_circle_inside_a_room_is_found(rooms: ModuleType, tmp_path: Path) -> None:
+    house = {
+        "fedbench/data/rows.py": "from fedbench.data.load import a\n",
+        "fedbench/data/load.py": "from fedbench.data import rows\n",
+    }
+    assert "a circle of imports" in rooms.complaints(write(tmp_path, house))[0]
+
+
+def test_a_room_without_a_floor_is_said(rooms: ModuleType, tmp_path: Path) -> None:
+    assert "on no floor" in rooms.complaints(write(tmp_path, {"fedbench/attic/old.py": ""}))[0]
+    assert "on no floor" in rooms.complaints(write(tmp_path, {"fedbench/loft.py": ""}))[0]
