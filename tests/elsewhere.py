@@ -22,7 +22,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from fedbench.run.loop import Run, RunRequest, Silent, prepare
+from fedbench.run.loop import Run
+from fedbench.run.prepare import prepare
+from fedbench.run.progress import Silent
+from fedbench.run.request import RunRequest
 
 MIXES = ("copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_")
 """Operations that take tensors of the CPU beside those of another device, on CUDA too."""

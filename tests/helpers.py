@@ -13,7 +13,7 @@ from fedbench.models.foundation import FoundationModel
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
-from fedbench.run.loop import RunRequest
+from fedbench.run.request import RunRequest
 from fedbench.scenario.tables import Federation
 
 WORDS = [

@@ -31,6 +31,7 @@ from fedbench.api.messages import ClientId, Message
 from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.forward.feed import packing
+from fedbench.machine.paths import cache_folder
 from fedbench.machine.workers import can_fork
 from fedbench.measures.accuracy import evaluate
 from fedbench.models.cache import ModuleCache
@@ -39,7 +40,10 @@ from fedbench.models.zoo.load import load_fm
 from fedbench.records.store import Record, comparable, differences
 from fedbench.registry import Registry
 from fedbench.rng import Streams
-from fedbench.run.loop import Prepared, Run, RunRequest, Silent, cache_folder, prepare, run
+from fedbench.run.loop import Run, run
+from fedbench.run.prepare import Prepared, prepare
+from fedbench.run.progress import Silent
+from fedbench.run.request import RunRequest
 from fedbench.run.transport import Transport, deserialise, serialise
 from fedbench.scenario.tables import Federation
 from fedbench.training.alone import execute
@@ -457,8 +461,8 @@ def _load_method(request: RunRequest, settings: Mapping[str, Any]) -> Method:
 
 CLIENTS_DATA = (
     "fedbench.data.load:load_data",
-    "fedbench.run.loop:_load",
-    "fedbench.run.loop:prepare",
+    "fedbench.run.prepare:_load",
+    "fedbench.run.prepare:prepare",
     "fedbench.data.sets.text:load_text_set",
     "fedbench.data.sets.text:read_text_file",
     "fedbench.data.sets.images:load_image_set",
@@ -472,8 +476,8 @@ THE_FM = (
     "fedbench.models.checkpoint:_checkpoint",
     "fedbench.models.zoo.load:minilm_folder",
     "fedbench.models.zoo.vit_digits:vit_digits",
-    "fedbench.run.loop:_load",
-    "fedbench.run.loop:prepare",
+    "fedbench.run.prepare:_load",
+    "fedbench.run.prepare:prepare",
     "fedbench.files:load_tensors",
     "transformers:PreTrainedModel.from_pretrained",
     "safetensors.torch:load_file",

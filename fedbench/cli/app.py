@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fedbench.records.store import Record
     from fedbench.registry import Registry
-    from fedbench.run.loop import RunRequest
+    from fedbench.run.request import RunRequest
 
 app = typer.Typer(
     name="fedbench",
@@ -256,9 +256,10 @@ def run_command(
     registry.find_scenario(scenario)
     console = _console()
     with console.status("loading") if console.is_terminal else _nothing():
+        from fedbench.cli.progress import ConsoleProgress
         from fedbench.records import store as records
         from fedbench.run import loop as engine
-        from fedbench.run.progress import ConsoleProgress
+        from fedbench.run.prepare import prepare
         from fedbench.tables import report
 
         request = _request(
@@ -266,7 +267,7 @@ def run_command(
             device=device, data_dir=data_dir, results=results, cache=cache, plugins=plugin,
             executor=executor.value, precision=precision.value, workers=workers,
         )  # fmt: skip
-        prepared = engine.prepare(request)
+        prepared = prepare(request)
     for note in prepared.notes:
         console.print(printable(note), style="dim", highlight=False, markup=False)
     path = records.record_path(results / "records", prepared.scenario.name, method, seed, prepared.key)
@@ -375,9 +376,9 @@ def grid_command(
     workers: Workers = None,
 ) -> None:
     """Run methods x scenarios x FMs x seeds, skipping what is finished; a failed cell is recorded, the rest goes on."""
+    from fedbench.cli.progress import ConsoleProgress
     from fedbench.grid.cells import Cell, EngineRunner, Outcome, load_grid, run_grid
     from fedbench.registry import Registry
-    from fedbench.run.progress import ConsoleProgress
 
     registry = Registry(tuple(plugin or ()))
     chosen = load_grid(grid).only(_names(methods), _names(scenarios), seeds, fm)
@@ -498,8 +499,8 @@ def gradient_command(
     registry.find_scenario(scenario)
     console = _console()
     with console.status("loading") if console.is_terminal else _nothing():
-        from fedbench.run import loop as engine
-        from fedbench.run.progress import ConsoleProgress
+        from fedbench.cli.progress import ConsoleProgress
+        from fedbench.run.prepare import prepare
         from fedbench.study import report as study_report
         from fedbench.study import study
 
@@ -509,7 +510,7 @@ def gradient_command(
             data_dir=data_dir, results=results, cache=cache, plugins=plugin, precision=precision.value,
             workers=workers,
         )  # fmt: skip
-        prepared = [engine.prepare(asked(method=name)) for name in dict.fromkeys(method)]
+        prepared = [prepare(asked(method=name)) for name in dict.fromkeys(method)]
     for note in prepared[0].notes:
         console.print(printable(note), style="dim", highlight=False, markup=False)
     try:
@@ -567,8 +568,8 @@ def export_command(
     ] = None,
 ) -> None:
     """Write a run's tuned adapter and head in peft's format, for use with plain transformers and peft."""
+    from fedbench.machine.paths import cache_folder
     from fedbench.run.export import export_adapter
-    from fedbench.run.loop import cache_folder
 
     done = export_adapter(record, folder, cache_folder(cache), fm)
     revision = f", revision={done.revision!r}" if done.revision else ""
@@ -673,7 +674,7 @@ def _pairs(settings: list[str] | None, rounds: int | None) -> dict[str, str]:
 
 def _request(*, rounds: int | None, settings: list[str] | None, plugins: list[str] | None, **rest: Any) -> RunRequest:
     from fedbench.grid.cells import LARGEST_SEED
-    from fedbench.run.loop import RunRequest
+    from fedbench.run.request import RunRequest
 
     if rest["seed"] > LARGEST_SEED:
         raise FedbenchError(f"--seed {rest['seed']}: too large; use at most {LARGEST_SEED}")
@@ -685,8 +686,8 @@ def _show_fm(console: Console, name: str, description: str) -> None:
     from rich.text import Text
 
     console.print(_headline(printable(name), description), soft_wrap=True)
+    from fedbench.machine.paths import cache_folder
     from fedbench.models.zoo.load import load_fm
-    from fedbench.run.loop import cache_folder
 
     fm = load_fm(name, num_labels=2, cache=cache_folder())
     table = _grid("what", "value")
@@ -726,7 +727,8 @@ def _show_method(
     """Print what a method is, and its hyper-parameters with where each value came from."""
     from inspect import cleandoc
 
-    from fedbench.run.loop import RunRequest, make_method, parse_values, scenario_settings, split_settings
+    from fedbench.run.prepare import make_method, parse_values, scenario_settings, split_settings
+    from fedbench.run.request import RunRequest
     from fedbench.scenario.load import load_scenario
 
     entry, kind = registry.find_method(name), registry.load_method(name)

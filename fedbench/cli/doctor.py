@@ -53,7 +53,7 @@ def _folders(data_dir: Path | None, cache: Path | None) -> Iterator[tuple[str, s
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from fedbench.data.sources import data_folder
-    from fedbench.run.loop import cache_folder
+    from fedbench.machine.paths import cache_folder
 
     yield "cache", _describe(cache_folder(cache))
     yield "hub cache", _describe(Path(HF_HUB_CACHE))

@@ -375,10 +375,11 @@ class EngineRunner:
         self.results, self.progress, self.options = results, progress, options
 
     def prepare(self, cell: Cell) -> Any:
-        from fedbench.run import loop as engine
+        from fedbench.run.prepare import prepare
+        from fedbench.run.request import RunRequest
 
-        return engine.prepare(
-            engine.RunRequest(
+        return prepare(
+            RunRequest(
                 method=cell.method,
                 scenario=cell.scenario,
                 seed=cell.seed,
@@ -390,9 +391,9 @@ class EngineRunner:
         )
 
     def run(self, prepared: Any) -> Record:
-        from fedbench.run import loop as engine
+        from fedbench.run import loop
 
-        return engine.run(prepared, self.progress)
+        return loop.run(prepared, self.progress)
 
 
 def load_grid(name: str) -> Grid:

@@ -36,7 +36,9 @@ from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.models.parts import Parts
 from fedbench.models.weights import get_tensors, set_tensors, tunable_names
 from fedbench.records import provenance
-from fedbench.run.loop import Prepared, Progress, Run, Silent
+from fedbench.run.loop import Run
+from fedbench.run.prepare import Prepared
+from fedbench.run.progress import Progress, Silent
 
 Block = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]

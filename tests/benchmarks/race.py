@@ -36,6 +36,9 @@ from safetensors.torch import load_file, save_file
 
 from fedbench.models.zoo.load import minilm_folder
 from fedbench.run import loop as engine
+from fedbench.run.prepare import prepare
+from fedbench.run.progress import Silent
+from fedbench.run.request import RunRequest
 
 HERE = Path(__file__).parent
 LR = 5e-4
@@ -47,7 +50,7 @@ class Workload:
     """What every runner has to do, drawn by fedbench's own streams. Values go by the names of fedbench's model."""
 
     def __init__(self, data_dir: Path | None, rounds: int, workers: int | None) -> None:
-        request = engine.RunRequest(
+        request = RunRequest(
             method="fedavg-lora",
             scenario="race-fixed",
             # One round more than is run, so that no round is the last one, which is evaluated.
@@ -58,7 +61,7 @@ class Workload:
             workers=workers,
         )
         self.rounds = rounds
-        self.run = engine.Run(engine.prepare(request), engine.Silent())
+        self.run = engine.Run(prepare(request), Silent())
         self.init: Values = {n: v.clone() for n, v in self.run.server.values.items()}  # type: ignore[attr-defined]
 
     def cohort(self, round: int) -> list[int]:

@@ -22,7 +22,8 @@ from fedbench.check.suite import (
     separate_processes,
     tunables_are_trained,
 )
-from fedbench.run.loop import RunRequest, prepare
+from fedbench.run.prepare import prepare
+from fedbench.run.request import RunRequest
 
 START = """
 from typing import ClassVar
@@ -173,7 +174,7 @@ def test_guards_exist_and_one_of_nothing_is_an_error() -> None:
     """In a process of their own: what is forbidden stays so."""
     program = (
         "from fedbench.check.suite import *; from fedbench.check.suite import CLIENTS_DATA, THE_FM, forbid\n"
-        "from fedbench.data.load import load_data; from fedbench.run import loop as engine\n"
+        "from fedbench.data.load import load_data; from fedbench.run import prepare as engine\n"
         "forbid([*CLIENTS_DATA, *THE_FM], 'no')\n"
         "import transformers, safetensors.torch\n"
         "for call in (load_data, engine.load_data, engine._load, engine.load_fm, safetensors.torch.load_file,\n"

@@ -22,7 +22,10 @@ from fedbench.check.suite import check_method
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.records.store import comparable, load, record_path
 from fedbench.registry import Registry
-from fedbench.run.loop import Prepared, Run, RunRequest, Silent, prepare, run
+from fedbench.run.loop import Run, run
+from fedbench.run.prepare import Prepared, prepare
+from fedbench.run.progress import Silent
+from fedbench.run.request import RunRequest
 
 METHODS = sorted(Registry(()).methods)
 SETTINGS = {"fedpft": {"t": "1", "r": "6"}, "fedot": {"emulator": "1"}}
@@ -179,6 +182,8 @@ def test_packed_and_reference_executor_agree_and_share_a_key(fm: str, tmp_path: 
 KILL = """
 import os, sys, signal
 from fedbench.run import loop as engine
+from fedbench.run.prepare import prepare
+from fedbench.run.request import RunRequest
 from pathlib import Path
 after = int(sys.argv[1])
 original = engine.Run.round
@@ -187,9 +192,9 @@ def dying(self, round):
         os.kill(os.getpid(), signal.SIGKILL)
     original(self, round)
 engine.Run.round = dying
-request = engine.RunRequest(method="fedpft", scenario="tweets-noniid", fm=sys.argv[2], profile="smoke",
+request = RunRequest(method="fedpft", scenario="tweets-noniid", fm=sys.argv[2], profile="smoke",
     settings={"t": "1", "r": "6", "rounds": "4"}, device="cpu", results=Path(sys.argv[3]))
-engine.run(engine.prepare(request))
+engine.run(prepare(request))
 """
 
 

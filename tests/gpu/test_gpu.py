@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import save_tiny_bert
 
-from fedbench.run.loop import RunRequest, prepare, run
+from fedbench.run.loop import run
+from fedbench.run.prepare import prepare
+from fedbench.run.request import RunRequest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

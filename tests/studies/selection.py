@@ -62,7 +62,10 @@ def trajectories(data_dir: Path, folder: Path, methods: list[str], seeds: list[i
     """Which validation rows plug-in and proxy answer rightly after every round, and with the last K rounds' mean."""
     from fedbench.measures.accuracy import evaluate
     from fedbench.models.weights import get_tensors, set_tensors, tunable_names
-    from fedbench.run.loop import Run, RunRequest, Silent, prepare
+    from fedbench.run.loop import Run
+    from fedbench.run.prepare import prepare
+    from fedbench.run.progress import Silent
+    from fedbench.run.request import RunRequest
 
     class Watched(Run):
         def __init__(self, *arguments: Any) -> None:

@@ -24,7 +24,9 @@ from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
 from fedbench.models.weights import frozen_state
 from fedbench.records.store import comparable
 from fedbench.run.checkpoint import INDEX, read_checkpoint
-from fedbench.run.loop import Run, Silent, checkpoint_folder, prepare, run
+from fedbench.run.loop import Run, checkpoint_folder, run
+from fedbench.run.prepare import prepare
+from fedbench.run.progress import Silent
 
 
 def run_of(folder: Path, method: str = "fedpft") -> Run:

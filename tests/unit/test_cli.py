@@ -15,6 +15,7 @@ from helpers import save_tiny_bert
 
 from fedbench.cli import app as cli
 from fedbench.errors import FedbenchError
+from fedbench.machine.device import choose_device, choose_precision
 from fedbench.run import loop as engine
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "pandas", "scipy", "sklearn"}
@@ -182,7 +183,7 @@ def test_a_file_the_machine_refuses_is_one_line(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "some/cache")
 
-    monkeypatch.setattr("fedbench.run.loop.prepare", refuse)
+    monkeypatch.setattr("fedbench.run.prepare.prepare", refuse)
     code, _, err = invoke("run", "--method", "fedpft", "--scenario", "tweets-iid", "--results", tmp_path)
     assert (code, err) == (2, "fedbench: some/cache: Permission denied\n")
 
@@ -320,7 +321,7 @@ def test_precision_is_part_of_the_key_and_named_under_the_table(
     assert code == 2
     assert "fp16" in err
     with pytest.raises(FedbenchError, match="--precision fp16: no such precision"):
-        engine.choose_precision("fp16", engine.choose_device("cpu"))
+        choose_precision("fp16", choose_device("cpu"))
 
 
 def test_a_grid_at_another_fm_runs_every_cell_once(invoke: Invoke, tmp_path: Path, tiny_bert: Path) -> None:

@@ -17,27 +17,19 @@ from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.forward.feed import packs
+from fedbench.machine.device import choose_device, choose_executor, choose_precision
+from fedbench.machine.paths import cache_folder
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.measures.cost import most_tokens
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
 from fedbench.records.store import load_all
 from fedbench.run import loop as engine
-from fedbench.run.loop import (
-    Prepared,
-    Run,
-    RunRequest,
-    Silent,
-    Stopwatch,
-    cache_folder,
-    checkpoint_folder,
-    choose_device,
-    choose_executor,
-    choose_precision,
-    parse_values,
-    prepare,
-    split_settings,
-)
+from fedbench.run import prepare as preparing
+from fedbench.run.loop import Run, Stopwatch, checkpoint_folder
+from fedbench.run.prepare import Prepared, make_method, parse_values, prepare, split_settings
+from fedbench.run.progress import Silent
+from fedbench.run.request import RunRequest
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -143,10 +135,10 @@ def test_a_bad_hyper_parameter_is_named_with_those_there_are() -> None:
         ({"lora_r": 8, "width": 3}, "'width'", f"; known: {', '.join(sorted(fields))}"),
     ):
         with pytest.raises(FedbenchError) as caught:
-            engine.make_method(FedAvgLora, settings, request)
+            make_method(FedAvgLora, settings, request)
         assert str(caught.value).startswith(f"tweets-iid: hyper-parameter {named} of fedavg-lora: ")
         assert str(caught.value).endswith(known)
-    assert engine.make_method(FedAvgLora, {"lr": 0.5}, request) == FedAvgLora(lr=0.5)
+    assert make_method(FedAvgLora, {"lr": 0.5}, request) == FedAvgLora(lr=0.5)
 
 
 def test_a_stopwatch_adds_up_by_phase_whatever_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +214,7 @@ def test_the_key_holds_the_contents_of_data_and_fm_and_the_methods_version(
         real = getattr(one.loaded, part)
         other = replace(real, content_hash="0" * 64)
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_load", lambda *_, p=part, o=other: replace(one.loaded, **{p: o}))
+            patch.setattr(preparing, "_load", lambda *_, p=part, o=other: replace(one.loaded, **{p: o}))
             assert prepare(request_of).key != one.key, part
 
 

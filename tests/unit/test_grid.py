@@ -206,7 +206,8 @@ def test_a_grid_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 
 def test_a_setting_that_is_no_number_is_named_by_its_cell(tmp_path: Path) -> None:
     from fedbench.methods.fedavg_lora import FedAvgLora
-    from fedbench.run.loop import RunRequest, make_method, parse_values
+    from fedbench.run.prepare import make_method, parse_values
+    from fedbench.run.request import RunRequest
 
     text = "methods = ['fedavg-lora']\nscenarios = ['s']\nseeds = 1\n[[overrides]]\nset = { lr = inf }"
     (cell,) = load_grid(write(tmp_path, text)).cells()
@@ -262,7 +263,8 @@ def test_the_papers_grids_and_one_figure_of_each_table() -> None:
 
 @pytest.mark.parametrize("name", grid_names())
 def test_every_cell_of_a_built_in_grid_resolves(name: str) -> None:
-    from fedbench.run.loop import RunRequest, make_method, parse_values, scenario_settings, split_settings
+    from fedbench.run.prepare import make_method, parse_values, scenario_settings, split_settings
+    from fedbench.run.request import RunRequest
 
     registry, grid = Registry(), load_grid(name)
     # At another seed only the seed is another.

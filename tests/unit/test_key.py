@@ -24,7 +24,8 @@ from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import inputs_hash
 from fedbench.models.zoo.load import load_fm
 from fedbench.run import loop as engine
-from fedbench.run.loop import RunRequest, prepare
+from fedbench.run.prepare import prepare
+from fedbench.run.request import RunRequest
 
 
 @dataclasses.dataclass

@@ -24,7 +24,9 @@ from fedbench.models.linear import stock
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.records.store import pack_correct
-from fedbench.run.loop import Prepared, Run, Silent, prepare, run
+from fedbench.run.loop import Run, run
+from fedbench.run.prepare import Prepared, prepare
+from fedbench.run.progress import Silent
 from fedbench.training.alone import execute
 from fedbench.training.cohort import execute_all
 

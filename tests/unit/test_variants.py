@@ -33,7 +33,9 @@ from fedbench.models.zoo.load import load_fm
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.run import loop as engine
-from fedbench.run.loop import RunRequest, prepare, run, scenario_settings
+from fedbench.run.loop import run
+from fedbench.run.prepare import make_method, prepare, scenario_settings
+from fedbench.run.request import RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.training.alone import execute
 
@@ -313,7 +315,7 @@ def test_ablations_leave_out_what_they_say(tmp_path: Path, method: type[FedPFT],
 def test_an_ablation_cannot_be_set_to_what_it_leaves_out(method: str, setting: str) -> None:
     kind = Registry(()).load_method(method)
     with pytest.raises(FedbenchError, match=f"{setting!r} of {method}: input should be 0"):
-        engine.make_method(kind, {setting: 5}, RunRequest(method, "tweets-iid"))
+        make_method(kind, {setting: 5}, RunRequest(method, "tweets-iid"))
 
 
 def test_a_method_takes_the_scenarios_settings_of_what_it_extends(tmp_path: Path) -> None:
@@ -399,7 +401,7 @@ def test_the_matched_shape_is_said_in_the_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize("emulator", [0, -1, "half", 1.5])
 def test_fedot_refuses_an_impossible_emulator(emulator: object) -> None:
     with pytest.raises(FedbenchError, match="emulator"):
-        engine.make_method(FedOT, {"emulator": emulator}, RunRequest("fedot", "tweets-iid"))
+        make_method(FedOT, {"emulator": emulator}, RunRequest("fedot", "tweets-iid"))
 
 
 def test_highest_takes_at_least_one() -> None:

@@ -1,0 +1,232 @@
+"""Makes a run ready to start: settings checked, data and FM loaded, its key known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from inspect import get_annotations
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from fedbench.api.sides import Method
+from fedbench.data.examples import Examples
+from fedbench.data.load import load_data
+from fedbench.data.rows import RawData
+from fedbench.data.sources import data_folder
+from fedbench.errors import FedbenchError
+from fedbench.files import try_folder
+from fedbench.machine.device import choose_device, choose_executor, choose_precision
+from fedbench.machine.paths import cache_folder
+from fedbench.machine.workers import choose_workers
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.reading import encode, inputs_hash, unknown_tokens
+from fedbench.models.zoo.load import load_fm
+from fedbench.names import nearest
+from fedbench.records import provenance
+from fedbench.records.store import SCHEMA, record_key
+from fedbench.registry import Registry
+from fedbench.run.request import RunRequest
+from fedbench.scenario.load import load_scenario
+from fedbench.scenario.settings import mistake, parse_value
+from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run ready to start: everything loaded, and its key known.
+
+    executor: how local training is executed: "packed", client by client; "fused", a round's clients together (the
+    default on CUDA); or "reference", client by client in padded batches. workers: processes that local
+    training, evaluation and gradient error are spread over. unavailable: why the method
+    cannot run here, if so. planned: dotted settings the method itself changed (`Method.plan`).
+    """
+
+    request: RunRequest
+    method: Method
+    scenario: Scenario
+    loaded: Loaded
+    device: torch.device
+    precision: str
+    identity: Mapping[str, Any]
+    key: str
+    executor: str
+    workers: int
+    unavailable: str | None
+    planned: tuple[str, ...]
+
+    @property
+    def fm_name(self) -> str:
+        """What records call the FM."""
+        return self.loaded.fm.name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was loaded, in lines for the user."""
+        fm = f"FM: {self.fm_name} ({self.loaded.fm.provenance['source']})"
+        return (*self.loaded.data.notes, fm, *self.loaded.notes)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Data and FM, loaded and encoded; `extra_tests` by name, in order.
+
+    inputs_hash: `models.reading.inputs_hash` of all of them. notes: what the FM makes of the data, for the user.
+    """
+
+    data: RawData
+    fm: FoundationModel
+    train: Examples
+    validation: Examples
+    test: Examples
+    public: Examples | None
+    extra_tests: Mapping[str, Examples]
+    inputs_hash: str
+    notes: tuple[str, ...]
+
+
+@lru_cache(maxsize=2)
+def _load(
+    dataset: DatasetSettings, public: PublicSettings | None, fm: str, cache: Path, data_dir: Path | None
+) -> Loaded:
+    """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
+    data = load_data(dataset, public, data_dir)
+    model = load_fm(fm, len(data.class_names), cache, data.class_names)
+    raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
+    raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
+    parts = {role: encode(part, model, dataset.max_length) for role, part in raw.items() if part is not None}
+    extra = {name: parts[f"test {name}"] for name in data.extra_tests}
+    notes = model.notes
+    if (tokens := parts["train"].tokens) and (unknown := unknown_tokens(model.processor, tokens[:1000])):
+        notes += (f"FM {model.name}: {unknown}",)
+    main = parts["train"], parts["validation"], parts["test"], parts.get("public")
+    return Loaded(data, model, *main, extra, inputs_hash(parts, model), notes)
+
+
+def split_settings(
+    settings: Mapping[str, str], fields: Sequence[str], method: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Sort `--set` pairs into the scenario's and the method's.
+
+    A hyper-parameter's name, bare or behind `method.`, is the method's; `rounds` is short for federation.rounds;
+    what is left has to be a dotted key of the scenario. Raises FedbenchError for a name that is neither, and for
+    two names of one setting.
+    """
+    mine: dict[str, str] = {}
+    scenario: dict[str, str] = {}
+    for key, value in settings.items():
+        bare = key.removeprefix("method.").removeprefix(f"methods.{method}.").replace("-", "_")
+        whole = "federation.rounds" if key == "rounds" else key
+        if bare in fields:
+            name, side = bare, mine
+        elif whole in KEYS or whole.startswith("methods."):
+            name, side = whole, scenario
+        elif key.startswith("method."):
+            raise FedbenchError(f"--set {key}: {method} has no such hyper-parameter; {nearest(bare, fields)}")
+        else:
+            raise FedbenchError(
+                f"--set {key}: {method} has no such hyper-parameter, and scenarios have no such setting; "
+                f"{nearest(key, [*fields, *KEYS])}"
+            )
+        if name in side:
+            raise FedbenchError(f"--set {key}: {name} is set twice; set it once")
+        side[name] = value
+    return mine, scenario
+
+
+def prepare(request: RunRequest) -> Prepared:
+    """Load data and FM, validate all settings, and compute the run's key. Raises FedbenchError for bad input."""
+    try_folder(request.results, "--results")
+    try_folder(cache_folder(request.cache), "--cache")
+    provenance.source_state()  # now, before anybody can commit while the run is under way
+    registry = Registry(request.plugins)
+    kind = registry.load_method(request.method)
+    path, split = registry.find_scenario(request.scenario)
+    mine, overrides = split_settings(request.settings, list(kind.model_fields), request.method)
+    scenario = load_scenario(path, split, request.profile, overrides)
+    given = {name: value for name, (value, _) in scenario_settings(kind, scenario).items()}
+    method = make_method(kind, {**given, **parse_values(mine)}, request)
+    device = choose_device(request.device)
+    precision = choose_precision(request.precision, device)
+    fm_name = scenario.fm if request.fm is None else request.fm
+    folder = data_folder(request.data_dir)
+    loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request.cache), folder)
+    data, fm = loaded.data, loaded.fm
+    split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
+    planned = [
+        f"{table}.{name}"
+        for table, before, after in (
+            ("split", scenario.split, split_used),
+            ("federation", scenario.federation, federation),
+        )
+        for name in type(before).model_fields
+        if getattr(before, name) != getattr(after, name)
+    ]
+    scenario = scenario.model_copy(update={"split": split_used, "federation": federation, "fm": fm_name})
+    identity = {
+        "schema": SCHEMA,
+        # Which FM it is its hash says: names and places of folders are not what decides a result.
+        "scenario": {name: value for name, value in scenario.identity(request.method).items() if name != "fm"},
+        "data_hash": data.content_hash,
+        "fm_hash": fm.content_hash,
+        "inputs_hash": loaded.inputs_hash,
+        "precision": precision,
+        "method": {"name": method.name, "version": method.version, "settings": method.model_dump(mode="json")},
+        "seed": request.seed,
+    }
+    executor = choose_executor(request.executor, device)
+    if method.dropout > 0:
+        # Executors draw dropout in different orders, so with dropout their results differ.
+        identity["executor"] = executor
+    return Prepared(
+        request=request,
+        method=method,
+        scenario=scenario,
+        loaded=loaded,
+        device=device,
+        precision=precision,
+        identity=identity,
+        key=record_key(identity),
+        executor=executor,
+        workers=choose_workers(request.workers, device),
+        unavailable=method.unavailable(fm),
+        planned=tuple(planned),
+    )
+
+
+def scenario_settings(kind: type[Method], scenario: Scenario) -> dict[str, tuple[Any, str]]:
+    """Hyper-parameters the scenario sets for a method: name -> (value, the method whose table holds it).
+
+    A method takes the settings of one it extends as well, but for fields it declares anew: an ablation runs under the
+    settings of what it is an ablation of.
+    """
+    out: dict[str, tuple[Any, str]] = {}
+    anew: set[str] = set()
+    for owner in kind.__mro__:
+        if "name" in vars(owner) and issubclass(owner, Method):
+            table = scenario.methods.get(owner.name, {})
+            out = {n: (v, owner.name) for n, v in table.items() if n not in anew} | out
+        anew |= set(get_annotations(owner))
+    return out
+
+
+def parse_values(settings: Mapping[str, str]) -> dict[str, Any]:
+    """Values of `--set` by key."""
+    return {key: parse_value(key, text) for key, text in settings.items()}
+
+
+def make_method(kind: type[Method], settings: Mapping[str, Any], request: RunRequest) -> Method:
+    """The method with its hyper-parameters checked; a bad one is a FedbenchError that names it."""
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        wrong = mistake(error)
+        name = wrong.place[0] if wrong.place else ""
+        if wrong.unknown:
+            message = f"no such hyper-parameter; {nearest(name, kind.model_fields)}"
+        else:
+            message = f"{wrong.message}; it takes {', '.join(kind.model_fields)}"
+        raise FedbenchError(f"{request.scenario}: hyper-parameter {name!r} of {request.method}: {message}") from None
