@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
+from helpers import context, layer_outputs, public_rows, save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
 from fedbench.api.context import ClientContext
 from fedbench.api.local import LocalTask
