@@ -18,7 +18,6 @@ from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import Execution
 from fedbench.methods import fedpft
-from fedbench.methods._distillation import layer_outputs
 from fedbench.methods.fedot import FedOT, FedOTServer
 from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest
 from fedbench.methods.fedpft_b import FedPFTB
