@@ -12,6 +12,8 @@ from torch import Tensor
 ClientId = int
 Kind = Literal["fm", "sub_fm", "adapter", "alignment", "statistics"]
 KINDS: tuple[str, ...] = ("fm", "sub_fm", "adapter", "alignment", "statistics")
+SETUP_KINDS = ("fm", "sub_fm")
+"""Kinds that a client is sent once, before it can train."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,13 @@ the functions that could raise there.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import LocalResult, LocalTask
-from fedbench.api.messages import ClientId, Message
-from fedbench.api.sides import Client, Method, Server
+from fedbench.api.messages import ClientId
+from fedbench.check.guards import CLIENTS_DATA, THE_FM, Guard, Violation
 from fedbench.data.examples import Examples
+from fedbench.errors import FedbenchError
 from fedbench.machine.device import Execution
-from fedbench.machine.paths import cache_folder
 from fedbench.machine.workers import can_fork
 from fedbench.measures.accuracy import evaluate
-from fedbench.models.cache import ModuleCache
-from fedbench.models.weights import get_tensors, tunable_names
-from fedbench.models.zoo.load import load_fm
 from fedbench.records.store import Record, comparable, differences
-from fedbench.registry import Registry
-from fedbench.rng import Streams
-from fedbench.run.loop import Run, run
+from fedbench.run.hosts.apart import Apart
+from fedbench.run.hosts.here import Here
+from fedbench.run.hosts.side import ClientSide, Trained
+from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, prepare
 from fedbench.run.progress import Silent
+from fedbench.run.record import finish
 from fedbench.run.request import RunRequest
-from fedbench.run.transport import Transport, deserialise, serialise
+from fedbench.run.run import run
 from fedbench.scenario.tables import Federation
 from fedbench.training.alone import execute
 
@@ -56,10 +50,6 @@ class CheckResult:
     name: str
     ok: bool
     detail: str = ""
-
-
-class Violation(AssertionError):
-    """A clause of the contract does not hold."""
 
 
 def require(condition: bool, why: str) -> None:
@@ -140,8 +130,13 @@ class Subject:
     @cached_property
     def tuned(self) -> dict[str, Tensor]:
         """The tuned FM's tunables after the last round."""
-        model = self.whole.server.plug_in()
-        return get_tensors(model, tunable_names(model))
+        return dict(self.whole.host.server.tuned().tensors)
+
+    @cached_property
+    def record(self) -> Record:
+        """The run's record."""
+        assert self.tuned  # before the selected round takes the place of the last
+        return finish(self.whole)
 
 
 def _result(label: str, clause: Callable[[Subject], str | None], subject: Subject) -> CheckResult:
@@ -192,13 +187,12 @@ def resumed_same_record(subject: Subject) -> None:
             stopped = Run(subject.prepared, Silent())
             require(stopped.resume(Path(folder)), "the checkpoint was not taken")
         stopped.loop(None)
-        assert subject.tuned  # before the selected round takes the place of the last
-        _compare(subject.whole.finish(), stopped.finish())
+        _compare(subject.record, finish(stopped))
 
 
 def names_bind(subject: Subject) -> None:
     """Every tunable of the proxy has a place of the same shape in the FM; every frozen tensor's source exists."""
-    server = Run(subject.prepared, Silent()).server
+    server = Here(subject.prepared, subject.whole.rows, subject.whole.label_counts).server.server
     proxy = server.proxy()
     if proxy is None:
         return
@@ -220,15 +214,13 @@ def tunables_are_trained(subject: Subject) -> str | None:
     Looked at over two rounds or more: LoRA's A has no gradient before its B has left 0.
     """
     p = subject.prepared
+    longer = p.scenario.federation.model_copy(update={"rounds": max(2, p.scenario.federation.rounds), "dropout": 0.0})
     watch = _Watch()
-    server, clients = _sides(p, p.scenario.federation, subject.whole.rows, watch)
-    before = _parameters(server.server.plug_in())
-    sent: set[str] = set()
-    for round in range(max(2, p.scenario.federation.rounds)):
-        cohort, _ = subject.whole.cohort(round)
-        uploads = clients.train(round, server.broadcast(round, cohort), cohort)
-        server.aggregate(round, uploads)
-        sent |= {n for payloads in uploads.values() for payload in payloads for n in deserialise(payload).tensors}
+    run, server = _watched(p, longer, watch, subject.whole.rows)
+    before = _parameters(server.plug_in())
+    for round in range(longer.rounds):
+        run.loop(None, until=round + 1)
+    sent = watch.sent
     if watch.steps:
         without = sorted(watch.declared - watch.gradient)
         require(
@@ -238,7 +230,7 @@ def tunables_are_trained(subject: Subject) -> str | None:
         )
     still = sorted(watch.declared - watch.moved)
     require(not still, f"{_few(still)} ends every client's training as it began")
-    after, names = _parameters(server.server.plug_in()), server.server.fm_names()
+    after, names = _parameters(server.plug_in()), server.fm_names()
     moved = {n for n, tensor in after.items() if n not in before or not torch.equal(tensor, before[n])}
     require(bool(moved), "the tuned FM is after all rounds what it was before the first")
     kept = sorted({names.get(n, n) for n in sent} & set(after) - moved)
@@ -254,19 +246,17 @@ def learns(subject: Subject) -> str | None:
     p = subject.prepared
     _, first = np.unique(p.loaded.train.labels.numpy(), return_index=True)
     rows = p.loaded.train.select(np.sort(first)[:8])
-    cohort = list(range(min(2, p.scenario.split.clients)))
     everything = {"rounds": 3, "local_epochs": 4, "batch_size": len(rows), "max_steps": None, "dropout": 0.0}
     federation = p.scenario.federation.model_copy(update={**everything, "fraction": 1.0})
     watch = _Watch()
-    server, clients = _sides(p, federation, [rows] * len(cohort), watch)
+    run, server = _watched(p, federation, watch, [rows] * len(subject.whole.rows), few=True)
 
     def loss() -> float:
-        proxy = server.server.proxy()
-        return evaluate(server.server.plug_in() if proxy is None else proxy, rows, len(rows), Execution()).loss
+        proxy = server.proxy()
+        return evaluate(server.plug_in() if proxy is None else proxy, rows, len(rows), Execution()).loss
 
     before = loss()
-    for round in range(federation.rounds):
-        server.aggregate(round, clients.train(round, server.broadcast(round, cohort), cohort))
+    run.loop(None)
     after = loss()
     if not watch.steps:  # without gradients a few steps need not go down
         return "not looked at: clients train in a way of their own"
@@ -293,6 +283,7 @@ class _Watch:
         self.declared: set[str] = set()
         self.gradient: set[str] = set()
         self.moved: set[str] = set()
+        self.sent: set[str] = set()
         self.steps = 0
 
     def __call__(self, task: LocalTask) -> LocalResult:
@@ -314,258 +305,70 @@ class _Watch:
         return result
 
 
+def _watched(
+    p: Prepared, federation: Federation, watch: _Watch, rows: Sequence[Examples], few: bool = False
+) -> tuple[Run, Server]:
+    """A run whose clients hold these rows and train under a watch, and its server; `few`: two clients take part."""
+
+    class Clients(ClientSide):
+        def results(self, round: int, tasks: Mapping[ClientId, LocalTask]) -> Iterator[tuple[ClientId, LocalResult]]:
+            for cid, task in tasks.items():
+                yield cid, self.client(cid).fit(task, watch)
+
+        def train(self, *args: Any) -> dict[ClientId, Trained]:
+            trained = super().train(*args)
+            parcels = [parcel for each in trained.values() for parcel in each.upload]
+            watch.sent |= {name for parcel in parcels for name in parcel.open().tensors}
+            return trained
+
+    class Watched(Here):
+        client_side = Clients
+
+        def __init__(self, prepared: Prepared, _: Sequence[Examples], label_counts: Sequence[Sequence[int]]) -> None:
+            super().__init__(prepared, rows, label_counts)
+
+    class Tried(Run):
+        def cohort(self, round: int) -> tuple[list[ClientId], list[ClientId]]:
+            first = list(range(min(2, len(rows))))
+            return (first, first) if few else super().cohort(round)
+
+    # What it scores does not matter here.
+    evaluation = p.scenario.evaluation.model_copy(update={"selection": "last", "probe_size": 0})
+    scenario = p.scenario.model_copy(update={"federation": federation, "evaluation": evaluation})
+    loaded = replace(p.loaded, validation=p.loaded.validation.select(np.arange(min(8, len(p.loaded.validation)))))
+    run = Tried(replace(p, scenario=scenario, loaded=loaded), Silent(), Watched)
+    assert isinstance(run.host, Watched)
+    return run, run.host.server.server
+
+
 def uploads_are_expected(subject: Subject) -> None:
     """No upload of a well-behaved client is refused, and something is sent in both directions."""
-    transport = subject.whole.transport
-    require(not transport.refused, f"an upload was refused: {transport.refused[:1]}")
-    require(transport.ledger.total("up") > 0, "clients send nothing")
-    require(transport.ledger.total("down") > 0, "the server sends nothing")
+    run = subject.whole
+    require(not run.refused, f"an upload was refused: {run.refused[:1]}")
+    require(run.ledger.total("up") > 0, "clients send nothing")
+    require(run.ledger.total("down") > 0, "the server sends nothing")
 
 
 def separate_processes(subject: Subject) -> None:
-    """Server and clients in processes of their own end with the tunables of a run in one process, bit for bit."""
-    p, together, expected = subject.prepared, subject.whole, subject.tuned
-    settings = p.method.model_dump(mode="json")
-    both = (p.request, settings, p.scenario.federation)
-    fm, evaluation = p.scenario.fm, p.scenario.evaluation
-    server_side = _Host(_server_process, *both, evaluation.every, fm, p.loaded.data.class_names, p.loaded.public)
-    client_side = _Host(_client_process, *both, together.rows)
-    with server_side as server, client_side as clients:
-        for round in range(p.scenario.federation.rounds):
-            cohort, staying = together.cohort(round)
-            downloads = server.ask("broadcast", round, cohort)
-            uploads = clients.ask("train", round, downloads, staying)
-            server.ask("aggregate", round, uploads)
-        apart = deserialise(server.ask("plug_in")).tensors
+    """Server and clients in processes of their own give the record and the tunables of a run in one process."""
+    p, expected, name = subject.prepared, subject.tuned, subject.prepared.method.name
+    host = partial(
+        Apart,
+        server_watch=Guard(CLIENTS_DATA, f"the server of {name} tried to load the clients' data"),
+        client_watch=Guard(THE_FM, f"a client of {name} tried to load the FM"),
+    )
+    try:
+        run = Run(_with_workers(p, 1), Silent(), host)
+        with run.host:
+            run.loop(None)
+            apart = run.host.server.tuned().tensors
+            record = finish(run)
+    except (FedbenchError, RuntimeError) as error:
+        raise Violation(str(error)) from None
     require(set(apart) == set(expected), "the tuned FM has other tunables when the sides are apart")
     for name, tensor in expected.items():
         require(torch.equal(tensor, apart[name]), f"{name!r} differs when server and clients are in separate processes")
-
-
-class ServerSide:
-    """A server that takes and gives payloads."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    def broadcast(self, round: int, cohort: Sequence[ClientId]) -> dict[ClientId, list[bytes]]:
-        return {c: [serialise(m) for m in messages] for c, messages in self.server.broadcast(round, cohort).items()}
-
-    def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[bytes]]) -> None:
-        accepted: dict[ClientId, Sequence[Message]] = {}
-        transport, expected = Transport(), self.server.expected(round)
-        for client, payloads in uploads.items():
-            received = [deserialise(payload) for payload in payloads]
-            messages = transport.upload(round, client, received, expected, self.server.accept)
-            if messages is not None:
-                accepted[client] = messages
-        if not accepted:
-            return
-        self.server.aggregate(round, accepted)
-        if self.server.aligns(round):
-            self.server.plug_in()
-            self.server.align(round)
-
-    def plug_in(self) -> bytes:
-        model = self.server.plug_in()
-        return serialise(Message("adapter", get_tensors(model, tunable_names(model))))
-
-
-class ClientSide:
-    """The clients, each with its rows, that take and give payloads; `execute` trains them."""
-
-    def __init__(
-        self,
-        method: Method,
-        streams: Streams,
-        federation: Federation,
-        rows: Sequence[Examples],
-        execute: Callable[[LocalTask], LocalResult],
-    ) -> None:
-        self.method, self.rows, self.execute = method, rows, execute
-        self.context = partial(ClientContext, streams=streams, federation=federation)
-        self.modules = ModuleCache(torch.device("cpu"))
-        self.clients: dict[ClientId, Client] = {}
-
-    def train(
-        self, round: int, downloads: Mapping[ClientId, Sequence[bytes]], staying: Sequence[ClientId]
-    ) -> dict[ClientId, list[bytes]]:
-        uploads = {}
-        for cid, payloads in downloads.items():
-            if cid not in self.clients:
-                self.clients[cid] = self.method.client(self.context(cid, modules=self.modules))
-            client = self.clients[cid]
-            task = client.task(round, [deserialise(payload) for payload in payloads], self.rows[cid])
-            if cid in staying:
-                uploads[cid] = [serialise(m) for m in client.upload(round, client.fit(task, self.execute))]
-        return uploads
-
-
-def _sides(
-    p: Prepared, federation: Federation, rows: Sequence[Examples], execute: Callable[[LocalTask], LocalResult]
-) -> tuple[ServerSide, ClientSide]:
-    """Both sides of a run in this process."""
-    streams, cache = Streams(p.request.seed, p.scenario.name), cache_folder(p.request.cache)
-    context = ServerContext(streams, federation, Execution(), cache, p.scenario.evaluation.every)
-    server = ServerSide(p.method.server(p.loaded.fm, p.loaded.public, context))
-    return server, ClientSide(p.method, streams, federation, rows, execute)
-
-
-class _Host:
-    """A child process that answers questions over a pipe; an error there is raised here."""
-
-    def __init__(self, target: Callable[..., None], *args: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        threads = torch.get_num_threads()
-        self.process = context.Process(target=target, args=(theirs, threads, *args), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, *question: Any) -> Any:
-        self.connection.send(question)
-        try:
-            ok, answer = self.connection.recv()
-        except EOFError:
-            raise Violation(f"the {self.process.name} process ended at {question[0]!r}") from None
-        if not ok:
-            raise Violation(answer)
-        return answer
-
-    def __enter__(self) -> _Host:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.kill()
-
-
-def _answer(connection: Connection, make: Callable[[], Any]) -> None:
-    """Answer questions by the methods of what `make` makes, or why there is no answer: a forbidden call above all."""
-    host: Any = None
-    while True:
-        try:
-            action, *arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            host = host or make()
-            answer = (True, getattr(host, action)(*arguments))
-        except Exception:
-            answer = (False, traceback.format_exc(limit=-3))
-        connection.send((False, _forbidden_calls[0]) if _forbidden_calls else answer)
-
-
-def _load_method(request: RunRequest, settings: Mapping[str, Any]) -> Method:
-    """The method, loaded anew in a child process: a plug-in's classes cannot be sent there."""
-    return Registry(request.plugins).load_method(request.method).model_validate(dict(settings))
-
-
-CLIENTS_DATA = (
-    "fedbench.data.load:load_data",
-    "fedbench.run.prepare:_load",
-    "fedbench.run.prepare:prepare",
-    "fedbench.data.sets.text:load_text_set",
-    "fedbench.data.sets.text:read_text_file",
-    "fedbench.data.sets.images:load_image_set",
-    "fedbench.data.sets.embedded:EMBEDDED",
-    "fedbench.data.sources:read_parquet",
-)
-"""What could load the clients' rows."""
-
-THE_FM = (
-    "fedbench.models.zoo.load:load_fm",
-    "fedbench.models.checkpoint:_checkpoint",
-    "fedbench.models.zoo.load:minilm_folder",
-    "fedbench.models.zoo.vit_digits:vit_digits",
-    "fedbench.run.prepare:_load",
-    "fedbench.run.prepare:prepare",
-    "fedbench.files:load_tensors",
-    "transformers:PreTrainedModel.from_pretrained",
-    "safetensors.torch:load_file",
-    "safetensors:safe_open",
-)
-"""What could load the foundation model."""
-
-_forbidden_calls: list[str] = []
-"""Why calls in this process were forbidden; kept, as a method might catch what they raise."""
-
-
-def _refuse(*_: Any, _why: str = "", **__: Any) -> Any:
-    from fedbench.check.suite import Violation, _forbidden_calls  # this code runs in the place of another module's
-
-    _forbidden_calls.append(_why)
-    raise Violation(_why)
-
-
-def forbid(doors: Sequence[str], why: str) -> None:
-    """Let each of `doors`, "module:name", raise Violation(why) in this process, for whoever holds it already too.
-
-    A name may stand for a function, a mapping of functions, or a class or method of another library. Raises LookupError
-    for one that does not exist: a guard of nothing guards nothing.
-    """
-    for door in doors:
-        module, _, path = door.partition(":")
-        found: Any = importlib.import_module(module)
-        owner, name = found, path
-        for name in path.split("."):
-            if not hasattr(found, name):
-                raise LookupError(f"the contract forbids {door}, which does not exist")
-            owner, found = found, getattr(found, name)
-        for function in found.values() if isinstance(found, Mapping) else [found]:
-            plain = inspect.unwrap(function)
-            if inspect.isfunction(plain) and not plain.__closure__:
-                # Its code rather than its name: other modules have imported the function, and tables hold it.
-                plain.__code__, plain.__defaults__, plain.__kwdefaults__ = _refuse.__code__, None, {"_why": why}
-            else:
-                setattr(owner, name, partial(_refuse, _why=why))
-
-
-def _server_process(
-    connection: Connection,
-    threads: int,
-    request: RunRequest,
-    settings: Mapping[str, Any],
-    federation: Federation,
-    evaluate_every: int,
-    fm_name: str,
-    class_names: tuple[str, ...],
-    public: Examples | None,
-) -> None:
-    """The server's side: FM and public rows; loading labelled data here is an error."""
-    torch.set_num_threads(threads)
-
-    def make() -> ServerSide:
-        cache = cache_folder(request.cache)
-        fm = load_fm(fm_name, len(class_names), cache, class_names)
-        forbid(CLIENTS_DATA, f"the server of {request.method} tried to load the clients' data")
-        method = _load_method(request, settings)
-        streams = Streams(request.seed, request.scenario)
-        context = ServerContext(streams, federation, Execution(), cache, evaluate_every)
-        return ServerSide(method.server(fm, public, context))
-
-    _answer(connection, make)
-
-
-def _client_process(
-    connection: Connection,
-    threads: int,
-    request: RunRequest,
-    settings: Mapping[str, Any],
-    federation: Federation,
-    rows: list[Examples],
-) -> None:
-    """The clients' side: their own rows and the method's settings; loading an FM here is an error."""
-    torch.set_num_threads(threads)
-
-    def make() -> ClientSide:
-        forbid(THE_FM, f"a client of {request.method} tried to load the FM")
-        method, streams = _load_method(request, settings), Streams(request.seed, request.scenario)
-        return ClientSide(method, streams, federation, rows, lambda task: execute(task, Execution()))
-
-    _answer(connection, make)
+    _compare(subject.record, record)
 
 
 def tensors_close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], relative: float) -> bool:

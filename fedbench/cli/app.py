@@ -258,7 +258,7 @@ def run_command(
     with console.status("loading") if console.is_terminal else _nothing():
         from fedbench.cli.progress import ConsoleProgress
         from fedbench.records import store as records
-        from fedbench.run import loop as engine
+        from fedbench.run import run as running
         from fedbench.run.prepare import prepare
         from fedbench.tables import report
 
@@ -274,7 +274,7 @@ def run_command(
     before = records.load(path) if path.exists() else None
     try:
         with ConsoleProgress(console) as progress:
-            record = engine.run(prepared, progress)
+            record = running.run(prepared, progress)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on after the last finished round")
         raise typer.Exit(130) from None

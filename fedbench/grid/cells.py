@@ -391,9 +391,9 @@ class EngineRunner:
         )
 
     def run(self, prepared: Any) -> Record:
-        from fedbench.run import loop
+        from fedbench.run.run import run
 
-        return loop.run(prepared, self.progress)
+        return run(prepared, self.progress)
 
 
 def load_grid(name: str) -> Grid:

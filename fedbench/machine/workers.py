@@ -115,7 +115,7 @@ def fork_map(
     parent = os.getpid()
 
     def work(connection: Connection, others: Sequence[Connection]) -> None:
-        _end_with(parent)
+        end_with(parent)
         # While a worker holds the end that its answers are read from, it would wait for a reader for ever.
         for other in others:
             other.close()
@@ -193,7 +193,7 @@ def fork_map(
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Let the system kill this process when its parent, the process `parent`, has ended; only Linux can."""
     if sys.platform == "linux":
         import ctypes

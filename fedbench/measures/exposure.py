@@ -5,12 +5,18 @@ A proxy method exists because the FM must not be given away, so what its proxy g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedbench.api.messages import Source
+from fedbench.api.messages import SETUP_KINDS, Message, Source, State
+from fedbench.api.sides import Server
+from fedbench.files import state_digest
+from fedbench.measures.observer import Observer
+from fedbench.models.foundation import FoundationModel
+from fedbench.models.weights import frozen_state
 
 NEAR = 0.01
 """An element counts as exposed within this relative distance of the FM's value."""
@@ -75,3 +81,36 @@ class Exposure:
         self._verbatim = {n: state[f"verbatim.{n}"] for n in self._fm}
         self._near = {n: state[f"near.{n}"] for n in self._fm}
         self._whole = set()
+
+
+class Exposures(Observer):
+    """Compares with the FM whatever of it is sent: set-up messages, and the proxy as an alignment left it."""
+
+    name = "exposure"
+
+    def __init__(self, fm: FoundationModel) -> None:
+        self.exposure = Exposure(fm.state, fm.family.embeddings)
+        self._alignments: set[str] = set()
+        self._last: Message | None = None
+
+    def sent(self, round: int, server: Server, messages: Sequence[Message]) -> None:
+        for message in messages:
+            # A large message that has not changed is the same object, round after round.
+            if message.kind in SETUP_KINDS and message is not self._last:
+                self.exposure.observe(message.tensors, server.fm_sources())
+                self._last = message
+        # Comparing a proxy with the FM takes some percent of a round, and the same alignment is sent for many rounds.
+        alignments = {state_digest(m.tensors) for m in messages if m.kind == "alignment"}
+        if not alignments <= self._alignments and (proxy := server.proxy()) is not None:
+            self.exposure.observe(frozen_state(proxy), server.fm_sources())
+            self._alignments |= alignments
+
+    def block(self, server: Server) -> dict[str, dict[str, float]]:
+        return self.exposure.block()
+
+    def state(self) -> State:
+        return State(self.exposure.state())
+
+    def restore(self, state: State | None, notes: Sequence[Any]) -> None:
+        assert state is not None
+        self.exposure.restore(dict(state.tensors))

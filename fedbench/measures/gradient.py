@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedbench.api.messages import State
+from fedbench.api.sides import Server
 from fedbench.data.examples import Examples
 from fedbench.forward.feed import forward
 from fedbench.machine.device import Execution
+from fedbench.machine.stopwatch import Stopwatch
 from fedbench.machine.workers import fork_map
+from fedbench.measures.observer import Observer
+from fedbench.models.parts import Parts
+from fedbench.models.weights import tunable_names
 
 
 def gradients(
@@ -114,3 +120,68 @@ def gradient_error(
         "head": compare(proxy, {n: g for n, g in shared.items() if is_head(n)}),
         "layers": [{"layer": layer, **compare(proxy, layers[layer])} for layer in sorted(layers)],
     }
+
+
+class GradientErrors(Observer):
+    """Gradient error along the method's own trajectory, on the probe rows; nothing where there is no proxy.
+
+    Points: before the first round, before and after each alignment, and after rounds of evaluation without one.
+    """
+
+    name = "gradient_error"
+
+    def __init__(self, probe: Examples, execution: Execution, time: Stopwatch) -> None:
+        self.probe, self.execution, self.time = probe, execution, time
+        self.points: list[dict[str, Any]] = []
+        self._noted = 0
+        self._reference: dict[str, Tensor] | None = None
+        self._aligned = -1
+
+    def started(self, server: Server) -> None:
+        self.measure(server, -1, "start")
+
+    def aligning(self, round: int, server: Server) -> None:
+        self._reference = self.measure(server, round, "before_alignment")
+
+    def aligned(self, round: int, server: Server) -> None:
+        self.measure(server, round, "after_alignment", self._reference)
+        self._reference, self._aligned = None, round
+
+    def ended(self, round: int, server: Server, due: bool) -> Mapping[str, Any]:
+        if due and self._aligned != round:
+            self.measure(server, round, "round")
+        return {}
+
+    def measure(
+        self, server: Server, round: int, phase: str, reference: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor] | None:
+        """Append one point; nothing where there is no proxy.
+
+        Returns the FM's gradient, which is the `reference` of another point at the same tunable values.
+        """
+        proxy = server.proxy()
+        if proxy is None or len(self.probe) == 0:
+            return None
+        with self.time("gradient"):
+            fm, names = server.plug_in(), server.fm_names()
+            if reference is None:
+                reference = gradients(fm, tunable_names(fm), self.probe, self.execution)
+            mine = gradients(proxy, list(names), self.probe, self.execution)
+            parts = Parts(fm)
+            block = gradient_error({names[n]: g for n, g in mine.items()}, reference, parts.layer_of, parts.is_head)
+        self.points.append({"round": round, "phase": phase, **block})
+        return reference
+
+    def block(self, server: Server) -> dict[str, Any] | None:
+        # The headline is over all of the FM's tunables: the one set that is the same for every method.
+        errors = [e for point in self.points if (e := point["zero_filled"]["error"]) is not None]
+        if not errors:
+            return None
+        return {"points": self.points, "start": errors[0], "mean": float(np.mean(errors)), "final": errors[-1]}
+
+    def notes(self) -> list[Any]:
+        new, self._noted = self.points[self._noted :], len(self.points)
+        return new
+
+    def restore(self, state: State | None, notes: Sequence[Any]) -> None:
+        self.points, self._noted = list(notes), len(notes)

@@ -14,17 +14,22 @@ import json
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fedbench.api.messages import ClientId, State
-from fedbench.api.sides import Client
 from fedbench.errors import DamagedFileError
 from fedbench.files import append_text, load_tensors, save_tensors, write_text
 
 INDEX = "checkpoint.json"
 Block = dict[str, Any]
+
+
+class Held(Protocol):
+    """Whatever has a state that can be asked for."""
+
+    def state(self) -> State: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Checkpoint:
     def write(
         self,
         parts: Mapping[str, State],
-        clients: Mapping[ClientId, Client],
+        clients: Mapping[ClientId, Held],
         changed: Set[ClientId],
         history: Callable[[int], list[Any]],
         values: Mapping[str, Any],

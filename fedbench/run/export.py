@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fedbench.errors import FedbenchError
 from fedbench.files import load_tensors, save_tensors
@@ -31,17 +31,29 @@ def adapter_path(results: Path, key: str) -> Path:
     return results / "adapters" / f"{key[:12]}.safetensors"
 
 
-def keep_adapter(model: nn.Module, path: Path, key: str) -> None:
-    """Write LoRA and head of a tuned FM to `path`, atomically; `key` is the run's."""
+@dataclass(frozen=True)
+class Adapter:
+    """What was tuned of an FM: LoRA and head by name, and what it fits."""
+
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """LoRA and head of a tuned FM."""
     config: Any = model.config
     about = {
-        "key": key,
         "model_type": config.model_type,
         "num_labels": config.num_labels,
         # Rank and alpha of each linear layer with an adapter.
         "lora": {n: [m.r["default"], m.lora_alpha["default"]] for n, m in _adapted(model).items()},
     }
-    save_tensors(path, get_tensors(model, tunable_names(model)), {"fedbench": json.dumps(about)})
+    return Adapter(get_tensors(model, tunable_names(model)), about)
+
+
+def keep_adapter(adapter: Adapter, path: Path, key: str) -> None:
+    """Write what was tuned to `path`, atomically; `key` is the run's."""
+    save_tensors(path, dict(adapter.tensors), {"fedbench": json.dumps({"key": key, **adapter.about})})
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fedbench.errors import FedbenchError
 from fedbench.files import try_folder
 from fedbench.machine.device import Execution, choose_execution
 from fedbench.machine.paths import cache_folder
+from fedbench.measures.scores import HeldOut
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
 from fedbench.models.zoo.load import load_fm
@@ -27,7 +28,7 @@ from fedbench.names import nearest
 from fedbench.records import provenance
 from fedbench.records.store import SCHEMA, record_key
 from fedbench.registry import Registry
-from fedbench.run.request import RunRequest
+from fedbench.run.request import Brief, RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
 from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario
@@ -50,6 +51,22 @@ class Prepared:
     key: str
     unavailable: str | None
     planned: tuple[str, ...]
+
+    @property
+    def brief(self) -> Brief:
+        """What both sides of the run are told."""
+        return Brief(self.scenario, self.request.seed, self.execution, cache_folder(self.request.cache))
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The rows that no client trains on.
+
+        The probe is drawn from the validation rows by a stream of its own: the same for every method.
+        """
+        loaded, rows = self.loaded, self.loaded.validation
+        size = min(self.scenario.evaluation.probe_size, len(rows))
+        probe = rows.select(self.brief.streams.numpy("probe").permutation(len(rows))[:size])
+        return HeldOut(rows, probe, loaded.test, loaded.data.test_name, loaded.extra_tests)
 
     @property
     def fm_name(self) -> str:

@@ -1,10 +1,14 @@
-"""What a user asks for."""
+"""What a user asks for, and what both sides of a run are told."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from fedbench.machine.device import Execution
+from fedbench.rng import Streams
+from fedbench.scenario.tables import Scenario
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,18 @@ class RunRequest:
     plugins: tuple[str, ...] = ()
     executor: str = "auto"
     workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What both sides are told: settings and seed, and how to compute. `cache`: where reusable files lie."""
+
+    scenario: Scenario
+    seed: int
+    execution: Execution
+    cache: Path
+
+    @property
+    def streams(self) -> Streams:
+        """The random streams of the run."""
+        return Streams(self.seed, self.scenario.name)

@@ -28,13 +28,15 @@ from torch import Tensor, nn
 
 from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId
-from fedbench.api.sides import Client, Method
+from fedbench.api.sides import Client, Method, Server
 from fedbench.errors import FedbenchError
-from fedbench.measures.gradient import aggregation_error, gradient_error, gradients
+from fedbench.measures.gradient import GradientErrors, aggregation_error, gradient_error, gradients
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.models.parts import Parts
 from fedbench.models.weights import get_tensors, set_tensors, tunable_names
 from fedbench.records import provenance
+from fedbench.run.hosts.here import Here
+from fedbench.run.hosts.side import ClientSide
 from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared
 from fedbench.run.progress import Progress, Silent
@@ -100,15 +102,12 @@ def study(prepared: Sequence[Prepared], progress: Progress | None = None) -> lis
     traces: dict[str, Trace] = {}
     out = []
     for p in prepared:
-        run = _Studied(p, progress or Silent())
+        studied = _Studied(p, progress or Silent())
         reference = matched(p.method)
         key = reference.model_dump_json()
         if key not in traces:
-            first = _Reference(replace(p, method=reference), progress or Silent())
-            first.loop(None)
-            traces[key] = first.trace
-        run.follow(traces[key])
-        run.loop(None)
+            traces[key] = _Reference(replace(p, method=reference), progress or Silent()).trace
+        studied.follow(traces[key])
         about = {
             "method": p.identity["method"],
             "scenario": dict(p.identity["scenario"]) | {"name": p.scenario.name},
@@ -116,111 +115,161 @@ def study(prepared: Sequence[Prepared], progress: Progress | None = None) -> lis
             "seed": p.request.seed,
             "key": p.key,
             "reference": {"name": reference.name, "settings": reference.model_dump(mode="json")},
-            "probe_rows": len(run.probe),
+            "probe_rows": len(p.held_out.probe),
             "provenance": provenance.collect(p.execution.device) | {"executor": p.execution.executor},
         }
-        out.append(Study(about, run.points, run.updates, run.drift, run.server.residuals()))
+        updates = studied.errors.compared.updates
+        out.append(Study(about, studied.errors.points, updates, studied.drift, studied.server.residuals()))
     return out
 
 
-class _Reference(Run):
+class _NotingClients(ClientSide):
+    """Clients whose updates are written down, round by round."""
+
+    updates: list[dict[ClientId, dict[str, Tensor]]]
+
+    def results(self, round: int, tasks: Mapping[ClientId, LocalTask]) -> Iterator[tuple[ClientId, LocalResult]]:
+        updates: dict[ClientId, dict[str, Tensor]] = {}
+        for cid, result in super().results(round, tasks):
+            updates[cid] = _update(tasks[cid], result)
+            yield cid, result
+        self.updates.append(updates)
+
+
+class _NotingHost(Here):
+    client_side = _NotingClients
+    clients: _NotingClients
+
+
+class _Reference:
     """A run on the full FM that writes down where it came by."""
 
     def __init__(self, prepared: Prepared, progress: Progress) -> None:
-        super().__init__(prepared, progress)
+        run = Run(prepared, progress, _NotingHost)
+        assert isinstance(run.host, _NotingHost)
         self.trace = Trace()
-        self._note()
+        run.host.clients.updates = self.trace.updates
+        self._note(run.host.server.server)
+        for round in range(run.federation.rounds):
+            run.loop(None, until=round + 1)
+            self._note(run.host.server.server)
 
-    def _note(self) -> None:
-        fm = self.server.plug_in()
-        self.trace.values.append(get_tensors(fm, tunable_names(fm)))
-
-    def round(self, round: int) -> None:
-        super().round(round)
-        self._note()
-
-    def _train(self, round: int, tasks: Mapping[ClientId, LocalTask]) -> dict[ClientId, LocalResult]:
-        results = super()._train(round, tasks)
-        self.trace.updates.append({cid: _update(tasks[cid], result) for cid, result in results.items()})
-        return results
+    def _note(self, server: Server) -> None:
+        model = server.plug_in()
+        self.trace.values.append(get_tensors(model, tunable_names(model)))
 
 
-class _Studied(Run):
-    """A run of a method that is compared with the reference on its way."""
+class _Comparing:
+    """What is compared with the reference along a run: the studied server, and the reference's trace."""
 
-    def __init__(self, prepared: Prepared, progress: Progress) -> None:
-        super().__init__(prepared, progress)
-        if self.server.proxy() is None:
-            raise FedbenchError(
-                f"{prepared.method.name}: its clients train the FM itself, so its gradients have no error; "
-                "name a method with a proxy, such as fedpft"
-            )
-        self.trace = Trace()
+    def __init__(self, server: Server, trace: Trace) -> None:
+        self.server, self.trace = server, trace
         self.updates: list[Block] = []
-        self.drift: list[Block] = []
         self.aggregation: float | None = None
 
-    def follow(self, trace: Trace) -> None:
-        """Compare with this run from now on."""
-        self.trace = trace
-
-    def _in_fm(self, tensors: Tensors) -> dict[str, Tensor]:
+    def in_fm(self, tensors: Tensors) -> dict[str, Tensor]:
+        """The same by the FM's names."""
         names = self.server.fm_names()
         return {names[name]: tensor for name, tensor in tensors.items()}
 
-    def _block(self, mine: Tensors, reference: Tensors) -> dict[str, Any]:
+    def block(self, mine: Tensors, reference: Tensors) -> dict[str, Any]:
+        """How far tensors by the FM's names are from the reference's."""
         parts = Parts(self.server.plug_in())
         own, theirs = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (mine, reference))
         return gradient_error(own, theirs, parts.layer_of, parts.is_head)
 
-    def round(self, round: int) -> None:
-        super().round(round)
-        start, theirs = self.trace.values[0], self.trace.values[round + 1]
-        now = get_tensors(self.server.plug_in(), list(self.server.fm_names().values()))
-        moved, expected = ({n: v - start[n] for n, v in values.items()} for values in (now, theirs))
-        self.drift.append({"round": round, "aggregation": self.aggregation, **self._block(moved, expected)})
 
-    def _train(self, round: int, tasks: Mapping[ClientId, LocalTask]) -> dict[ClientId, LocalResult]:
-        values, names = self.trace.values[round], self.server.fm_names()
+class _StudiedClients(ClientSide):
+    """Clients who also train from the reference's values, to compare one round's updates."""
+
+    compared: _Comparing
+
+    def results(self, round: int, tasks: Mapping[ClientId, LocalTask]) -> Iterator[tuple[ClientId, LocalResult]]:
+        compared = self.compared
+        values, names = compared.trace.values[round], compared.server.fm_names()
         common = {
             cid: replace(task, tunables={name: values[names[name]] for name in task.tunables}, observers={})
             for cid, task in tasks.items()
             # A client with a `fit` of its own does not train by gradients alone.
             if type(self.client(cid)).fit is Client.fit
         }
-        shown, self.progress = self.progress, Silent()
-        from_common = super()._train(round, common)
-        self.progress = shown
+        from_common = dict(super().results(round, common))
         blocks = [
-            self._block(self._in_fm(_update(common[cid], result)), self.trace.updates[round][cid])
-            for cid, result in from_common.items()
+            compared.block(compared.in_fm(_update(task, from_common[cid])), compared.trace.updates[round][cid])
+            for cid, task in common.items()
         ]
         if blocks:
-            self.updates.append({"round": round, "clients": len(blocks), **mean_block(blocks)})
-        results = super()._train(round, tasks)
-        weights = [len(self.rows[cid]) for cid in results]
-        self.aggregation = aggregation_error([r.tunables for r in results.values()], weights) if results else None
-        return results
+            compared.updates.append({"round": round, "clients": len(blocks), **mean_block(blocks)})
+        found = {}
+        for cid, result in super().results(round, tasks):
+            found[cid] = result
+            yield cid, result
+        weights = [len(self.rows[cid]) for cid in tasks]
+        tuned = [found[cid].tunables for cid in tasks]
+        compared.aggregation = aggregation_error(tuned, weights) if tuned else None
 
-    def _gradient_error(self, round: int, phase: str, reference: Tensors | None = None) -> Tensors | None:
-        own = super()._gradient_error(round, phase, reference)
+
+class _StudiedHost(Here):
+    client_side = _StudiedClients
+    clients: _StudiedClients
+
+
+class _CommonErrors(GradientErrors):
+    """Gradient errors along the method's own path and, under "common", at the values that the reference then has."""
+
+    compared: _Comparing
+
+    def measure(
+        self, server: Server, round: int, phase: str, reference: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor] | None:
+        own = super().measure(server, round, phase, reference)
         if own is not None:
-            self.points[-1]["common"] = self._common(round)
+            self.points[-1]["common"] = self._common(server, round)
         return own
 
-    def _common(self, round: int) -> dict[str, Any]:
-        """The gradient's error at the values the reference has after `round`."""
-        values, names = self.trace.values[round + 1], self.server.fm_names()
-        if round not in self.trace.gradients:
-            fm = self.server.plug_in()
+    def _common(self, server: Server, round: int) -> dict[str, Any]:
+        compared, trace, names = self.compared, self.compared.trace, server.fm_names()
+        values = trace.values[round + 1]
+        if round not in trace.gradients:
+            fm = server.plug_in()
             with _holding(fm, values):
-                found = gradients(fm, tunable_names(fm), self.probe, self.p.execution)
-            self.trace.gradients[round] = found
-        proxy = self.server.proxy()
+                trace.gradients[round] = gradients(fm, tunable_names(fm), self.probe, self.execution)
+        proxy = server.proxy()
         assert proxy is not None
         with _holding(proxy, {name: values[names[name]] for name in names}):
-            mine = gradients(proxy, list(names), self.probe, self.p.execution)
-        return self._block(self._in_fm(mine), self.trace.gradients[round])
+            mine = gradients(proxy, list(names), self.probe, self.execution)
+        return compared.block(compared.in_fm(mine), trace.gradients[round])
+
+
+class _Studied:
+    """A run of a method that is compared with the reference on its way."""
+
+    def __init__(self, prepared: Prepared, progress: Progress) -> None:
+        self.run = Run(prepared, progress, _StudiedHost)
+        assert isinstance(self.run.host, _StudiedHost)
+        self.host = self.run.host
+        self.server = self.host.server.server
+        if self.server.proxy() is None:
+            raise FedbenchError(
+                f"{prepared.method.name}: its clients train the FM itself, so its gradients have no error; "
+                "name a method with a proxy, such as fedpft"
+            )
+        self.errors = _CommonErrors(prepared.held_out.probe, prepared.execution, self.run.time)
+        self.host.server.observers = tuple(
+            self.errors if isinstance(o, GradientErrors) else o for o in self.host.server.observers
+        )
+        self.drift: list[Block] = []
+
+    def follow(self, trace: Trace) -> None:
+        """Run all rounds, comparing with this run of the reference."""
+        compared = self.errors.compared = self.host.clients.compared = _Comparing(self.server, trace)
+        start = trace.values[0]
+        for round in range(self.run.federation.rounds):
+            self.run.loop(None, until=round + 1)
+            now = get_tensors(self.server.plug_in(), list(self.server.fm_names().values()))
+            moved, expected = ({n: v - start[n] for n, v in x.items()} for x in (now, trace.values[round + 1]))
+            block = compared.block(moved, expected)
+            self.drift.append({"round": round, "aggregation": compared.aggregation, **block})
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import frozen_state, tunable_names
 from fedbench.rng import Streams
 from fedbench.run.loop import Run
+from fedbench.run.post import Transport
 from fedbench.run.prepare import prepare
 from fedbench.run.progress import Silent
 from fedbench.run.request import RunRequest
-from fedbench.run.transport import Transport
 from fedbench.scenario.tables import SplitSettings
 
 

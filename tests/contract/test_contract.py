@@ -22,10 +22,11 @@ from fedbench.check.suite import check_method
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.records.store import comparable, load, record_path
 from fedbench.registry import Registry
-from fedbench.run.loop import Run, run
+from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, prepare
 from fedbench.run.progress import Silent
 from fedbench.run.request import RunRequest
+from fedbench.run.run import run
 
 METHODS = sorted(Registry(()).methods)
 SETTINGS = {"fedpft": {"t": "1", "r": "6"}, "fedot": {"emulator": "1"}}
@@ -89,9 +90,9 @@ def test_setup_is_charged_once_to_each_client_when_first_sampled(fm: str, tmp_pa
     for r in this.rounds:
         for cid in r["cohort"]:
             first.setdefault(cid, r["round"])
-    charged = {e.client: e.round for e in this.transport.ledger.entries if e.kind == "fm"}
+    charged = {e.client: e.round for e in this.ledger.entries if e.kind == "fm"}
     assert charged == first
-    assert sum(e.kind == "fm" for e in this.transport.ledger.entries) == len(first)
+    assert sum(e.kind == "fm" for e in this.ledger.entries) == len(first)
 
 
 def test_every_method_faces_the_same_partition_and_cohorts(fm: str, tmp_path: Path) -> None:
@@ -106,8 +107,8 @@ def test_clients_that_drop_out_are_charged_for_what_they_were_sent(fm: str, tmp_
     sampled = sum(len(r["cohort"]) for r in this.rounds)
     arrived = sum(len(r["arrived"]) for r in this.rounds)
     assert 0 < arrived < sampled
-    sent = [e for e in this.transport.ledger.entries if (e.direction, e.kind) == ("down", "adapter")]
-    got = [e for e in this.transport.ledger.entries if (e.direction, e.kind) == ("up", "adapter")]
+    sent = [e for e in this.ledger.entries if (e.direction, e.kind) == ("down", "adapter")]
+    got = [e for e in this.ledger.entries if (e.direction, e.kind) == ("up", "adapter")]
     assert (len(sent), len(got)) == (sampled, arrived)
 
 

@@ -17,9 +17,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import save_tiny_bert
 
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
+from fedbench.run.run import run
 
 STORED = Path(__file__).with_name("golden.json")
 METHODS = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import save_tiny_bert
 
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
+from fedbench.run.run import run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

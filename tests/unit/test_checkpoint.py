@@ -24,9 +24,10 @@ from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
 from fedbench.models.weights import frozen_state
 from fedbench.records.store import comparable
 from fedbench.run.checkpoint import INDEX, read_checkpoint
-from fedbench.run.loop import Run, checkpoint_folder, run
+from fedbench.run.loop import Run
 from fedbench.run.prepare import prepare
 from fedbench.run.progress import Silent
+from fedbench.run.run import checkpoint_folder, run
 
 
 def run_of(folder: Path, method: str = "fedpft") -> Run:
@@ -103,10 +104,10 @@ def test_a_resumed_run_goes_on_as_one_that_was_never_stopped(tmp_path: Path, mon
     last.loop(None)
     assert last.rounds == whole.rounds
     assert last.points == whole.points
-    assert last.transport.ledger == whole.transport.ledger
-    assert last.transport.refused == whole.transport.refused
-    assert {client for _, client, _ in whole.transport.refused} == {1}
-    assert whole.transport.refused[0][0] < 3, "one was refused before the last checkpoint"
+    assert last.ledger == whole.ledger
+    assert last.refused == whole.refused
+    assert {client for _, client, _ in whole.refused} == {1}
+    assert whole.refused[0][0] < 3, "one was refused before the last checkpoint"
     assert comparable(last.finish()) == comparable(whole.finish())
 
 

@@ -22,8 +22,8 @@ from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.grid.cells import Cell, Outcome, run_grid
 from fedbench.records.store import Record, save
 from fedbench.run.claims import claim
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
+from fedbench.run.run import run
 
 KEY = "a" * 64
 HOLD = """

@@ -18,6 +18,7 @@ from fedbench.api.messages import ClientId
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.machine.device import Execution, choose_device, choose_executor, choose_precision
 from fedbench.machine.paths import cache_folder
+from fedbench.machine.stopwatch import Stopwatch
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.measures.cost import most_tokens
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
@@ -25,10 +26,11 @@ from fedbench.methods.fedpft import FedPFT
 from fedbench.records.store import load_all
 from fedbench.run import loop as engine
 from fedbench.run import prepare as preparing
-from fedbench.run.loop import Run, Stopwatch, checkpoint_folder
+from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, make_method, parse_values, prepare, split_settings
 from fedbench.run.progress import Silent
 from fedbench.run.request import RunRequest
+from fedbench.run.run import checkpoint_folder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -273,7 +275,7 @@ def test_a_client_that_drops_out_is_sent_everything_and_sends_nothing(request_of
     one.loop(None)
     for round, entry in enumerate(one.rounds):
         cohort, staying = one.cohort(round)
-        crossed = [e for e in one.transport.ledger.entries if e.round == round]
+        crossed = [e for e in one.ledger.entries if e.round == round]
         assert 0 < len(staying) < len(cohort) == 6
         assert entry["cohort"] == cohort
         assert entry["arrived"] == sorted({e.client for e in crossed if e.direction == "up"}) == staying

@@ -22,8 +22,8 @@ from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import set_tensors
 from fedbench.records.store import Record, path_of, unpack_correct
 from fedbench.run.export import adapter_path, export_adapter
-from fedbench.run.loop import run
 from fedbench.run.prepare import Prepared, prepare
+from fedbench.run.run import run
 
 
 @dataclass(frozen=True)

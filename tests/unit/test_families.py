@@ -50,8 +50,8 @@ from fedbench.models.reading import encode, unknown_tokens
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import get_tensors, set_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
+from fedbench.run.run import run
 from fedbench.training.alone import execute
 
 CPU = torch.device("cpu")

@@ -23,8 +23,8 @@ from fedbench.data.rows import RawData
 from fedbench.data.sets.images import IMAGE_SETS
 from fedbench.data.sources import HubState
 from fedbench.errors import FedbenchError
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
+from fedbench.run.run import run
 from fedbench.scenario.tables import DatasetSettings, PublicSettings
 
 CIFAR10 = DatasetSettings(name="cifar10", validation=10)

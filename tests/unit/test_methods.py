@@ -29,7 +29,7 @@ from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
 from fedbench.models.weights import frozen_state, get_tensors, tunable_names
 from fedbench.rng import Streams
-from fedbench.run.transport import deserialise, serialise
+from fedbench.run.payloads import deserialise, serialise
 from fedbench.training.alone import execute
 
 CPU = torch.device("cpu")

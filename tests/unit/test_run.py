@@ -23,9 +23,10 @@ from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.records.store import pack_correct
-from fedbench.run.loop import Run, run
+from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, prepare
 from fedbench.run.progress import Silent
+from fedbench.run.run import run
 from fedbench.training.alone import execute
 from fedbench.training.cohort import execute_all
 
@@ -110,7 +111,7 @@ def test_a_client_that_claims_more_rows_than_it_has_does_not_count(
     this.loop(None)
     assert this.rounds[0]["arrived"] == [0, 2, 3]
     n = len(this.rows[1])
-    assert this.transport.refused == [(0, 1, f"adapter: num_examples is {n + 1}, but the client has no more than {n}")]
+    assert this.refused == [(0, 1, f"adapter: num_examples is {n + 1}, but the client has no more than {n}")]
 
 
 def test_an_absurd_update_is_refused_where_a_largest_norm_is_set(
@@ -137,7 +138,7 @@ def test_set_up_is_what_clients_were_sent_first_whatever_its_kind(tmp_path: Path
         settings = {"emulator": "1"} if method == "fedot" else {}
         this = Run(prepared(tmp_path, method, **settings), Silent())
         this.loop(None)
-        sent = [e.bytes for e in this.transport.ledger.entries if e.kind == kind]
+        sent = [e.bytes for e in this.ledger.entries if e.kind == kind]
         assert len(sent) == 4, "one for each client"
         assert this.finish().communication["setup_bytes"] == sum(sent) > 4 * 10_000
 
@@ -151,7 +152,7 @@ def test_no_row_of_a_test_set_is_looked_at_before_the_end(tmp_path: Path, monkey
         scored.append(data)
         return evaluate(model, data, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fedbench.run.loop.evaluate", watched)
+    monkeypatch.setattr("fedbench.measures.scores.evaluate", watched)
     this.loop(None)
     assert {id(data) for data in scored} == {id(loaded.validation)}
     assert len(scored) == 2 * 3, "plug-in and proxy in every round"
@@ -229,7 +230,7 @@ def test_what_observers_see_is_never_more_than_the_bound(family: str, tmp_path: 
 
 
 def test_a_run_that_cannot_be_a_record_says_in_which_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedbench.run.loop.per_client", lambda *_: {"mean": 2.0, "std": 0.0, "worst_tenth": 0.5})
+    monkeypatch.setattr("fedbench.measures.scores.per_client", lambda *_: {"mean": 2.0, "std": 0.0, "worst_tenth": 0.5})
     with pytest.raises(
         FedbenchError,
         match=r"fedavg-lora on tweets-noniid: what came out is no record: accuracy.per_client.mean: .* 2.0",
@@ -250,7 +251,7 @@ def test_clients_are_trained_as_the_record_says(tmp_path: Path, monkeypatch: pyt
         asked.append((execution.fused, not execution.packed))
         return execute_all(tasks, execution)
 
-    monkeypatch.setattr("fedbench.run.loop.execute_all", watched)
+    monkeypatch.setattr("fedbench.run.hosts.side.execute_all", watched)
     record = run(prepare(replace(prepared(tmp_path).request, executor=executor)))
     assert record.provenance["executor"] == executor
     assert asked == [(executor == "fused", executor == "reference")]

@@ -17,8 +17,8 @@ from fedbench.errors import FedbenchError
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
 from fedbench.records.store import plain
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
+from fedbench.run.run import run
 from fedbench.study.report import layers_frame, markdown, points_frame, save, terminal
 from fedbench.study.study import Study, matched, mean_block, study
 

@@ -15,8 +15,8 @@ from fedbench.data.load import load_data
 from fedbench.data.sets.text import TEXT_SETS, read_text_file
 from fedbench.data.sources import HubState
 from fedbench.errors import FedbenchError
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
+from fedbench.run.run import run
 from fedbench.scenario.tables import DatasetSettings, PublicSettings
 
 OFFICIAL = '"3","Wall St. Bears","Short-sellers, ""Wall Street"" are\\seeing green"\n"1","Peace","talks\\begin"\n'

@@ -14,16 +14,10 @@ from safetensors.torch import save
 
 from fedbench.api.messages import Message, TensorSpec
 from fedbench.errors import MessageError
-from fedbench.run.transport import (
-    Bounds,
-    Ledger,
-    Transport,
-    deserialise,
-    header_length,
-    serialise,
-    size_limit,
-    update_norm,
-)
+from fedbench.run.gate import Bounds, size_limit, update_norm
+from fedbench.run.ledger import Ledger
+from fedbench.run.payloads import deserialise, header_length, serialise
+from fedbench.run.post import Transport
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 plain = st.one_of(

@@ -33,9 +33,9 @@ from fedbench.models.zoo.load import load_fm
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.run import loop as engine
-from fedbench.run.loop import run
 from fedbench.run.prepare import make_method, prepare, scenario_settings
 from fedbench.run.request import RunRequest
+from fedbench.run.run import run
 from fedbench.scenario.load import load_scenario
 from fedbench.training.alone import execute
 

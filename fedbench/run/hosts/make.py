@@ -1,0 +1,44 @@
+"""Makes the two sides of a run, wherever they are to live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedbench.api.context import ServerContext
+from fedbench.api.sides import Method
+from fedbench.data.examples import Examples
+from fedbench.machine.stopwatch import Stopwatch
+from fedbench.measures.exposure import Exposures
+from fedbench.measures.gradient import GradientErrors
+from fedbench.measures.scores import HeldOut, Scores
+from fedbench.models.foundation import FoundationModel
+from fedbench.run.hosts.side import ClientSide, ServerSide
+from fedbench.run.request import Brief
+
+
+def make_server(
+    brief: Brief,
+    method: Method,
+    fm: FoundationModel,
+    public: Examples | None,
+    rows: HeldOut,
+    label_counts: Sequence[Sequence[int]],
+    bytes_only: bool = False,
+) -> ServerSide:
+    """The server's side of `method`, with the measures of every record. label_counts: of each client, by class."""
+    time = Stopwatch()
+    federation, evaluation, execution = brief.scenario.federation, brief.scenario.evaluation, brief.execution
+    context = ServerContext(brief.streams, federation, execution, brief.cache, evaluation.every)
+    who = f"{method.name} on {brief.scenario.name}, seed {brief.seed}"
+    with time("setup"):
+        server = method.server(fm, public, context)
+    observers = [Exposures(fm), GradientErrors(rows.probe, execution, time)]
+    scores = Scores(rows, evaluation, execution, who, fm, label_counts, time)
+    return ServerSide(server, observers, scores, federation, time, bytes_only)
+
+
+def make_clients(
+    brief: Brief, method: Method, rows: Sequence[Examples], kind: type[ClientSide] = ClientSide
+) -> ClientSide:
+    """The clients' side of `method`; `rows` of each client. `kind`: what to make, for studies that look closer."""
+    return kind(method, brief.streams, brief.scenario.federation, rows, brief.execution)

@@ -1,0 +1,88 @@
+"""Carries messages across the boundary: packed by the sender, opened by the receiver.
+
+A sender packs a message into a `Parcel`, which says what it costs; a receiver opens it. Where both sides live in one
+process, a large message is decoded once for all its recipients, and one that is equal to the last of its kind is not
+packed again: the FM that newcomers are sent in every round is serialised once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedbench.api.messages import ClientId, Message
+from fedbench.errors import MessageError
+from fedbench.run.gate import check
+from fedbench.run.payloads import SHARED_FROM_BYTES, Parcel, deserialise
+
+
+@dataclass(slots=True)
+class Post:
+    """Packs what a server sends.
+
+    bytes_only: parcels leave this process, so each has to hold its payload; else a large one holds its message alone.
+    """
+
+    bytes_only: bool = False
+    _constant: dict[str, tuple[Message, Parcel]] = field(default_factory=dict, repr=False)
+
+    def pack(self, outbox: Mapping[ClientId, Sequence[Message]]) -> dict[ClientId, list[Parcel]]:
+        """The parcels of a broadcast, by client; clients who are sent one message share its parcel.
+
+        Raises MessageError if the server sends what it may not: that is a fault in the method.
+        """
+        # `outbox` keeps every message alive meanwhile, so an id stands for one message.
+        once: dict[int, Parcel] = {}
+        packed = {}
+        for client, messages in outbox.items():
+            packed[client] = [once.setdefault(id(m), once.get(id(m)) or self._parcel(m)) for m in messages]
+        return packed
+
+    def _parcel(self, message: Message) -> Parcel:
+        last = self._constant.get(message.kind)
+        if last is not None and _equal(message, last[0]):
+            return last[1]
+        parcel = Parcel.of(message)
+        assert parcel.payload is not None
+        decoded = deserialise(parcel.payload)
+        check(decoded, None)
+        if parcel.size >= SHARED_FROM_BYTES:
+            self._constant[message.kind] = decoded, parcel
+            if not self.bytes_only:
+                parcel.message, parcel.payload = decoded, None
+        return parcel
+
+
+@dataclass(slots=True)
+class Lent:
+    """Watches over tensors that were received: they are shared, so nobody may write to them."""
+
+    _tensors: list[tuple[str, Tensor, int]] = field(default_factory=list, repr=False)
+
+    def lend(self, message: Message) -> Message:
+        """The same message, watched until `close`."""
+        self._tensors += [(f"{message.kind}: {n}", t, t._version) for n, t in message.tensors.items()]
+        return message
+
+    def close(self) -> None:
+        """Raise MessageError if a receiver changed a tensor it was sent in place; then forget all."""
+        for name, tensor, version in self._tensors:
+            if tensor._version != version:
+                raise MessageError(f"received tensor {name!r} was changed in place; clone it before writing to it")
+        self._tensors.clear()
+
+
+def _equal(a: Message, b: Message) -> bool:
+    """Whether two messages have the same payload."""
+    return (
+        a.kind == b.kind
+        and dict(a.meta) == dict(b.meta)
+        and set(a.tensors) == set(b.tensors)
+        and all(
+            t.dtype == b.tensors[n].dtype and t.shape == b.tensors[n].shape and torch.equal(t.cpu(), b.tensors[n])
+            for n, t in a.tensors.items()
+        )
+    )

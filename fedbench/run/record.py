@@ -1,0 +1,92 @@
+"""A record made of a run: what was asked, what came out, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedbench.api.messages import SETUP_KINDS
+from fedbench.errors import FedbenchError
+from fedbench.machine.memory import peak_memory
+from fedbench.records import provenance
+from fedbench.records.store import SCHEMA, Record, complaint_of
+from fedbench.run.loop import Run
+
+
+def finish(run: Run) -> Record:
+    """Score the selected round on the test rows and write everything down."""
+    run.progress.phase("test", detail=f"{len(run.p.loaded.test)} rows")
+    return record_of(run, run.host.server.finish(run.federation.rounds))
+
+
+def without_scores(run: Run, why: str) -> Record:
+    """The record of a method that is not available here, and why."""
+    return record_of(run, {"plug_in": None, "proxy": None, "unavailable": why})
+
+
+def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
+    """The record of a run with these scores. Raises FedbenchError where what a method says of itself fits none."""
+    p, ledger, device = run.p, run.ledger, run.p.execution.device
+    server, clients = run.host.server.report(), run.host.clients.report()
+    labels, classes = p.loaded.train.labels.numpy(), len(p.loaded.data.class_names)
+    content = {
+        "schema": SCHEMA,
+        "status": "complete",
+        "error": None,
+        "identity": {
+            "key": p.key,
+            "method": p.method.name,
+            "method_version": p.method.version,
+            "scenario": p.scenario.name,
+            "seed": p.request.seed,
+            "fm": p.loaded.fm.name,
+            "data_hash": p.loaded.data.content_hash,
+            "fm_hash": p.loaded.fm.content_hash,
+            "inputs_hash": p.loaded.inputs_hash,
+            "precision": p.execution.precision,
+        },
+        "scenario": dict(p.identity["scenario"]) | {"title": p.scenario.title, "fm": p.loaded.fm.name},
+        "method": dict(p.identity["method"]) | {"planned": list(p.planned)},
+        "accuracy": dict(accuracy),
+        "communication": {
+            **{way: {"bytes": ledger.total(way), "by_kind": ledger.by_kind(way)} for way in ("up", "down")},
+            "setup_bytes": ledger.total("down", SETUP_KINDS),
+            "refused": [list(r) for r in run.refused],
+            "per_round": [{"round": r["round"], "up": r["bytes_up"], "down": r["bytes_down"]} for r in run.rounds],
+        },
+        **server["blocks"],
+        "distillation": server["residuals"],
+        "compute": {
+            "trainable_parameters": server["trainable_parameters"],
+            "resident_parameters": clients["resident_parameters"],
+            "local_steps": run.steps,
+            "step_flops": run.step_flops,
+            "peak_memory_bytes": peak_memory(device),
+            "seconds": {name: round(s, 3) for name, s in sorted(run.seconds().items())},
+        },
+        "rounds": run.rounds,
+        "partition": {
+            "hash": run.partition.hash(),
+            "sizes": run.partition.sizes(),
+            "label_counts": run.label_counts,
+            "skew": run.partition.skew(labels, classes),
+            "attempts": run.partition.attempts,
+        },
+        "provenance": {
+            **provenance.collect(device),
+            "notes": [*p.notes, *server["notes"]],
+            "fm": dict(p.loaded.fm.provenance),
+            "executor": p.execution.executor,
+            "workers": p.execution.workers,
+        },
+    }
+    try:
+        return Record.model_validate(content)
+    except ValidationError as error:
+        # Nothing a user did: what a plugin's method says of itself, or a fault of fedbench's.
+        raise FedbenchError(
+            f"{p.method.name} on {p.scenario.name}: what came out is no record: {complaint_of(error)}; "
+            "the fault is in the method, or in fedbench"
+        ) from error
