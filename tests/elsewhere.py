@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import points_of
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -25,6 +26,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from fedbench.run.loop import Run
 from fedbench.run.prepare import prepare
 from fedbench.run.progress import Silent
+from fedbench.run.record import finish
 from fedbench.run.request import RunRequest
 
 MIXES = ("copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_")
@@ -107,7 +109,7 @@ def run(request: RunRequest, device: torch.device | None) -> dict[str, list[floa
     """Losses, plug-in scores and gradient errors of all rounds, before and after a checkpoint."""
     prepared = prepare(request)
     if device is not None:
-        prepared = dataclasses.replace(prepared, device=device)
+        prepared = dataclasses.replace(prepared, execution=dataclasses.replace(prepared.execution, device=device))
     first = Run(prepared, Silent())
     first.loop(None, until=2)
     first.checkpoint(request.results)
@@ -117,8 +119,8 @@ def run(request: RunRequest, device: torch.device | None) -> dict[str, list[floa
     return {
         "loss": [r["loss"] for r in again.rounds],
         "plug-in": [r["plug_in_validation"] for r in again.rounds if "plug_in_validation" in r],
-        "gradient error": [p["zero_filled"]["error"] for p in again.points],
-        "score": [again.finish().accuracy["plug_in"]["accuracy"]],
+        "gradient error": [p["zero_filled"]["error"] for p in points_of(again)],
+        "score": [finish(again).accuracy["plug_in"]["accuracy"]],
     }
 
 

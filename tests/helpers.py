@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,15 @@ from fedbench.api.context import ServerContext
 from fedbench.data.examples import Batch, Examples
 from fedbench.forward.feed import Forward
 from fedbench.machine.device import Execution
+from fedbench.measures.exposure import Exposure, Exposures
+from fedbench.measures.gradient import GradientErrors
+from fedbench.measures.scores import Scores
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
+from fedbench.run.hosts.side import ClientSide
+from fedbench.run.loop import Run
 from fedbench.run.request import RunRequest
 from fedbench.scenario.tables import Federation
 
@@ -190,3 +196,32 @@ def smoke_request(folder: Path, method: str, scenario: str, fm: Path, **settings
         results=folder / "runs",
         cache=folder / "cache",
     )
+
+
+def server_of(run: Run) -> Any:
+    """The method's server of a run whose sides are both here."""
+    return run.host.server.server  # type: ignore[attr-defined]
+
+
+def scores_of(run: Run) -> Scores:
+    """What scores such a run."""
+    scores: Scores = run.host.server.scores  # type: ignore[attr-defined]
+    return scores
+
+
+def clients_of(run: Run) -> ClientSide:
+    """The clients' side of such a run."""
+    assert isinstance(run.host.clients, ClientSide)
+    return run.host.clients
+
+
+def points_of(run: Run) -> list[dict[str, Any]]:
+    """The points of gradient error that such a run has measured so far."""
+    [errors] = [o for o in run.host.server.observers if isinstance(o, GradientErrors)]  # type: ignore[attr-defined]
+    return errors.points
+
+
+def exposure_of(run: Run) -> Exposure:
+    """What such a run has exposed of the FM so far."""
+    [exposures] = [o for o in run.host.server.observers if isinstance(o, Exposures)]  # type: ignore[attr-defined]
+    return exposures.exposure

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId
+from fedbench.api.sides import Server
 from fedbench.check.guards import CLIENTS_DATA, THE_FM, Guard, Violation
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError

@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedbench.models.zoo.load import minilm_folder
-from fedbench.run import loop as engine
+from fedbench.run.loop import Run
 from fedbench.run.prepare import prepare
 from fedbench.run.progress import Silent
 from fedbench.run.request import RunRequest
@@ -61,8 +61,8 @@ class Workload:
             workers=workers,
         )
         self.rounds = rounds
-        self.run = engine.Run(prepare(request), Silent())
-        self.init: Values = {n: v.clone() for n, v in self.run.server.values.items()}  # type: ignore[attr-defined]
+        self.run = Run(prepare(request), Silent())
+        self.init: Values = {n: v.clone() for n, v in self.run.host.server.server.values.items()}  # type: ignore[attr-defined]
 
     def cohort(self, round: int) -> list[int]:
         return self.run.cohort(round)[0]
@@ -70,7 +70,7 @@ class Workload:
     def batches(self, client: int, round: int) -> Iterator[dict[str, torch.Tensor]]:
         """The client's padded batches of this round, as a plain loader would make them."""
         rows = self.run.rows[client]
-        context = self.run.client(client).ctx  # type: ignore[attr-defined]
+        context = self.run.host.clients.client(client).ctx  # type: ignore[attr-defined]
         for indices in context.batches(round, len(rows)):
             batch = rows.batch(indices)
             yield {**batch.inputs, "labels": batch.labels}
@@ -123,7 +123,7 @@ def run_fedbench(work: Workload) -> tuple[float, Values]:
     start = time.perf_counter()
     for round in range(work.rounds):
         work.run.round(round)
-    return time.perf_counter() - start, dict(work.run.server.values)  # type: ignore[attr-defined]
+    return time.perf_counter() - start, dict(work.run.host.server.server.values)  # type: ignore[attr-defined]
 
 
 def run_fedbench_bf16(work: Workload) -> tuple[float, Values]:

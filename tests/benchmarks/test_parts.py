@@ -20,8 +20,9 @@ from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import frozen_state, tunable_names
 from fedbench.rng import Streams
+from fedbench.run.ledger import Ledger
 from fedbench.run.loop import Run
-from fedbench.run.post import Transport
+from fedbench.run.post import Post
 from fedbench.run.prepare import prepare
 from fedbench.run.progress import Silent
 from fedbench.run.request import RunRequest
@@ -36,10 +37,12 @@ def test_sending_a_model_of_91_megabytes(benchmark: BenchmarkFixture, clients: i
     message = Message("fm", frozen_state(model))
 
     def send() -> int:
-        transport = Transport()
-        for _ in transport.download(0, {c: [message] for c in range(clients)}):
-            pass
-        return transport.ledger.total("down")
+        ledger = Ledger()
+        for client, parcels in Post().pack({c: [message] for c in range(clients)}).items():
+            ledger.charge(0, "down", client, parcels)
+            for parcel in parcels:
+                parcel.open()
+        return ledger.total("down")
 
     size = benchmark(send)
     assert size / clients == pytest.approx(4 * sum(t.numel() for t in message.tensors.values()), rel=1e-3)
@@ -84,5 +87,5 @@ def test_ten_thousand_clients_start_like_a_hundred(tmp_path: Path) -> None:
         run = Run(prepared, Silent())
         run.round(0)
         seconds[clients] = time.perf_counter() - start
-        assert len(run.clients) == 10, "only clients that were sampled are made"
+        assert len(run.host.clients.states()) == 10, "only clients that were sampled are made"
     assert seconds[10_000] < seconds[100] + 10

@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_bert
 
+from fedbench.check.guards import CLIENTS_DATA, THE_FM, Violation, forbid
 from fedbench.check.suite import (
-    CLIENTS_DATA,
-    THE_FM,
     CheckResult,
     Subject,
-    Violation,
     check_method,
-    forbid,
     learns,
     separate_processes,
     tunables_are_trained,
@@ -173,7 +170,7 @@ def test_the_check_reports_each_clause_as_it_goes_and_fails(tmp_path: Path, fm: 
 def test_guards_exist_and_one_of_nothing_is_an_error() -> None:
     """In a process of their own: what is forbidden stays so."""
     program = (
-        "from fedbench.check.suite import *; from fedbench.check.suite import CLIENTS_DATA, THE_FM, forbid\n"
+        "from fedbench.check.guards import *; from fedbench.check.guards import CLIENTS_DATA, THE_FM, forbid\n"
         "from fedbench.data.load import load_data; from fedbench.run import prepare as engine\n"
         "forbid([*CLIENTS_DATA, *THE_FM], 'no')\n"
         "import transformers, safetensors.torch\n"

@@ -183,6 +183,7 @@ def test_packed_and_reference_executor_agree_and_share_a_key(fm: str, tmp_path: 
 KILL = """
 import os, sys, signal
 from fedbench.run import loop as engine
+from fedbench.run.run import run
 from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
 from pathlib import Path
@@ -195,7 +196,7 @@ def dying(self, round):
 engine.Run.round = dying
 request = RunRequest(method="fedpft", scenario="tweets-noniid", fm=sys.argv[2], profile="smoke",
     settings={"t": "1", "r": "6", "rounds": "4"}, device="cpu", results=Path(sys.argv[3]))
-engine.run(prepare(request))
+run(prepare(request))
 """
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny_bert, smoke_request
+from helpers import clients_of, exposure_of, points_of, save_tiny_bert, scores_of, server_of, smoke_request
 
 from fedbench.api.local import LocalResult
 from fedbench.api.messages import Message, State
+from fedbench.api.sides import Server
 from fedbench.errors import DamagedFileError, FedbenchError
 from fedbench.files import load_tensors, save_tensors, state_digest, write_text
 from fedbench.measures.accuracy import Evaluation
-from fedbench.measures.exposure import Exposure
+from fedbench.measures.exposure import Exposure, Exposures
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
 from fedbench.models.weights import frozen_state
 from fedbench.records.store import comparable
@@ -27,6 +28,7 @@ from fedbench.run.checkpoint import INDEX, read_checkpoint
 from fedbench.run.loop import Run
 from fedbench.run.prepare import prepare
 from fedbench.run.progress import Silent
+from fedbench.run.record import finish
 from fedbench.run.run import checkpoint_folder, run
 
 
@@ -36,8 +38,10 @@ def run_of(folder: Path, method: str = "fedpft") -> Run:
 
 
 def states(run: Run) -> list[torch.Tensor]:
-    every = [run.server.state(), *(client.state() for _, client in sorted(run.clients.items()))]
-    return [state.tensors[name] for state in every for name in sorted(state.tensors)] + [*run.exposure.state().values()]
+    every = [server_of(run).state(), *(client.state() for _, client in sorted(clients_of(run).clients.items()))]
+    return [state.tensors[name] for state in every for name in sorted(state.tensors)] + [
+        *exposure_of(run).state().values()
+    ]
 
 
 @pytest.mark.parametrize("method", ["fedpft", "fedavg-lora"])
@@ -103,12 +107,12 @@ def test_a_resumed_run_goes_on_as_one_that_was_never_stopped(tmp_path: Path, mon
     assert last.resume(folder)
     last.loop(None)
     assert last.rounds == whole.rounds
-    assert last.points == whole.points
+    assert points_of(last) == points_of(whole)
     assert last.ledger == whole.ledger
     assert last.refused == whole.refused
     assert {client for _, client, _ in whole.refused} == {1}
     assert whole.refused[0][0] < 3, "one was refused before the last checkpoint"
-    assert comparable(last.finish()) == comparable(whole.finish())
+    assert comparable(finish(last)) == comparable(finish(whole))
 
 
 @pytest.mark.parametrize("what", ["index", "journal", "tensors"])
@@ -184,7 +188,7 @@ def test_a_state_that_another_version_of_the_method_wrote_is_not_taken(tmp_path:
     run, folder = run_of(tmp_path, "head-only"), tmp_path / "checkpoint"
     run.loop(folder, until=1)
     other = run_of(tmp_path, "head-only")
-    other.server.values["another"] = torch.zeros(1)
+    server_of(other).values["another"] = torch.zeros(1)
     with pytest.raises(DamagedFileError, match="does not fit this run: KeyError"):
         other.resume(folder)
 
@@ -215,31 +219,32 @@ def test_the_best_round_comes_back_with_its_own_plain_values(tmp_path: Path, mon
     prepared = prepare(smoke_request(tmp_path, "head-only", "tweets-noniid", bert, **settings))
     one = Run(prepared, Silent())
     monkeypatch.setattr(
-        one,
-        "_evaluate",
+        scores_of(one),
+        "evaluate",
         lambda model, rows, after: Evaluation(np.zeros(10, int), np.arange(10) >= 10 * next(scores), 1.0),
     )
     one.loop(tmp_path / "checkpoint", until=4)
-    assert one.best is not None
-    assert (one.best.round, one.best.state.values["total"]) == (0, 1)
+    assert scores_of(one).best is not None
+    assert (scores_of(one).best.round, scores_of(one).best.state.values["total"]) == (0, 1)
     again = Run(prepared, Silent())
     assert again.resume(tmp_path / "checkpoint")
-    assert again.best is not None
-    assert (again.best.score, again.best.round, again.best.state.values["total"]) == (one.best.score, 0, 1)
+    assert scores_of(again).best is not None
+    best, before = scores_of(again).best, scores_of(one).best
+    assert (best.score, best.round, best.state.values["total"]) == (before.score, 0, 1)
     again.loop(None)  # the last round is in no checkpoint
-    again.finish()
-    assert again.server.total == 1, "scored is the server of that round, not a mixture of two"
+    finish(again)
+    assert server_of(again).total == 1, "scored is the server of that round, not a mixture of two"
 
 
 def test_what_changed_in_place_is_written_again(tmp_path: Path) -> None:
     run, folder = run_of(tmp_path), tmp_path / "checkpoint"
     run.loop(folder, until=1)
-    mask = next(iter(run.exposure.state().values()))
+    mask = next(iter(exposure_of(run).state().values()))
     mask.logical_not_()
     run.loop(folder, until=2)
     again = run_of(tmp_path)
     again.resume(folder)
-    assert torch.equal(next(iter(again.exposure.state().values())), mask)
+    assert torch.equal(next(iter(exposure_of(again).state().values())), mask)
 
 
 def test_a_crash_before_the_index_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,25 +311,24 @@ def test_exposure_by_alignments_is_that_of_every_round_though_one_is_compared_on
     reference = Exposure(run.p.loaded.fm.state, run.p.loaded.fm.family.embeddings)
     sent: list[set[str]] = []
     compared: list[bool] = []
-    observe, observed = Run._observe, Exposure.observe
+    sending, observed = Exposures.sent, Exposure.observe
 
-    def in_every_round(self: Run, delivered: Sequence[tuple[int, Sequence[Message]]]) -> None:
-        observe(self, delivered)
-        messages = [m for _, inbox in delivered for m in inbox]
+    def in_every_round(self: Exposures, round: int, server: Server, messages: Sequence[Message]) -> None:
+        sending(self, round, server, messages)
         for message in (m for m in messages if m.kind == "sub_fm"):
-            observed(reference, message.tensors, self.server.fm_sources())
+            observed(reference, message.tensors, server.fm_sources())
         if alignments := {state_digest(m.tensors) for m in messages if m.kind == "alignment"}:
             sent.append(alignments)
-            observed(reference, frozen_state(self.server.proxy()), self.server.fm_sources())
+            observed(reference, frozen_state(server.proxy()), server.fm_sources())
 
-    def counted(self: Exposure, *arguments: Any) -> None:
-        compared.append(isinstance(arguments[0], dict))  # the proxy's own tensors, not those of a message
-        observed(self, *arguments)
+    def counted(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        compared.append(True)  # the proxy's own tensors, not those of a message
+        return frozen_state(model)
 
-    monkeypatch.setattr(Run, "_observe", in_every_round)
-    monkeypatch.setattr(Exposure, "observe", counted)
+    monkeypatch.setattr(Exposures, "sent", in_every_round)
+    monkeypatch.setattr("fedbench.measures.exposure.frozen_state", counted)
     run.loop(None)
-    assert run.exposure.block() == reference.block()
-    assert all(torch.equal(mask, run.exposure.state()[name]) for name, mask in reference.state().items())
+    assert exposure_of(run).block() == reference.block()
+    assert all(torch.equal(mask, exposure_of(run).state()[name]) for name, mask in reference.state().items())
     # Compared are the rounds in which some alignment is sent for the first time.
     assert sum(compared) == sum(not now <= set().union(*sent[:i]) for i, now in enumerate(sent)) < len(sent)

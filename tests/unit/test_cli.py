@@ -16,7 +16,7 @@ from helpers import save_tiny_bert
 from fedbench.cli import app as cli
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import choose_device, choose_precision
-from fedbench.run import loop as engine
+from fedbench.run import run as engine
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "pandas", "scipy", "sklearn"}
 Invoke = Callable[..., tuple[int, str, str]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny_bert, smoke_request
+from helpers import clients_of, points_of, save_tiny_bert, scores_of, server_of, smoke_request
 
 from fedbench.api.context import ServerContext
 from fedbench.api.local import LocalResult, LocalTask
@@ -24,13 +24,14 @@ from fedbench.measures.cost import most_tokens
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
 from fedbench.records.store import load_all
-from fedbench.run import loop as engine
 from fedbench.run import prepare as preparing
+from fedbench.run.gate import Bounds, let_in
 from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, make_method, parse_values, prepare, split_settings
 from fedbench.run.progress import Silent
+from fedbench.run.record import finish
 from fedbench.run.request import RunRequest
-from fedbench.run.run import checkpoint_folder
+from fedbench.run.run import checkpoint_folder, run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -144,7 +145,7 @@ def test_a_bad_hyper_parameter_is_named_with_those_there_are() -> None:
 
 def test_a_stopwatch_adds_up_by_phase_whatever_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 11.5, 20.0, 20.25, 30.0, 34.0])
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr("fedbench.machine.stopwatch.time.perf_counter", lambda: next(times))
     watch = Stopwatch({"local": 1.0})
     with watch("local"):
         pass
@@ -284,11 +285,18 @@ def test_a_client_that_drops_out_is_sent_everything_and_sends_nothing(request_of
         assert entry["bytes_up"] == sum(e.bytes for e in crossed if e.direction == "up")
 
 
-def test_bounds_are_what_the_client_has_and_what_it_was_sent(request_of: RunRequest) -> None:
+def test_bounds_are_what_the_client_has_and_what_it_was_sent(
+    request_of: RunRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = Run(changed(request_of, **{"federation.max_update_norm": "7"}), Silent())
-    [(cid, inbox)] = list(one.transport.download(0, one.server.broadcast(0, [2])))
-    task = one.client(cid).task(0, inbox, one.rows[cid])
-    bounds = one._bounds(cid, task, inbox)
+    held_to: list[Bounds] = []
+    monkeypatch.setattr("fedbench.run.hosts.side.let_in", lambda *a: held_to.append(a[2]) or let_in(*a))
+    outbox = one.host.server.broadcast(0, [2])
+    inbox = [parcel.open() for parcel in outbox[2]]
+    task = clients_of(one).client(2).task(0, inbox, one.rows[2])
+    [result] = one.host.clients.train(0, outbox, [2], lambda loss: None).values()
+    assert one.host.server.receive(0, 2, result.upload, result.most) is None
+    [bounds] = held_to
     assert bounds.most == {"num_examples": len(one.rows[2]), "tokens": most_tokens(task)}
     assert set(bounds.sent) == set(task.tunables)
     assert bounds.max_update_norm == 7
@@ -299,8 +307,8 @@ def test_the_probe_is_drawn_from_the_validation_rows_and_alike_for_every_method(
     one, rows = runs[0], runs[0].p.loaded.validation
     size = min(one.evaluation.probe_size, len(rows))
     order = one.streams.numpy("probe").permutation(len(rows))[:size]
-    assert {run.probe.content_hash() for run in runs} == {rows.select(order).content_hash()}
-    assert len(one.probe) == size > 0
+    assert {run.p.held_out.probe.content_hash() for run in runs} == {rows.select(order).content_hash()}
+    assert len(one.p.held_out.probe) == size > 0
 
 
 def test_progress_counts_every_client_of_every_round(request_of: RunRequest) -> None:
@@ -327,11 +335,11 @@ def test_an_alignment_is_measured_before_and_after_it(request_of: RunRequest) ->
     one = Run(prepare(replace(request_of, method="fedpft", settings={**request_of.settings, **settings})), Silent())
     assert isinstance(one.p.method, FedPFT)
     one.loop(None)
-    assert [(p["round"], p["phase"]) for p in one.points] == [
+    assert [(p["round"], p["phase"]) for p in points_of(one)] == [
         (-1, "start"), (0, "round"), (1, "before_alignment"), (1, "after_alignment"), (2, "round"),
         (3, "before_alignment"), (3, "after_alignment"), (4, "round"),
     ]  # fmt: skip
-    before, after = one.points[2:4]
+    before, after = points_of(one)[2:4]
     assert before["zero_filled"] != after["zero_filled"]
     assert [r["plug_in_validation"] is not None for r in one.rounds] == [True] * 5
 
@@ -340,16 +348,16 @@ def test_a_record_says_what_was_run_and_what_it_took(request_of: RunRequest) -> 
     settings = {"rounds": "3", "evaluation.every": "2", "split.clients": "6", "federation.dropout": "0.5"}
     one = Run(changed(request_of, **settings), Silent())
     seen: list[LocalResult] = []
-    train = one._train
+    train = clients_of(one).results
 
-    def watched(round: int, tasks: Mapping[ClientId, LocalTask]) -> dict[ClientId, LocalResult]:
-        results = train(round, tasks)
-        seen.extend(results.values())
-        return results
+    def watched(round: int, tasks: Mapping[ClientId, LocalTask]) -> Iterator[tuple[ClientId, LocalResult]]:
+        for cid, result in train(round, tasks):
+            seen.append(result)
+            yield cid, result
 
-    one._train = watched  # type: ignore[method-assign]
+    clients_of(one).results = watched  # type: ignore[method-assign]
     one.loop(None)
-    record, p = one.finish(), one.p
+    record, p = finish(one), one.p
     identity = {
         "key": p.key,
         "method": "fedavg-lora",
@@ -365,7 +373,7 @@ def test_a_record_says_what_was_run_and_what_it_took(request_of: RunRequest) -> 
     assert record.scenario["title"] == p.scenario.title
     assert record.compute["local_steps"] == sum(result.steps for result in seen) > 0
     assert record.compute["trainable_parameters"] == sum(
-        tensor.numel() for tensor in one.server.state().tensors.values()
+        tensor.numel() for tensor in server_of(one).state().tensors.values()
     )
     assert set(record.compute["seconds"]) >= {"setup", "broadcast", "local", "upload", "aggregate", "evaluate", "test"}
     # Scored are every second round and the last.
@@ -373,7 +381,7 @@ def test_a_record_says_what_was_run_and_what_it_took(request_of: RunRequest) -> 
     assert record.accuracy["selection"] == {"rule": one.evaluation.selection, "round": 2}
     assert record.accuracy["validation"] == {"plug_in": one.rounds[2]["plug_in_validation"], "proxy": None}
     assert record.partition["sizes"] == [len(rows) for rows in one.rows]
-    assert record.provenance["executor"] == p.executor
+    assert record.provenance["executor"] == p.execution.executor
     assert record.provenance["notes"][: len(p.notes)] == list(p.notes)
     assert record.communication["per_round"] == [
         {"round": r, "up": e["bytes_up"], "down": e["bytes_down"]} for r, e in enumerate(one.rounds)
@@ -395,16 +403,16 @@ def test_every_model_is_scored_on_every_test_set(request_of: RunRequest) -> None
     )
     one = Run(replace(asked, loaded=loaded), Silent())
     one.loop(None)
-    found, proxy = one.finish().accuracy, one.server.proxy()
+    found, proxy = finish(one).accuracy, server_of(one).proxy()
     assert proxy is not None
     untouched = loaded.fm.build(None, CPU)
     untouched.load_state_dict(head, strict=False)
     size = one.evaluation.batch_size
     for block, model, rows in (
-        (found["plug_in"], one.server.plug_in(), loaded.test),
+        (found["plug_in"], server_of(one).plug_in(), loaded.test),
         (found["proxy"], proxy, loaded.test),
         (found["untouched"], untouched, loaded.test),
-        (found["extra_tests"]["mismatched"]["plug_in"], one.server.plug_in(), loaded.validation),
+        (found["extra_tests"]["mismatched"]["plug_in"], server_of(one).plug_in(), loaded.validation),
         (found["extra_tests"]["mismatched"]["proxy"], proxy, loaded.validation),
     ):
         score = evaluate(model, rows, size, Execution())
@@ -419,11 +427,11 @@ def test_of_rounds_with_equal_scores_the_first_is_kept(request_of: RunRequest, m
     one = Run(changed(request_of, **{"evaluation.selection": "best", "evaluation.every": "1", "rounds": "4"}), Silent())
     scores = iter([0.5, 0.7, 0.7, 0.6])
     monkeypatch.setattr(
-        one, "_evaluate", lambda *_: Evaluation(np.zeros(10, int), np.arange(10) >= 10 * next(scores), 1.0)
+        scores_of(one), "evaluate", lambda *_: Evaluation(np.zeros(10, int), np.arange(10) >= 10 * next(scores), 1.0)
     )
     one.loop(None)
-    assert one.best is not None
-    assert (one.best.round, one.best.score) == (1, 0.7)
+    assert scores_of(one).best is not None
+    assert (scores_of(one).best.round, scores_of(one).best.score) == (1, 0.7)
 
 
 def test_a_client_with_a_training_of_its_own_runs_it_here(
@@ -454,7 +462,7 @@ def test_a_servers_own_check_is_asked(request_of: RunRequest, monkeypatch: pytes
     one.loop(None)
     assert one.rounds[0]["arrived"] == []
     assert one.rounds[0]["refused"] == [{"client": c, "reason": "not today"} for c in one.rounds[0]["cohort"]]
-    assert one.finish().communication["refused"] == [[0, c, "not today"] for c in one.rounds[0]["cohort"]]
+    assert finish(one).communication["refused"] == [[0, c, "not today"] for c in one.rounds[0]["cohort"]]
 
 
 def test_no_checkpoint_is_written_after_the_last_round(request_of: RunRequest, tmp_path: Path) -> None:
@@ -471,13 +479,13 @@ def test_a_run_leaves_its_record_and_says_what_it_goes_on_from(request_of: RunRe
             said.append((name, detail))
 
     Run(asked, Silent()).loop(checkpoint_folder(asked), until=1)
-    record = engine.run(asked, Listening())
+    record = run(asked, Listening())
     assert ("resume", "after round 1") in said
     assert [name for name, _ in said] == ["set-up", "resume", "federated rounds", "test"]
     assert load_all(tmp_path / "records") == [record]
     assert not checkpoint_folder(asked).exists()
     said.clear()
-    engine.run(asked, Listening())
+    run(asked, Listening())
     assert [name for name, _ in said] == ["set-up", "federated rounds", "test"]
 
 
@@ -485,6 +493,6 @@ def test_a_method_that_cannot_run_leaves_a_record_that_says_why(request_of: RunR
     asked = prepare(replace(request_of, method="zero-shot", results=tmp_path, settings={}))
     why = f"{asked.loaded.fm.name} has no head trained for this task"
     assert asked.unavailable == why
-    record = engine.run(asked)
+    record = run(asked)
     assert record.accuracy == {"plug_in": None, "proxy": None, "unavailable": why}
     assert record.compute["trainable_parameters"] is None

@@ -23,7 +23,7 @@ from fedbench.methods.fedpft import FedPFT
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import inputs_hash
 from fedbench.models.zoo.load import load_fm
-from fedbench.run import loop as engine
+from fedbench.run import prepare as engine
 from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
 

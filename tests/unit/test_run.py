@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
+from helpers import save_tiny, save_tiny_bert, server_of, smoke_request, tiny_fm, train_rows
 
 from fedbench.api.local import AdamW, LocalResult, LocalTask
 from fedbench.api.messages import Message
@@ -26,6 +26,7 @@ from fedbench.records.store import pack_correct
 from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, prepare
 from fedbench.run.progress import Silent
+from fedbench.run.record import finish
 from fedbench.run.run import run
 from fedbench.training.alone import execute
 from fedbench.training.cohort import execute_all
@@ -140,7 +141,7 @@ def test_set_up_is_what_clients_were_sent_first_whatever_its_kind(tmp_path: Path
         this.loop(None)
         sent = [e.bytes for e in this.ledger.entries if e.kind == kind]
         assert len(sent) == 4, "one for each client"
-        assert this.finish().communication["setup_bytes"] == sum(sent) > 4 * 10_000
+        assert finish(this).communication["setup_bytes"] == sum(sent) > 4 * 10_000
 
 
 def test_no_row_of_a_test_set_is_looked_at_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +158,12 @@ def test_no_row_of_a_test_set_is_looked_at_before_the_end(tmp_path: Path, monkey
     assert {id(data) for data in scored} == {id(loaded.validation)}
     assert len(scored) == 2 * 3, "plug-in and proxy in every round"
     scored.clear()
-    this.finish()
+    finish(this)
     assert {id(data) for data in scored} == {id(loaded.test)}
     assert loaded.validation.content_hash() != loaded.test.content_hash()
-    assert {tuple(row) for row in this.probe.tokens or ()} <= {tuple(row) for row in loaded.validation.tokens or ()}
+    assert {tuple(row) for row in this.p.held_out.probe.tokens or ()} <= {
+        tuple(row) for row in loaded.validation.tokens or ()
+    }
 
 
 @pytest.mark.parametrize("method", ["fedpft", "fedavg-lora"])
@@ -175,27 +178,27 @@ def test_the_best_round_is_the_best_of_all_by_what_a_deployment_could_see(tmp_pa
     if method == "fedpft":
         whole = [r["round"] for r in this.rounds if "plug_in_validation" in r]
         assert whole == [3, 4], "the plug-in in rounds of evaluation and the last"
-    record = this.finish()
+    record = finish(this)
     best = scores.index(max(scores))
     assert record.accuracy["selection"] == {"rule": "best", "round": best}
     assert record.accuracy["validation"]["proxy" if method == "fedpft" else "plug_in"] == pytest.approx(max(scores))
-    own = evaluate(this.server.plug_in(), this.p.loaded.validation, 64, Execution()).accuracy
+    own = evaluate(server_of(this).plug_in(), this.p.loaded.validation, 64, Execution()).accuracy
     assert record.accuracy["validation"]["plug_in"] == pytest.approx(own)
 
 
 def test_plug_in_and_proxy_are_scored_as_what_they_are(tmp_path: Path) -> None:
     this = Run(prepared(tmp_path, "fedot", emulator="1", lr="3e-2"), Silent())
     this.loop(None)
-    record, rows = this.finish(), this.p.loaded.test
-    proxy = this.server.proxy()
+    record, rows = finish(this), this.p.loaded.test
+    proxy = server_of(this).proxy()
     assert proxy is not None
-    plug_in = evaluate(this.server.plug_in(), rows, 64, Execution())
+    plug_in = evaluate(server_of(this).plug_in(), rows, 64, Execution())
     assert record.accuracy["plug_in"]["loss"] == pytest.approx(plug_in.loss, rel=1e-6)
     assert record.accuracy["plug_in"]["correct"] == pack_correct(plug_in.correct)
     assert record.accuracy["proxy"]["loss"] == pytest.approx(evaluate(proxy, rows, 64, Execution()).loss, rel=1e-6)
     assert record.accuracy["proxy"]["loss"] != pytest.approx(plug_in.loss, rel=1e-5)
     validation = [
-        evaluate(m, this.p.loaded.validation, 64, Execution()).accuracy for m in (this.server.plug_in(), proxy)
+        evaluate(m, this.p.loaded.validation, 64, Execution()).accuracy for m in (server_of(this).plug_in(), proxy)
     ]
     assert [this.rounds[0]["plug_in_validation"], this.rounds[0]["proxy_validation"]] == validation
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -14,10 +15,48 @@ from safetensors.torch import save
 
 from fedbench.api.messages import Message, TensorSpec
 from fedbench.errors import MessageError
-from fedbench.run.gate import Bounds, size_limit, update_norm
+from fedbench.run.gate import Bounds, let_in, reason, size_limit, update_norm
 from fedbench.run.ledger import Ledger
-from fedbench.run.payloads import deserialise, header_length, serialise
-from fedbench.run.post import Transport
+from fedbench.run.payloads import Parcel, deserialise, header_length, serialise
+from fedbench.run.post import Lent, Post
+
+
+@dataclass
+class Transport:
+    """Both sides of the boundary, as the sides of a run use them."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    refused: list[tuple[int, int, str]] = field(default_factory=list)
+    post: Post = field(default_factory=Post)
+    lent: Lent = field(default_factory=Lent)
+
+    def download(self, round: int, outbox: Mapping[int, Sequence[Message]]) -> Iterator[tuple[int, list[Message]]]:
+        for client, parcels in self.post.pack(outbox).items():
+            self.ledger.charge(round, "down", client, parcels)
+            yield client, [self.lent.lend(parcel.open()) for parcel in parcels]
+
+    def upload(
+        self,
+        round: int,
+        client: int,
+        messages: Sequence[Message],
+        expected: Mapping[str, Mapping[str, TensorSpec]],
+        accept: Callable[[int, Sequence[Message]], None] | None = None,
+        bounds: Bounds | None = None,
+    ) -> list[Message] | None:
+        parcels = []
+        try:
+            for message in messages:
+                parcels.append(Parcel.of(message))
+                self.ledger.charge(round, "up", client, parcels[-1:])
+            return let_in(parcels, expected, bounds, None if accept is None else lambda m: accept(round, m))
+        except MessageError as error:
+            self.refused.append((round, client, reason(error)))
+            return None
+
+    def close_round(self) -> None:
+        self.lent.close()
+
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 plain = st.one_of(

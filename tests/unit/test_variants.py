@@ -30,9 +30,9 @@ from fedbench.models.parts import Parts
 from fedbench.models.spec import ModelSpec
 from fedbench.models.weights import frozen_state, get_tensors
 from fedbench.models.zoo.load import load_fm
+from fedbench.records.store import Record
 from fedbench.registry import Registry
 from fedbench.rng import Streams
-from fedbench.run import loop as engine
 from fedbench.run.prepare import make_method, prepare, scenario_settings
 from fedbench.run.request import RunRequest
 from fedbench.run.run import run
@@ -108,7 +108,7 @@ def test_every_departure_has_a_switch_and_is_on_by_default() -> None:
 def test_with_every_switch_off_official_is_fedpft(tmp_path: Path) -> None:
     fm = str(save_tiny_bert(tmp_path / "bert"))
 
-    def made(method: str, settings: dict[str, str]) -> engine.Record:
+    def made(method: str, settings: dict[str, str]) -> Record:
         request = RunRequest(method, "tweets-noniid", fm=fm, settings={"lr": "1e-2", "rounds": "4", **settings})
         changes = {"profile": "smoke", "device": "cpu", "results": tmp_path, "cache": tmp_path, "workers": 1}
         return run(prepare(RunRequest(**{**vars(request), **changes})))
