@@ -27,6 +27,8 @@ from typing import ClassVar
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod, cross_entropy
 from dataclasses import replace
 
+SHARED = {{}}
+
 class Suspect(LoraMethod):
     name: ClassVar[str] = "suspect"
     def server(self, fm, public, ctx):
@@ -59,10 +61,20 @@ UPHILL = """
 def task(self, round, inbox, data):
     return replace(super().task(round, inbox, data), loss=lambda logits, labels: -cross_entropy(logits, labels))
 """
+SHARES_SERVER = """
+def aggregate(self, round, uploads):
+    super().aggregate(round, uploads)
+    self.values = {n: t * (1 + len(SHARED)) for n, t in self.values.items()}
+"""
+SHARES_CLIENT = """
+def upload(self, round, result):
+    SHARED[self.ctx.client] = self.rows
+    return super().upload(round, result)
+"""
 READS_ROWS = """
 def broadcast(self, round, cohort):
     from fedbench.data.load import load_data
-    from fedbench.scenario.load import DatasetSettings
+    from fedbench.scenario.tables import DatasetSettings
     load_data(DatasetSettings(name="tweets"), None, None)
     return super().broadcast(round, cohort)
 """
@@ -78,7 +90,7 @@ def broadcast(self, round, cohort):
 LOADS_THE_FM = """
 def task(self, round, inbox, data):
     from pathlib import Path
-    from fedbench.models.foundation import load_fm
+    from fedbench.models.zoo.load import load_fm
     load_fm("minilm-l6", 3, Path("."))
     return super().task(round, inbox, data)
 """
@@ -155,6 +167,12 @@ def test_a_side_that_loads_what_is_the_others_is_found(
     with pytest.raises(Violation) as caught:
         separate_processes(subject(tmp_path, fm, **sides))
     assert str(caught.value) == says
+
+
+def test_sides_that_meet_in_a_global_of_their_module_are_found(tmp_path: Path, fm: str) -> None:
+    suspect = subject(tmp_path, fm, server=SHARES_SERVER, client=SHARES_CLIENT)
+    with pytest.raises(Violation, match="differs when server and clients are in separate processes"):
+        separate_processes(suspect)
 
 
 def test_the_check_reports_each_clause_as_it_goes_and_fails(tmp_path: Path, fm: str) -> None:
