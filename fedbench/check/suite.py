@@ -456,17 +456,21 @@ def _answer(connection: Connection, make: Callable[[], Any]) -> None:
 
 def _load_method(request: RunRequest, settings: Mapping[str, Any]) -> Method:
     """The method, loaded anew in a child process: a plug-in's classes cannot be sent there."""
-    return Registry(request.plugins).load_method(request.method).model_validate(dict(settings))
+    registry = Registry(request.plugins)
+    registry.add_families()
+    return registry.load_method(request.method).model_validate(dict(settings))
 
 
 CLIENTS_DATA = (
     "fedbench.data.load:load_data",
     "fedbench.run.prepare:_load",
     "fedbench.run.prepare:prepare",
-    "fedbench.data.sets.text:load_text_set",
-    "fedbench.data.sets.text:read_text_file",
-    "fedbench.data.sets.images:load_image_set",
-    "fedbench.data.sets.embedded:EMBEDDED",
+    "fedbench.data.sets.dataset:DataSet.read",
+    "fedbench.data.sets.embedded:read_tweets",
+    "fedbench.data.sets.embedded:read_digits",
+    "fedbench.data.formats.text:TextSource.__call__",
+    "fedbench.data.formats.text:read_text_file",
+    "fedbench.data.formats.images:ImageSource.__call__",
     "fedbench.data.sources:read_parquet",
 )
 """What could load the clients' rows."""
@@ -535,6 +539,7 @@ def _server_process(
 
     def make() -> ServerSide:
         cache = cache_folder(request.cache)
+        Registry(request.plugins).add_families()
         fm = load_fm(fm_name, len(class_names), cache, class_names)
         forbid(CLIENTS_DATA, f"the server of {request.method} tried to load the clients' data")
         method = _load_method(request, settings)

@@ -71,9 +71,9 @@ def broadcast(self, round, cohort):
 """
 READS_ROWS_IN_SECRET = """
 def broadcast(self, round, cohort):
-    from fedbench.data.sets.embedded import EMBEDDED
+    from fedbench.data.sets.embedded import TWEETS
     try:
-        EMBEDDED["tweets"]()
+        TWEETS.read(None, None)
     except Exception:
         pass
     return super().broadcast(round, cohort)

@@ -31,7 +31,7 @@ from fedbench.methods.fedpft import FedPFT, zeros
 from fedbench.models import build as models
 from fedbench.models.build import build
 from fedbench.models.cache import ModuleCache
-from fedbench.models.families import FAMILIES
+from fedbench.models.families.known import FAMILIES
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
 from fedbench.models.reading import encode, unknown_tokens

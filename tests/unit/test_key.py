@@ -16,7 +16,7 @@ from helpers import WORDS, context, public_rows, save_tiny, save_tiny_bert
 
 from fedbench.data import rows as fedbench_data
 from fedbench.data.examples import Examples
-from fedbench.data.sets.embedded import EMBEDDED
+from fedbench.data.sets import embedded
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
@@ -212,13 +212,14 @@ def test_the_image_processor_and_every_pixel_are_in_the_key(tmp_path: Path, monk
         keys.append(asked.key())
     processor.write_text(json.dumps(settings))
     assert asked.key() == keys[0]
-    parts, names, note = EMBEDDED["digits"]()
+    parts, notes = embedded.DIGITS.read(None, None)
     images = parts["train"].images
     assert isinstance(images, np.ndarray)
     images = images.copy()
     images[:, 3, 3] += 1 / 16
     changed = {**parts, "train": dataclasses.replace(parts["train"], images=images)}
-    monkeypatch.setitem(EMBEDDED, "digits", lambda: (changed, names, note))
+    other = dataclasses.replace(embedded.DIGITS, source=lambda *_: (changed, notes))
+    monkeypatch.setattr(embedded, "DIGITS", other)
     keys.append(asked.key())
     assert len(set(keys)) == len(keys)
 
