@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 from helpers import WORDS, context, public_rows, save_tiny, save_tiny_bert
 
-from fedbench.data import rows as fedbench_data
 from fedbench.data.examples import Examples
 from fedbench.data.sets import embedded
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.reading import inputs_hash
+from fedbench.models.reading import CHUNK, inputs_hash
 from fedbench.models.zoo.load import load_fm
-from fedbench.run import loop as engine
+from fedbench.run import prepare as engine
 from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
 
@@ -229,7 +228,7 @@ def test_what_stands_for_the_inputs_tells_roles_tokens_types_labels_and_padding_
     some, others = public_rows(4), public_rows(5)
     assert some.tokens is not None
     types = [np.zeros(len(row), dtype=np.int8) for row in some.tokens]
-    pad = fedbench_data.CHUNK  # any number above 255, which once counted modulo 256
+    pad = CHUNK  # any number above 255, which once counted modulo 256
     every = [
         {"train": some},
         {"test": some},
