@@ -65,8 +65,9 @@ def task(self, round, inbox, data):
 READS_ROWS = """
 def broadcast(self, round, cohort):
     from fedbench.data.load import load_data
-    from fedbench.scenario.load import DatasetSettings
-    load_data(DatasetSettings(name="tweets"), None, None)
+    from fedbench.data.sets.embedded import TWEETS
+    from fedbench.scenario.tables import DatasetSettings
+    load_data(TWEETS, None, DatasetSettings(name="tweets"), None, None)
     return super().broadcast(round, cohort)
 """
 READS_ROWS_IN_SECRET = """
@@ -81,7 +82,7 @@ def broadcast(self, round, cohort):
 LOADS_THE_FM = """
 def task(self, round, inbox, data):
     from pathlib import Path
-    from fedbench.models.foundation import load_fm
+    from fedbench.models.zoo.load import load_fm
     load_fm("minilm-l6", 3, Path("."))
     return super().task(round, inbox, data)
 """

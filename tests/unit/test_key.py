@@ -215,7 +215,7 @@ def test_the_image_processor_and_every_pixel_are_in_the_key(tmp_path: Path, monk
     images = parts["train"].images
     assert isinstance(images, np.ndarray)
     images = images.copy()
-    images[:, 3, 3] += 1 / 16
+    images[:, 3, 3] = 1 - images[:, 3, 3]
     changed = {**parts, "train": dataclasses.replace(parts["train"], images=images)}
     other = dataclasses.replace(embedded.DIGITS, source=lambda *_: (changed, notes))
     monkeypatch.setattr(embedded, "DIGITS", other)
