@@ -19,8 +19,10 @@ from fedbench.data.sets.dataset import DataSet
 from fedbench.data.sources import data_folder
 from fedbench.errors import FedbenchError
 from fedbench.files import try_folder
+from fedbench.forward.agreement import check_family
 from fedbench.machine.device import Execution, choose_execution
 from fedbench.machine.paths import cache_folder
+from fedbench.models.families.known import is_built_in
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
 from fedbench.models.zoo.load import load_fm
@@ -95,6 +97,8 @@ def _load(
     """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
     data = load_data(data_set, corpus, dataset, public, data_dir)
     model = load_fm(fm, len(data.class_names), cache, data.class_names)
+    if not is_built_in(model.spec.model_type):
+        check_family(model)
     raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
     raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
     parts = {role: encode(part, model, dataset.max_length) for role, part in raw.items() if part is not None}
