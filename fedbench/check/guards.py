@@ -18,10 +18,12 @@ CLIENTS_DATA = (
     "fedbench.data.load:load_data",
     "fedbench.run.prepare:_load",
     "fedbench.run.prepare:prepare",
-    "fedbench.data.sets.text:load_text_set",
-    "fedbench.data.sets.text:read_text_file",
-    "fedbench.data.sets.images:load_image_set",
-    "fedbench.data.sets.embedded:EMBEDDED",
+    "fedbench.data.sets.dataset:DataSet.read",
+    "fedbench.data.sets.embedded:read_tweets",
+    "fedbench.data.sets.embedded:read_digits",
+    "fedbench.data.formats.text:TextSource.__call__",
+    "fedbench.data.formats.text:read_text_file",
+    "fedbench.data.formats.images:ImageSource.__call__",
     "fedbench.data.sources:read_parquet",
 )
 """What could load the clients' rows."""

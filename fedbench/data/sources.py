@@ -101,6 +101,14 @@ def read_parquet(path: Path) -> Any:
         raise FedbenchError(f"{path}: cannot be read as parquet: {reason}; {cure(head)}") from None
 
 
+def not_at_hand(name: str, folders: Sequence[str]) -> FedbenchError:
+    """The error about a data set that is on no hub and not in the user's folder."""
+    return FedbenchError(
+        f"data set {name}: not found; give --data-dir DIR (or FEDBENCH_DATA) with DIR/{' or '.join(folders[:2])} "
+        "holding its files"
+    )
+
+
 @dataclass(frozen=True)
 class HubState:
     """Whether the model hub answers, and a line that says how it stands."""

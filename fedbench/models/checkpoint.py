@@ -19,7 +19,9 @@ from torch import Tensor
 
 from fedbench.errors import FedbenchError
 from fedbench.files import state_digest
-from fedbench.models.families import FAMILIES, NOT_COMPUTED, WITHOUT_MEANING, Family
+from fedbench.models.families.family import Family
+from fedbench.models.families.known import family_called, is_built_in, is_known, unknown
+from fedbench.models.families.refused import NOT_COMPUTED, WITHOUT_MEANING
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
 from fedbench.models.reading import read_image_processor, read_tokenizer
@@ -101,8 +103,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = read_object(path)
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise FedbenchError(f"{path}: model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or not is_known(kind):
+        raise FedbenchError(f"{path}: {unknown(kind)}")
     for setting, (plain, what) in NOT_COMPUTED.items():
         value = config.get(setting)
         if value and value != plain:
@@ -112,7 +114,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     code = config.get("auto_map")
     if isinstance(code, dict) and any(str(name).startswith("AutoModel") for name in code):
         raise FedbenchError(f"{path}: auto_map asks for model code of the checkpoint's own, which is not run")
-    family = FAMILIES[kind]
+    family = family_called(kind)
     if family.position_offset == "after padding token" and type(config.get("pad_token_id", 1)) is not int:
         raise FedbenchError(f"{path}: pad_token_id is {config['pad_token_id']}; positions are counted from it")
     for side in ("image_size", "patch_size"):
@@ -192,7 +194,9 @@ def _checkpoint(
         raise FedbenchError(f"FM {name!r}: {error}") from None
     if not _same_labels(config, class_names):
         head = None
-    digest = hashlib.sha256((spec.to_json() + state_digest(state | (head or {}))).encode()).hexdigest()
+    # What is trained and adapted follows from the family's description; that of a plugin can change under its name.
+    described = "" if is_built_in(spec.model_type) else repr(spec.family)
+    digest = hashlib.sha256((spec.to_json() + state_digest(state | (head or {})) + described).encode()).hexdigest()
     label = fm_label(name)
     notes: tuple[str, ...] = ()
     if unused := unused_settings(config):
@@ -240,7 +244,7 @@ def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> M
         "id2label": {str(i): f"LABEL_{i}" for i in range(num_labels)},
         "label2id": {f"LABEL_{i}": i for i in range(num_labels)},
     }
-    family = FAMILIES[model_type]
+    family = family_called(model_type)
     merged = json.loads(json.dumps({**kept, **labels, **family.dropout}))
     layers, width = int(getattr(full, family.layer_count)), int(getattr(full, family.ffn_width))
     return ModelSpec(model_type, merged, (width,) * layers)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.models.build import build
-from fedbench.models.families import Family
+from fedbench.models.families.family import Family
 from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import load_frozen
 

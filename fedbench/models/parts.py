@@ -7,7 +7,8 @@ import re
 from torch import nn
 
 from fedbench.errors import FedbenchError
-from fedbench.models.families import FAMILIES, Family
+from fedbench.models.families.family import Family
+from fedbench.models.families.known import family_called
 
 
 class Parts:
@@ -64,7 +65,8 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
         module = model.get_submodule(path)
     except AttributeError:
         raise FedbenchError(
-            f"{type(model).__name__} has no {path}: its family's description in fedbench/models/families.py is wrong"
+            f"{type(model).__name__} has no {path}: its family's description is wrong; docs/adding-a-family.md says "
+            "what each path is"
         ) from None
     module = getattr(module, "base_layer", module)
     if not isinstance(module, nn.Linear):
@@ -74,7 +76,4 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 
 def family_of(model: nn.Module) -> Family:
     """The description of a model's family, by its configuration."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
-        raise FedbenchError(f"models of type {model_type!r} are not supported; known: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    return family_called(getattr(getattr(model, "config", None), "model_type", None))

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedbench.models.families import FAMILIES, Family
+from fedbench.models.families.family import Family
+from fedbench.models.families.known import family_called
 
 PROJECTIONS = ("query", "key", "value", "output")
 """The linear layers of an attention, in the order of `Family.attention`."""
@@ -39,7 +40,7 @@ class ModelSpec:
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.model_type]
+        return family_called(self.model_type)
 
     def with_lora(self, lora: LoraSpec | None) -> ModelSpec:
         """The same model with other adapters."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedbench.errors import FedbenchError
 from fedbench.files import load_tensors, save_tensors
 from fedbench.models.checkpoint import own_labels
-from fedbench.models.families import FAMILIES
+from fedbench.models.families.known import family_called
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import MINILM_HUB, load_fm
 from fedbench.models.zoo.names import fm_folder
@@ -99,7 +99,7 @@ def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = Non
     lora: Mapping[str, Any] = about["lora"]
     if not lora:
         raise FedbenchError(f"{record}: {run.identity['method']} tunes no LoRA, so there is no adapter to export")
-    family = FAMILIES[about["model_type"]]
+    family = family_called(about["model_type"])
     base, revision = _base(run, about["num_labels"], folder, cache, fm)
     ranks, alphas = ({name: pair[i] for name, pair in lora.items()} for i in (0, 1))
     r, alpha = next(iter(lora.values()))

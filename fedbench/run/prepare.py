@@ -15,12 +15,15 @@ from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
 from fedbench.data.rows import RawData
+from fedbench.data.sets.dataset import DataSet
 from fedbench.data.sources import data_folder
 from fedbench.errors import FedbenchError
 from fedbench.files import try_folder
+from fedbench.forward.agreement import check_family
 from fedbench.machine.device import Execution, choose_execution
 from fedbench.machine.paths import cache_folder
 from fedbench.measures.scores import HeldOut
+from fedbench.models.families.known import is_built_in
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
 from fedbench.models.zoo.load import load_fm
@@ -100,11 +103,19 @@ class Loaded:
 
 @lru_cache(maxsize=2)
 def _load(
-    dataset: DatasetSettings, public: PublicSettings | None, fm: str, cache: Path, data_dir: Path | None
+    data_set: DataSet,
+    corpus: DataSet | None,
+    dataset: DatasetSettings,
+    public: PublicSettings | None,
+    fm: str,
+    cache: Path,
+    data_dir: Path | None,
 ) -> Loaded:
     """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
-    data = load_data(dataset, public, data_dir)
+    data = load_data(data_set, corpus, dataset, public, data_dir)
     model = load_fm(fm, len(data.class_names), cache, data.class_names)
+    if not is_built_in(model.spec.model_type):
+        check_family(model)
     raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
     raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
     parts = {role: encode(part, model, dataset.max_length) for role, part in raw.items() if part is not None}
@@ -153,6 +164,7 @@ def prepare(request: RunRequest) -> Prepared:
     try_folder(cache_folder(request.cache), "--cache")
     provenance.source_state()  # now, before anybody can commit while the run is under way
     registry = Registry(request.plugins)
+    registry.add_families()
     kind = registry.load_method(request.method)
     path, split = registry.find_scenario(request.scenario)
     mine, overrides = split_settings(request.settings, list(kind.model_fields), request.method)
@@ -162,7 +174,10 @@ def prepare(request: RunRequest) -> Prepared:
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
-    loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request.cache), folder)
+    data_set = registry.load_dataset(scenario.dataset.name)
+    corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
+    cache = cache_folder(request.cache)
+    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder)
     data, fm = loaded.data, loaded.fm
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
     planned = [

@@ -74,15 +74,16 @@ def upload(self, round, result):
 READS_ROWS = """
 def broadcast(self, round, cohort):
     from fedbench.data.load import load_data
+    from fedbench.data.sets.embedded import TWEETS
     from fedbench.scenario.tables import DatasetSettings
-    load_data(DatasetSettings(name="tweets"), None, None)
+    load_data(TWEETS, None, DatasetSettings(name="tweets"), None, None)
     return super().broadcast(round, cohort)
 """
 READS_ROWS_IN_SECRET = """
 def broadcast(self, round, cohort):
-    from fedbench.data.sets.embedded import EMBEDDED
+    from fedbench.data.sets.embedded import TWEETS
     try:
-        EMBEDDED["tweets"]()
+        TWEETS.read(None, None)
     except Exception:
         pass
     return super().broadcast(round, cohort)

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from _data import load_data
 from helpers import logits, save_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from fedbench.data import sources
 from fedbench.data.examples import Batch, Examples
 from fedbench.data.image_files import EncodedImage, ImageFiles
-from fedbench.data.load import load_data
 from fedbench.data.pixels import ImageProcessor, to_pixels
 from fedbench.data.rows import Part
 from fedbench.data.sets.embedded import _mnist, tweet_words

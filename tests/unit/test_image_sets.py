@@ -13,14 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _data import load_data
 from helpers import save_tiny, smoke_request
 from PIL import Image
 from scipy.io import savemat
 
+from fedbench.data.formats.images import ImageSource
 from fedbench.data.image_files import ImageFiles
-from fedbench.data.load import load_data
 from fedbench.data.rows import RawData
-from fedbench.data.sets.images import IMAGE_SETS
+from fedbench.data.sets import images as sets
 from fedbench.data.sources import HubState
 from fedbench.errors import FedbenchError
 from fedbench.run.prepare import prepare
@@ -143,7 +144,8 @@ def test_the_hub_holds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("fedbench.data.sources.hub_state", lambda: HubState(True, ""))
     assert load_data(CIFAR10, None, None).content_hash == expected
-    assert asked == [("uoft-cs/cifar10", IMAGE_SETS["cifar10"].revision)]
+    assert isinstance(sets.CIFAR10.source, ImageSource) and sets.CIFAR10.source.hub
+    assert asked == [sets.CIFAR10.source.hub[:2]]
     assert len(asked[0][1]) == 40  # type: ignore[arg-type]
     with pytest.raises(FedbenchError, match="has the splits train, test, train and validation are needed"):
         load_data(DatasetSettings(name="flowers102", validation=10), None, None)
@@ -151,7 +153,7 @@ def test_the_hub_holds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_image_folders_go_by_class_name_or_number(tmp_path: Path) -> None:
     found = []
-    for root, names in (("named", IMAGE_SETS["cifar10"].classes), ("numbered", [f"{i:02}" for i in range(1, 11)])):
+    for root, names in (("named", sets.CIFAR10.classes), ("numbered", [f"{i:02}" for i in range(1, 11)])):
         for part, each in (("train", 3), ("test", 1)):
             for label, name in enumerate(names):
                 folder = tmp_path / root / "cifar10" / part / name
@@ -171,7 +173,7 @@ def test_image_folders_go_by_class_name_or_number(tmp_path: Path) -> None:
 def image_folders(root: Path, name: Callable[[int], str] = lambda i: f"{i}.png") -> Path:
     """CIFAR-10 with three training images and one test image a class."""
     for part, each in (("train", 3), ("test", 1)):
-        for label, called in enumerate(IMAGE_SETS["cifar10"].classes):
+        for label, called in enumerate(sets.CIFAR10.classes):
             for i in range(each):
                 path = root / "cifar10" / part / called / name(i)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +268,7 @@ def cifar10_parquet(root: Path, change: Callable[[list[Any], list[Any]], object]
     "change",
     [
         lambda cells, labels: cells.__setitem__(slice(None), [cell["bytes"] for cell in cells]),
-        lambda cells, labels: labels.__setitem__(slice(None), [IMAGE_SETS["cifar10"].classes[i] for i in labels]),
+        lambda cells, labels: labels.__setitem__(slice(None), [sets.CIFAR10.classes[i] for i in labels]),
         lambda cells, labels: labels.__setitem__(slice(None), map(float, labels)),
         lambda cells, labels: labels.__setitem__(slice(None), map(str, labels)),
     ],

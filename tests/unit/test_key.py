@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from helpers import WORDS, context, public_rows, save_tiny, save_tiny_bert
 
-from fedbench.data import rows as fedbench_data
 from fedbench.data.examples import Examples
-from fedbench.data.sets.embedded import EMBEDDED
+from fedbench.data.sets import embedded
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.reading import inputs_hash
+from fedbench.models.reading import CHUNK, inputs_hash
 from fedbench.models.zoo.load import load_fm
 from fedbench.run import prepare as engine
 from fedbench.run.prepare import prepare
@@ -212,13 +211,14 @@ def test_the_image_processor_and_every_pixel_are_in_the_key(tmp_path: Path, monk
         keys.append(asked.key())
     processor.write_text(json.dumps(settings))
     assert asked.key() == keys[0]
-    parts, names, note = EMBEDDED["digits"]()
+    parts, notes = embedded.DIGITS.read(None, None)
     images = parts["train"].images
     assert isinstance(images, np.ndarray)
     images = images.copy()
-    images[:, 3, 3] += 1 / 16
+    images[:, 3, 3] = 1 - images[:, 3, 3]
     changed = {**parts, "train": dataclasses.replace(parts["train"], images=images)}
-    monkeypatch.setitem(EMBEDDED, "digits", lambda: (changed, names, note))
+    other = dataclasses.replace(embedded.DIGITS, source=lambda *_: (changed, notes))
+    monkeypatch.setattr(embedded, "DIGITS", other)
     keys.append(asked.key())
     assert len(set(keys)) == len(keys)
 
@@ -228,7 +228,7 @@ def test_what_stands_for_the_inputs_tells_roles_tokens_types_labels_and_padding_
     some, others = public_rows(4), public_rows(5)
     assert some.tokens is not None
     types = [np.zeros(len(row), dtype=np.int8) for row in some.tokens]
-    pad = fedbench_data.CHUNK  # any number above 255, which once counted modulo 256
+    pad = CHUNK  # any number above 255, which once counted modulo 256
     every = [
         {"train": some},
         {"test": some},

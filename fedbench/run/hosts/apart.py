@@ -54,8 +54,10 @@ class Named:
     plugins: tuple[str, ...]
 
     def load(self) -> Method:
-        """The method, loaded anew."""
-        return Registry(self.plugins).load_method(self.name).model_validate(dict(self.settings))
+        """The method, loaded anew; the families of its plug-ins become known to this process."""
+        registry = Registry(self.plugins)
+        registry.add_families()
+        return registry.load_method(self.name).model_validate(dict(self.settings))
 
 
 class Apart(Host):
@@ -94,10 +96,11 @@ def _server(
     label_counts: Sequence[Sequence[int]],
     watch: Watch | None,
 ) -> ServerSide:
+    loaded = method.load()
     fm = load_fm(brief.scenario.fm, len(class_names), brief.cache, class_names)
     if watch is not None:
         watch.begin()
-    return make_server(brief, method.load(), fm, public, rows, label_counts, bytes_only=True)
+    return make_server(brief, loaded, fm, public, rows, label_counts, bytes_only=True)
 
 
 def _clients(brief: Brief, method: Named, rows: Sequence[Examples], watch: Watch | None) -> ClientSide:

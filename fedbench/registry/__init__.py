@@ -1,0 +1,121 @@
+"""Look-up by name of what can be added: methods, scenarios, data sets, model families and hosts, through three doors.
+
+| kind | a plugin defines | built in: files of | entry points |
+|---|---|---|---|
+| method | a subclass of `Method` with a name | `methods/` | `fedbench.methods` |
+| scenario | a TOML file | `scenarios/` | `fedbench.scenarios`: `package:file.toml` |
+| data set | a module-level `DataSet(name="...", ...)` | `fedbench/data/sets/` | `fedbench.datasets` |
+| family | a module-level `Family(name="...", ...)` | `fedbench/models/families/` | `fedbench.families` |
+| host | a subclass of `Host` with a name | `fedbench/run/hosts/` | `fedbench.hosts` |
+
+The third door is `--plugin`: a file, a folder or a module, which may bring several kinds.
+
+Methods and hosts are called what their class says, `name: ClassVar[str] = "..."`. A scenario's name is its file's stem
+and the name of its split. An entry point's key is the name of what it points to. Discovery parses and never imports, so
+it neither loads torch nor fails on a broken plugin; the `load_` methods import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedbench.errors import FedbenchError
+from fedbench.names import nearest
+from fedbench.registry.doors import built_in, given, installed
+from fedbench.registry.entries import DATA_SETS, FAMILIES, HOSTS, KINDS, METHODS, SCENARIOS, Entry, Kind, add
+from fedbench.registry.importing import import_class, import_value
+
+if TYPE_CHECKING:
+    from fedbench.api.sides import Method
+    from fedbench.data.sets.dataset import DataSet
+    from fedbench.models.families.family import Family
+
+
+class Registry:
+    """Everything reachable through the three doors; each kind is sorted by name.
+
+    Raises FedbenchError if two plugins of one kind share a name, or if one of `plugins` (the values of `--plugin`)
+    names nothing that exists.
+    """
+
+    def __init__(self, plugins: Sequence[str] = ()) -> None:
+        found: dict[Kind, dict[str, Entry]] = {kind: {} for kind in KINDS}
+        for entry in chain(built_in(), installed()):
+            add(found[entry.kind], entry)
+        self._brought: dict[str, list[Entry]] = {plugin: [*given(plugin)] for plugin in plugins}
+        for entry in chain.from_iterable(self._brought.values()):
+            add(found[entry.kind], entry)
+        self._found = {kind: dict(sorted(entries.items())) for kind, entries in found.items()}
+        self.methods = self._found[METHODS]
+        self.scenarios = self._found[SCENARIOS]
+        self.datasets = self._found[DATA_SETS]
+        self.families = self._found[FAMILIES]
+        self.hosts = self._found[HOSTS]
+
+    def load_method(self, name: str) -> type[Method]:
+        """The method's class; imports its module. Raises FedbenchError for an unknown or a broken method."""
+        from fedbench.api.sides import Method
+
+        return import_class(self.find_method(name), Method, "Method")
+
+    def find_method(self, name: str) -> Entry:
+        """Where the method is, without importing it. Raises FedbenchError for an unknown one."""
+        return self._find(METHODS, name)
+
+    def find_scenario(self, name: str) -> tuple[Path, str]:
+        """The scenario's TOML file and split. Raises FedbenchError for an unknown or unreadable one."""
+        for broken in self.scenarios.values():
+            if broken.error and name not in self.scenarios and name.startswith(broken.name + "-"):
+                raise FedbenchError(broken.error)
+        entry = self._find(SCENARIOS, name)
+        if entry.error or entry.path is None:
+            raise FedbenchError(entry.error or f"the scenario {name!r} has no file")
+        return entry.path, entry.split
+
+    def load_dataset(self, name: str) -> DataSet:
+        """The data set; imports its module, but reads no rows. Raises FedbenchError for an unknown or a broken one."""
+        from fedbench.data.sets.dataset import DataSet
+
+        return import_value(self._find(DATA_SETS, name), DataSet)
+
+    def load_family(self, name: str) -> Family:
+        """The description of a family; imports its module. Raises FedbenchError for an unknown or a broken one."""
+        from fedbench.models.families.family import Family
+
+        return import_value(self._find(FAMILIES, name), Family)
+
+    def add_families(self) -> None:
+        """Make the families of plugins known to the models of this process; each is imported when a model needs it.
+
+        To be called once in every process that loads or builds models. Raises FedbenchError where a family is in use in
+        this process by another description already.
+        """
+        from fedbench.models.families.known import add_family
+
+        for name, entry in self.families.items():
+            if entry.origin != "fedbench":
+                add_family(name, partial(self.load_family, name))
+
+    def load_host(self, name: str) -> type:
+        """The host's class; imports its module. Raises FedbenchError for an unknown or a broken host."""
+        return import_class(self._find(HOSTS, name), object, "Host")
+
+    def _find(self, kind: Kind, name: str) -> Entry:
+        entries = self._found[kind]
+        if name not in entries:
+            known = [known for known, entry in entries.items() if kind is not SCENARIOS or not entry.error]
+            how = f"; {kind.page} says how to add one" if kind in (DATA_SETS, FAMILIES) else ""
+            raise FedbenchError(f"there is no {kind.word} {name!r}; {nearest(name, known)}{how}{self._plugins()}")
+        return entries[name]
+
+    def _plugins(self) -> str:
+        """What each `--plugin` brought, for an error about a name that is in none of them."""
+        said = ""
+        for plugin, entries in self._brought.items():
+            said += f"; --plugin {plugin} brings {', '.join(entry.name for entry in entries) or 'nothing'}"
+            said += "".join(f" ({entry.error})" for entry in entries if entry.error)
+        return said
