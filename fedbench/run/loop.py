@@ -18,7 +18,6 @@ from fedbench.data.partition import Partition, partition
 from fedbench.errors import DamagedFileError
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.run.checkpoint import Checkpoint, read_checkpoint
-from fedbench.run.hosts.here import Here
 from fedbench.run.hosts.side import Host, Kept
 from fedbench.run.ledger import Ledger
 from fedbench.run.prepare import Prepared
@@ -28,7 +27,8 @@ from fedbench.run.progress import Progress
 class Run:
     """One run between rounds: what came of them so far, and the sides as they are now."""
 
-    def __init__(self, prepared: Prepared, progress: Progress, host: Callable[..., Host] = Here) -> None:
+    def __init__(self, prepared: Prepared, progress: Progress, host: Callable[..., Host] | None = None) -> None:
+        """`host`: where the sides live, if not where the request says."""
         p = self.p = prepared
         self.progress = progress
         self.streams = p.brief.streams
@@ -47,7 +47,7 @@ class Run:
         self._saved: Checkpoint | None = None
         self._changed: set[ClientId] = set()  # clients who have taken part since the last checkpoint
         progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
-        self.host = host(p, self.rows, self.label_counts)
+        self.host = (host or p.host)(p, self.rows, self.label_counts)
 
     def cohort(self, round: int) -> tuple[list[ClientId], list[ClientId]]:
         """Clients sampled for `round`, in order, and those of them that stay until the upload."""

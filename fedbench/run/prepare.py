@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from inspect import get_annotations
@@ -31,6 +31,7 @@ from fedbench.names import nearest
 from fedbench.records import provenance
 from fedbench.records.store import SCHEMA, record_key
 from fedbench.registry import Registry
+from fedbench.run.hosts.side import Host
 from fedbench.run.request import Brief, RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
@@ -41,8 +42,8 @@ from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scen
 class Prepared:
     """A run ready to start: everything loaded, and its key known.
 
-    unavailable: why the method cannot run here, if so. planned: dotted settings that the method itself changed
-    (`Method.plan`).
+    host: makes the host that holds the two sides. unavailable: why the method cannot run here, if so. planned: dotted
+    settings that the method itself changed (`Method.plan`).
     """
 
     request: RunRequest
@@ -50,6 +51,7 @@ class Prepared:
     scenario: Scenario
     loaded: Loaded
     execution: Execution
+    host: Callable[..., Host]
     identity: Mapping[str, Any]
     key: str
     unavailable: str | None
@@ -210,6 +212,7 @@ def prepare(request: RunRequest) -> Prepared:
         scenario=scenario,
         loaded=loaded,
         execution=execution,
+        host=registry.load_host(request.host),
         identity=identity,
         key=record_key(identity),
         unavailable=method.unavailable(fm),

@@ -79,6 +79,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "notes": [*p.notes, *server["notes"]],
             "fm": dict(p.loaded.fm.provenance),
             "executor": p.execution.executor,
+            "host": p.request.host,
             "workers": p.execution.workers,
         },
     }

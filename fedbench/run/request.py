@@ -29,6 +29,7 @@ class RunRequest:
     plugins: tuple[str, ...] = ()
     executor: str = "auto"
     workers: int | None = None
+    host: str = "here"
 
 
 @dataclass(frozen=True)

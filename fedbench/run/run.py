@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from fedbench.errors import DamagedFileError
@@ -11,8 +10,6 @@ from fedbench.machine.memory import reset_peak
 from fedbench.records.store import Record, save
 from fedbench.run.claims import claim
 from fedbench.run.export import adapter_path, keep_adapter
-from fedbench.run.hosts.here import Here
-from fedbench.run.hosts.side import Host
 from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared
 from fedbench.run.progress import Progress, Silent
@@ -24,20 +21,19 @@ def checkpoint_folder(prepared: Prepared) -> Path:
     return prepared.request.results / "checkpoints" / prepared.key[:12]
 
 
-def run(prepared: Prepared, progress: Progress | None = None, host: Callable[..., Host] = Here) -> Record:
+def run(prepared: Prepared, progress: Progress | None = None) -> Record:
     """Run from the start or from a checkpoint to a saved record; the checkpoint is removed at the end.
 
-    `host`: where the two sides live. Raises ClaimedError where another process is making the same run into the same
-    folder.
+    Raises ClaimedError where another process is making the same run into the same folder.
     """
     with claim(prepared.request.results, prepared.key):
-        return _run(prepared, progress or Silent(), host)
+        return _run(prepared, progress or Silent())
 
 
-def _run(prepared: Prepared, progress: Progress, host: Callable[..., Host]) -> Record:
+def _run(prepared: Prepared, progress: Progress) -> Record:
     reset_peak(prepared.execution.device)
     results, folder = prepared.request.results, checkpoint_folder(prepared)
-    this = Run(prepared, progress, host)
+    this = Run(prepared, progress)
     try:
         if prepared.unavailable:
             record = without_scores(this, prepared.unavailable)
@@ -49,7 +45,7 @@ def _run(prepared: Prepared, progress: Progress, host: Callable[..., Host]) -> R
                 progress.phase("starting anew", detail=f"the checkpoint is damaged: {error}")
                 shutil.rmtree(folder, ignore_errors=True)
                 this.host.close()
-                this = Run(prepared, progress, host)
+                this = Run(prepared, progress)
             this.loop(folder)
             record = finish(this)
             keep_adapter(this.host.server.tuned(), adapter_path(results, prepared.key), prepared.key)
