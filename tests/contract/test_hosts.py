@@ -74,6 +74,22 @@ def test_a_run_stopped_on_one_host_goes_on_on_another(tmp_path: Path) -> None:
             same(finish(resumed), whole)
 
 
+def test_the_host_of_the_page_carries_payloads_through_files(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "adding-a-host.md").read_text()
+    plugin = tmp_path / "spool.py"
+    plugin.write_text(page.partition("```python\n")[2].partition("```")[0])
+    asked = prepared(tmp_path, "fedavg-lora")
+    spooled = prepare(replace(asked.request, host="spool", plugins=(str(plugin),)))
+    found = run(spooled)
+    assert found.provenance["host"] == "spool"
+    same(found, run(asked))
+
+
+def test_an_unknown_host_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FedbenchError, match="there is no host 'nowhere'; did you mean here"):
+        prepare(replace(prepared(tmp_path).request, host="nowhere"))
+
+
 def test_what_goes_wrong_in_a_side_s_process_is_said_here(tmp_path: Path) -> None:
     plugin = tmp_path / "broken.py"
     plugin.write_text(BROKEN)
