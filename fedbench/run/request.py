@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedbench.errors import FedbenchError
+
+LARGEST_SEED = 2**63 - 1
+"""Tables hold seeds as 64-bit integers."""
+
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a user asks for; every field as on the command line."""
+    """What a user asks for; every field as on the command line. Raises FedbenchError for a seed that no table holds."""
 
     method: str
     scenario: str
@@ -25,3 +30,9 @@ class RunRequest:
     plugins: tuple[str, ...] = ()
     executor: str = "auto"
     workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed > LARGEST_SEED:
+            raise FedbenchError(f"--seed {self.seed}: too large; use at most {LARGEST_SEED}")
+        if self.seed < 0:
+            raise FedbenchError(f"--seed {self.seed}: below zero; use 0 or larger")

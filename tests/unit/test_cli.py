@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_bert
 
-from fedbench.cli import app as cli
+from fedbench.cli.app import main
+from fedbench.cli.options import pairs
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import choose_device, choose_precision
-from fedbench.run import loop as engine
+from fedbench.run import loop
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "pandas", "scipy", "sklearn"}
 Invoke = Callable[..., tuple[int, str, str]]
@@ -29,7 +30,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fedbench", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         code = end.value.code
         return int(code or 0), *capsys.readouterr()
 
@@ -347,7 +348,7 @@ def test_run_stopped_by_the_keyboard(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "run", stop)
+    monkeypatch.setattr(loop, "run", stop)
     code, out, _ = invoke(*run_arguments(tmp_path, tiny_bert))
     assert code == 130
     assert "the same command goes on" in out
@@ -370,6 +371,6 @@ def test_doctor_says_what_is_there(invoke: Invoke, tmp_path: Path) -> None:
 
 
 def test_settings_pairs() -> None:
-    assert cli._pairs(["lr=1e-3", "a.b = c=d"], 2) == {"lr": "1e-3", "a.b": "c=d", "federation.rounds": "2"}
+    assert pairs(["lr=1e-3", "a.b = c=d"], 2) == {"lr": "1e-3", "a.b": "c=d", "federation.rounds": "2"}
     with pytest.raises(FedbenchError, match="write it as key=value"):
-        cli._pairs(["=3"], None)
+        pairs(["=3"], None)
