@@ -149,7 +149,7 @@ class Grid(BaseModel):
         """The part of the grid with these methods and scenarios (all where none are named), or with other seeds.
 
         With `fm` every cell is there once, at that FM, whatever FMs the grid has. Raises FedbenchError for a name the
-        grid does not have.
+        grid does not have, and for seeds that are none.
         """
         chosen: dict[str, Any] = {}
         for what, names, known in (("methods", methods, self.methods), ("scenarios", scenarios, self.scenarios)):
@@ -159,9 +159,12 @@ class Grid(BaseModel):
             chosen[what] = [name for name in known if name in names] if names else known
         chosen["seeds"] = self.seeds if seeds is None else seeds
         chosen["fms"] = self.fms if fm is None else [fm]
-        return Grid(
-            **chosen, title=self.title, overrides=self.overrides, variants=self.variants, reported=self.reported
-        )
+        rest = {name: getattr(self, name) for name in ("title", "overrides", "variants", "reported")}
+        try:
+            return Grid(**chosen, **rest)
+        except ValidationError as error:
+            wrong = mistake(error)
+            raise FedbenchError(f"--{wrong.place[0]} {chosen[wrong.place[0]]}: {wrong.message}") from None
 
     def rows(self) -> list[str]:
         """The names of the rows of its tables: methods, each with every variant."""
