@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_bert
 
-from fedbench.cli.app import main
+from fedbench.cli.app import app, main
 from fedbench.cli.options import pairs
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import choose_device, choose_precision
@@ -57,7 +57,7 @@ def test_light_commands_load_nothing_heavy(arguments: Sequence[str]) -> None:
     program = (
         "import sys\n"
         f"sys.argv = ['fedbench', *{list(arguments)!r}]\n"
-        "from fedbench.cli.app import main\n"
+        "from fedbench.cli.app import app, main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print('loaded', *sorted(name for name in sys.modules if '.' not in name))\n"
     )
@@ -70,6 +70,15 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
     assert code == 0
     assert all(command in out for command in ("run", "list", "show", "grid", "table", "check", "doctor"))
     assert "fedbench run --method fedpft --scenario tweets-noniid" in out
+
+
+def test_every_command_has_a_file_of_its_own() -> None:
+    found = {command.name: command.callback for command in app.registered_commands}
+    assert len(found) == len(app.registered_commands) == 9
+    for name, call in found.items():
+        assert call is not None
+        assert (call.__module__, call.__name__) == (f"fedbench.cli.{name}", f"{name}_command")
+        assert call.__doc__
 
 
 @pytest.mark.parametrize(
