@@ -228,8 +228,9 @@ def read_records(results: str | Path = "runs") -> pd.DataFrame:
     have in `fedbench table --format csv`: shares from 0 to 1, megabytes of 10^6 bytes, counts. `seconds` is the time of
     all phases, `seconds_local` and its like of one. What a run does not have is missing.
 
-    `fault` says why a row has no accuracy, or one that is not to be ranked; it is empty for a sound run. Rows come in
-    the order of the records' paths.
+    `fault` says why a row has no accuracy, or one that is not to be ranked; it is empty for a sound run.
+    `configuration` stands for all that decides a result but the seed: only rows that share it are to be averaged. Rows
+    come in the order of the records' paths.
 
     Raises FedbenchError where the folder has no records, and for the first that cannot be read.
     """

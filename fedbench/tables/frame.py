@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from fedbench.errors import FedbenchError, one_line
-from fedbench.records.store import Record, diverged, load_all, no_upload
+from fedbench.records.store import Record, diverged, load_all, no_upload, record_key
 from fedbench.tables.compare import _MEASURES as MEASURES
 from fedbench.tables.compare import _at as at
+from fedbench.tables.compare import _conditions as conditions_of
 
 WHOLE = ("seed", "clients", "rounds", "trainable_parameters", "resident_parameters", "local_steps")
 """Columns of whole numbers, some of which may be missing."""
 
 TEXTS = (
-    "scenario", "fm", "method", "status", "fault", "settings", "precision", "key", "method_version",
+    "scenario", "fm", "method", "status", "fault", "configuration", "settings", "precision", "key", "method_version",
     "data_hash", "fm_hash",
 )  # fmt: skip
 """Columns that are no numbers; a method's version may be either. All others are measures."""
@@ -36,8 +37,13 @@ def read_frame(results: Path) -> pd.DataFrame:
 
 
 def frame_of(records: Iterable[Record]) -> pd.DataFrame:
-    """One row a record, in the order given; what a record does not have is missing."""
-    rows = [_row(record) for record in records]
+    """One row a record, in the order given; what a record does not have is missing.
+
+    `configuration` is a short hash of all that decides a result but the seed; a failed run has none.
+    """
+    records = list(records)
+    conditions = conditions_of(records)
+    rows = [_row(record, conditions.get(record.key)) for record in records]
     frame = pd.DataFrame(rows)
     for name in frame.columns:
         if name in WHOLE:
@@ -47,8 +53,11 @@ def frame_of(records: Iterable[Record]) -> pd.DataFrame:
     return frame
 
 
-def _row(record: Record) -> dict[str, Any]:
+def _row(record: Record, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
     who, scenario = record.identity, record.scenario
+    settings = record.method.get("settings") or {}
+    decides = {"scenario": who["scenario"], "method": who["method"], "version": who.get("method_version")}
+    configuration = record_key(decides | {"settings": settings, "conditions": conditions}) if conditions else ""
     seconds = record.compute.get("seconds") or {}
     row: dict[str, Any] = {
         "scenario": who["scenario"],
@@ -57,7 +66,8 @@ def _row(record: Record) -> dict[str, Any]:
         "seed": who["seed"],
         "status": record.status,
         "fault": _fault(record),
-        "settings": json.dumps(record.method.get("settings") or {}, sort_keys=True),
+        "configuration": configuration[:12],
+        "settings": json.dumps(settings, sort_keys=True),
         "clients": scenario.get("split", {}).get("clients"),
         "fraction": scenario.get("federation", {}).get("fraction"),
         "rounds": scenario.get("federation", {}).get("rounds"),

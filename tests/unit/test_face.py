@@ -269,6 +269,23 @@ def test_measures_of_a_frame_are_those_of_the_table(tmp_path: Path) -> None:
         pd.testing.assert_series_equal(ours, theirs)
 
 
+def test_only_runs_that_differ_in_their_seed_alone_share_a_configuration(tmp_path: Path) -> None:
+    others = (
+        make_record("fedpft", 0, settings={"lr": 0.1}),
+        make_record("fedpft", 0, federation={"rounds": 15, "batch_size": 4}),
+        make_record("fedpft", 0, data_hash="e" * 64),
+        make_record("fedpft", 0, scenario="agnews-iid"),
+        make_record("fedot", 0),
+    )
+    for record in (make_record("fedpft", 0), make_record("fedpft", 1), *others):
+        save(record, tmp_path / "records")
+    frame = fedbench.read_records(tmp_path)
+    sizes = frame.groupby("configuration")["seed"].agg(["count", "nunique"])
+    assert sorted(sizes["count"]) == [1] * len(others) + [2]
+    assert (sizes["count"] == sizes["nunique"]).all()
+    assert frame["configuration"].str.len().eq(12).all()
+
+
 def test_a_frame_says_why_a_row_has_no_accuracy_or_one_that_is_not_to_be_ranked(tmp_path: Path) -> None:
     for record in (
         make_record("fedpft", 0, status="failed"),
@@ -316,3 +333,5 @@ def test_the_committed_records_make_a_frame() -> None:
     frame = fedbench.read_records(results)
     assert len(frame) == len(list((results / "records").rglob("*.json")))
     assert frame["key"].is_unique
+    averaged = frame.groupby("configuration")["seed"]
+    assert (averaged.count() == averaged.nunique()).all() and averaged.count().max() == 3
