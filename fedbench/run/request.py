@@ -1,4 +1,4 @@
-"""What a user asks for, and what both sides of a run are told."""
+"""What a user asks for."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedbench.machine.device import Execution
-from fedbench.rng import Streams
-from fedbench.scenario.tables import Scenario
+from fedbench.errors import FedbenchError
+
+LARGEST_SEED = 2**63 - 1
+"""Tables hold seeds as 64-bit integers."""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a user asks for; every field as on the command line."""
+    """What a user asks for; every field as on the command line. Raises FedbenchError for a seed that no table holds."""
 
     method: str
     scenario: str
@@ -31,17 +32,8 @@ class RunRequest:
     workers: int | None = None
     host: str = "here"
 
-
-@dataclass(frozen=True)
-class Brief:
-    """What both sides are told: settings and seed, and how to compute. `cache`: where reusable files lie."""
-
-    scenario: Scenario
-    seed: int
-    execution: Execution
-    cache: Path
-
-    @property
-    def streams(self) -> Streams:
-        """The random streams of the run."""
-        return Streams(self.seed, self.scenario.name)
+    def __post_init__(self) -> None:
+        if self.seed > LARGEST_SEED:
+            raise FedbenchError(f"--seed {self.seed}: too large; use at most {LARGEST_SEED}")
+        if self.seed < 0:
+            raise FedbenchError(f"--seed {self.seed}: below zero; use 0 or larger")

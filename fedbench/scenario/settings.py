@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,3 +58,11 @@ def parse_value(key: str, text: str) -> Any:
     if any(isinstance(leaf, (date, time)) for _, leaf in leaves(value)):
         raise FedbenchError(f"--set {key}: {text} is a date or a time, which no setting is; quote text")
     return value
+
+
+def as_text(value: Any) -> str:
+    """A value as `--set` takes it: text as it is; numbers, truth values and lists as JSON, which is TOML too."""
+    if isinstance(value, str):
+        return value
+    # But for these, which JSON has other words for.
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else json.dumps(value)

@@ -31,7 +31,8 @@ from fedbench.tables.statistics import (
 )
 
 if TYPE_CHECKING:
-    from fedbench.grid.cells import Cell, Reported
+    from fedbench.grid.cells import Cell
+    from fedbench.grid.file import Reported
 
 REFERENCES = ("zero-shot", "head-only", "centralised-lora")
 """Methods that mark floor and ceiling; tests between pairs of methods leave them out."""

@@ -19,7 +19,7 @@ from _records import make_record
 from helpers import save_tiny_bert, smoke_request
 
 from fedbench.errors import ClaimedError, FedbenchError
-from fedbench.grid.cells import Cell, Outcome, run_grid
+from fedbench.grid.cells import Cell, Outcome, run_cells
 from fedbench.records.store import Record, save
 from fedbench.run.claims import claim
 from fedbench.run.prepare import prepare
@@ -140,7 +140,7 @@ def test_a_cell_that_another_process_is_at_is_left_for_later_and_taken_as_it_com
 
         thread = Thread(target=finish_elsewhere)
         thread.start()
-        outcomes = run_grid(
+        outcomes = run_cells(
             asked,
             runner,
             root,
@@ -163,7 +163,7 @@ def test_a_cell_whose_process_was_killed_is_made_here(tmp_path: Path, monkeypatc
     monkeypatch.setattr("fedbench.grid.cells.WAIT", 0.05)
     with another_process(tmp_path, runner.prepare(asked[0]).key) as process:
         Thread(target=lambda: (time.sleep(0.2), os.kill(process.pid, signal.SIGKILL))).start()
-        [outcome] = run_grid(asked, runner, root)
+        [outcome] = run_cells(asked, runner, root)
     assert (outcome.status, runner.made) == ("complete", [0])
 
 
@@ -173,7 +173,7 @@ def test_a_results_folder_that_cannot_be_written_is_found_before_anything_is_run
     results = tmp_path / "file" / "runs" if place == "below a file" else tmp_path / "file"
     runner = Made(results / "records")
     with pytest.raises(FedbenchError, match=r"--results .*file.*: cannot be written to: .*; name a folder that can"):
-        run_grid(cells(), runner, results / "records")
+        run_cells(cells(), runner, results / "records")
     assert runner.made == []
     request = smoke_request(tmp_path, "head-only", "tweets-noniid", tmp_path / "no-such-fm", rounds="1")
     for option in ("results", "cache"):
@@ -182,5 +182,5 @@ def test_a_results_folder_that_cannot_be_written_is_found_before_anything_is_run
 
 
 def test_outcomes_are_in_the_order_of_cells(tmp_path: Path) -> None:
-    outcomes: list[Outcome] = run_grid(cells(), Made(tmp_path / "records"), tmp_path / "records")
+    outcomes: list[Outcome] = run_cells(cells(), Made(tmp_path / "records"), tmp_path / "records")
     assert [(o.cell.seed, o.status) for o in outcomes] == [(0, "complete"), (1, "complete"), (2, "complete")]

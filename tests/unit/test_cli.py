@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_bert
 
-from fedbench.cli import app as cli
+from fedbench.cli.app import app, main
+from fedbench.cli.options import pairs
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import choose_device, choose_precision
-from fedbench.run import run as engine
+from fedbench.run import run as running
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "pandas", "scipy", "sklearn"}
 Invoke = Callable[..., tuple[int, str, str]]
@@ -29,7 +30,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fedbench", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         code = end.value.code
         return int(code or 0), *capsys.readouterr()
 
@@ -56,7 +57,7 @@ def test_light_commands_load_nothing_heavy(arguments: Sequence[str]) -> None:
     program = (
         "import sys\n"
         f"sys.argv = ['fedbench', *{list(arguments)!r}]\n"
-        "from fedbench.cli.app import main\n"
+        "from fedbench.cli.app import app, main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print('loaded', *sorted(name for name in sys.modules if '.' not in name))\n"
     )
@@ -69,6 +70,15 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
     assert code == 0
     assert all(command in out for command in ("run", "list", "show", "grid", "table", "check", "doctor"))
     assert "fedbench run --method fedpft --scenario tweets-noniid" in out
+
+
+def test_every_command_has_a_file_of_its_own() -> None:
+    found = {command.name: command.callback for command in app.registered_commands}
+    assert len(found) == len(app.registered_commands) == 9
+    for name, call in found.items():
+        assert call is not None
+        assert (call.__module__, call.__name__) == (f"fedbench.cli.{name}", f"{name}_command")
+        assert call.__doc__
 
 
 @pytest.mark.parametrize(
@@ -347,7 +357,7 @@ def test_run_stopped_by_the_keyboard(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "run", stop)
+    monkeypatch.setattr(running, "run", stop)
     code, out, _ = invoke(*run_arguments(tmp_path, tiny_bert))
     assert code == 130
     assert "the same command goes on" in out
@@ -370,6 +380,6 @@ def test_doctor_says_what_is_there(invoke: Invoke, tmp_path: Path) -> None:
 
 
 def test_settings_pairs() -> None:
-    assert cli._pairs(["lr=1e-3", "a.b = c=d"], 2) == {"lr": "1e-3", "a.b": "c=d", "federation.rounds": "2"}
+    assert pairs(["lr=1e-3", "a.b = c=d"], 2) == {"lr": "1e-3", "a.b": "c=d", "federation.rounds": "2"}
     with pytest.raises(FedbenchError, match="write it as key=value"):
-        cli._pairs(["=3"], None)
+        pairs(["=3"], None)

@@ -11,7 +11,8 @@ import pytest
 from _records import make_record
 
 from fedbench.errors import FedbenchError
-from fedbench.grid.cells import Cell, Grid, Outcome, grid_names, load_grid, run_grid
+from fedbench.grid.cells import Cell, Outcome, run_cells
+from fedbench.grid.file import Grid, grid_names, load_grid
 from fedbench.models.zoo.names import FMS
 from fedbench.records.store import Record, load, load_all, record_key, save
 from fedbench.registry import Registry
@@ -349,10 +350,10 @@ def statuses(outcomes: list[Outcome]) -> list[str]:
 def test_finished_cells_are_skipped(tmp_path: Path, cells: list[Cell]) -> None:
     runner = FakeRunner(tmp_path)
     seen: list[str] = []
-    first = run_grid(cells, runner, tmp_path, lambda i, c: seen.append(str(c)), lambda i, o: seen.append(o.status))
+    first = run_cells(cells, runner, tmp_path, lambda i, c: seen.append(str(c)), lambda i, o: seen.append(o.status))
     assert statuses(first) == ["complete"] * 4
     assert seen[:2] == ["head-only on agnews-noniid, seed 0", "complete"]
-    again = run_grid(cells, runner, tmp_path)
+    again = run_cells(cells, runner, tmp_path)
     assert statuses(again) == ["skipped"] * 4
     assert len(runner.ran) == 4
     assert [outcome.record for outcome in again] == [outcome.record for outcome in first]
@@ -360,7 +361,7 @@ def test_finished_cells_are_skipped(tmp_path: Path, cells: list[Cell]) -> None:
 
 def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path: Path, cells: list[Cell]) -> None:
     runner = FakeRunner(tmp_path, {("fedpft", 0): ("run", ValueError("loss is not finite"))})
-    outcomes = run_grid(cells, runner, tmp_path)
+    outcomes = run_cells(cells, runner, tmp_path)
     assert statuses(outcomes) == ["complete", "failed", "complete", "complete"]
     record = outcomes[1].record
     assert load(tmp_path / "agnews-noniid" / "fedpft" / f"s0-{record.key[:12]}.json") == record
@@ -372,18 +373,18 @@ def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path:
     assert record.identity["method_version"] == 2
     # Tried again, made good, and the failure is gone.
     runner.trouble.clear()
-    assert statuses(run_grid(cells, runner, tmp_path)) == ["skipped", "complete", "skipped", "skipped"]
+    assert statuses(run_cells(cells, runner, tmp_path)) == ["skipped", "complete", "skipped", "skipped"]
     assert {r.status for r in load_all(tmp_path)} == {"complete"}
 
 
 def test_a_failure_before_the_key_is_known(tmp_path: Path, cells: list[Cell]) -> None:
     runner = FakeRunner(tmp_path, {("fedpft", 1): ("prepare", FedbenchError("agnews: no data"))})
-    assert statuses(run_grid(cells, runner, tmp_path)) == ["complete", "complete", "complete", "failed"]
+    assert statuses(run_cells(cells, runner, tmp_path)) == ["complete", "complete", "complete", "failed"]
     (failed,) = [r for r in load_all(tmp_path) if r.status == "failed"]
     assert failed.identity["key"] == cells[3].key
     assert failed.identity["data_hash"] is None
     runner.trouble.clear()
-    run_grid(cells, runner, tmp_path)
+    run_cells(cells, runner, tmp_path)
     assert len(load_all(tmp_path)) == 4
     assert {r.status for r in load_all(tmp_path)} == {"complete"}
 
@@ -392,17 +393,17 @@ def test_a_failure_before_the_key_is_known(tmp_path: Path, cells: list[Cell]) ->
 def test_goes_on_after_ctrl_c(tmp_path: Path, cells: list[Cell], where: str) -> None:
     runner = FakeRunner(tmp_path, {("head-only", 1): (where, KeyboardInterrupt())})
     with pytest.raises(KeyboardInterrupt):
-        run_grid(cells, runner, tmp_path)
+        run_cells(cells, runner, tmp_path)
     assert [r.status for r in load_all(tmp_path)] == ["complete"] * 2
     runner.trouble.clear()
-    assert statuses(run_grid(cells, runner, tmp_path)) == ["skipped", "skipped", "complete", "complete"]
+    assert statuses(run_cells(cells, runner, tmp_path)) == ["skipped", "skipped", "complete", "complete"]
     assert runner.ran == [("head-only", 0), ("fedpft", 0), ("head-only", 1), ("fedpft", 1)]
 
 
 def test_a_damaged_record_is_made_anew(tmp_path: Path, cells: list[Cell]) -> None:
     runner = FakeRunner(tmp_path)
-    record = run_grid(cells[:1], runner, tmp_path)[0].record
+    record = run_cells(cells[:1], runner, tmp_path)[0].record
     path = tmp_path / "agnews-noniid" / "head-only" / f"s0-{record.key[:12]}.json"
     path.write_text("{")
-    assert statuses(run_grid(cells[:1], runner, tmp_path)) == ["complete"]
+    assert statuses(run_cells(cells[:1], runner, tmp_path)) == ["complete"]
     assert load(path) == record

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedbench.errors import FedbenchError
-from fedbench.grid.cells import grid_names
+from fedbench.grid.file import grid_names
 from fedbench.names import bad_name, nearest, plugin_name
 from fedbench.registry import Registry
 
@@ -404,7 +404,7 @@ def python(program: str, cwd: Path, *path: Path) -> subprocess.CompletedProcess[
 
 FIND = """
 from fedbench.registry import Registry
-from fedbench.grid.cells import grid_names
+from fedbench.grid.file import grid_names
 import fedbench.methods, fedbench.scenarios
 registry = Registry()
 print(fedbench.__file__, len(registry.methods), len(registry.scenarios), len(grid_names()), fedbench.methods.__file__)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbench.grid.cells import load_grid
+from fedbench.grid.file import load_grid
 from fedbench.records.store import load_all
 from fedbench.tables.compare import Comparison, compare
 from fedbench.tables.render import render

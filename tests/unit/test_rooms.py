@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,25 @@ def test_a_circle_inside_a_room_is_found(rooms: ModuleType, tmp_path: Path) -> N
     assert "a circle of imports" in rooms.complaints(write(tmp_path, house))[0]
 
 
+def test_a_room_that_imports_the_face_is_found(rooms: ModuleType, tmp_path: Path) -> None:
+    house = {"fedbench/data/rows.py": "from fedbench import __version__, run_method\nfrom fedbench import data\n"}
+    assert rooms.complaints(write(tmp_path, house)) == [
+        "fedbench/data/rows.py: data imports run_method of the face, which is above all rooms"
+    ]
+
+
 def test_a_room_without_a_floor_is_said(rooms: ModuleType, tmp_path: Path) -> None:
     assert "on no floor" in rooms.complaints(write(tmp_path, {"fedbench/attic/old.py": ""}))[0]
     assert "on no floor" in rooms.complaints(write(tmp_path, {"fedbench/loft.py": ""}))[0]
+
+
+def test_the_drawing_of_the_house_has_every_room_on_its_floor(rooms: ModuleType) -> None:
+    drawing = re.findall(r"^```text\n(.*?)^```", (ROOT / "docs/architecture.md").read_text(), re.S | re.M)[0]
+    floors = [words for line in drawing.splitlines() if (words := set(re.findall(r"\w+", line)))]
+    assert floors == [{"fedbench"}, *({*floor} for floor in reversed(rooms.FLOORS))]
+
+
+def test_every_room_has_a_sentence(rooms: ModuleType) -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    told = re.findall(r"^- `(?:fedbench/)?(\w+)(?:\.py|/)?`: [^.]+\.", text, re.M)
+    assert sorted(told) == sorted(room for floor in rooms.FLOORS for room in floor)

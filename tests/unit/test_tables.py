@@ -19,7 +19,8 @@ from rich.console import Console, RenderableType
 
 from fedbench.cli import app as cli
 from fedbench.errors import FedbenchError
-from fedbench.grid.cells import Cell, Grid, load_grid
+from fedbench.grid.cells import Cell
+from fedbench.grid.file import Grid, load_grid
 from fedbench.records.store import Record, save
 from fedbench.tables import compare as tables
 from fedbench.tables import render as render_module
@@ -751,7 +752,7 @@ def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
         "from fedbench.tables import render, report; from fedbench.tables import compare as tables\n"
-        "from fedbench.grid import cells as grid; from fedbench.records import store as records\n"
+        "from fedbench.grid import file as grid; from fedbench.records import store as records\n"
         "found = records.load_all(Path(sys.argv[1]))\n"
         "chosen = grid.load_grid('paper-iid')\n"
         "comparison = tables.compare(found, chosen.cells(), '', chosen.reported)\n"

@@ -26,13 +26,13 @@ from fedbench.machine.workers import end_with
 from fedbench.measures.scores import HeldOut
 from fedbench.models.zoo.load import load_fm
 from fedbench.registry import Registry
+from fedbench.run.brief import Brief
 from fedbench.run.checkpoint import Held
 from fedbench.run.export import Adapter
 from fedbench.run.hosts.make import make_clients, make_server
 from fedbench.run.hosts.side import ClientSide, Host, Kept, Outbox, ServerSide, Trained
 from fedbench.run.payloads import Parcel
 from fedbench.run.prepare import Prepared
-from fedbench.run.request import Brief
 
 
 class Watch(Protocol):

@@ -12,8 +12,8 @@ from fedbench.measures.exposure import Exposures
 from fedbench.measures.gradient import GradientErrors
 from fedbench.measures.scores import HeldOut, Scores
 from fedbench.models.foundation import FoundationModel
+from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import ClientSide, ServerSide
-from fedbench.run.request import Brief
 
 
 def make_server(

@@ -1,0 +1,97 @@
+"""`fedbench run`: one method on one scenario with one seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedbench.cli.console import loading, make_console, stoppable
+from fedbench.cli.options import (
+    FM,
+    CacheDir,
+    DataDir,
+    Device,
+    Executor,
+    Plugins,
+    Precision,
+    PrecisionOption,
+    Profile,
+    Results,
+    Rounds,
+    ScenarioName,
+    Seed,
+    Settings,
+    Workers,
+    asked,
+    known,
+)
+from fedbench.errors import printable
+
+
+def run_command(
+    method: Annotated[str, typer.Option(help="Name of a method; see [bold]fedbench list methods[/bold].")],
+    scenario: ScenarioName,
+    fm: FM = None,
+    seed: Seed = 0,
+    rounds: Rounds = None,
+    settings: Settings = None,
+    profile: Profile = None,
+    device: Device = "auto",
+    precision: PrecisionOption = Precision.auto,
+    data_dir: DataDir = None,
+    results: Results = Path("runs"),
+    cache: CacheDir = None,
+    plugin: Plugins = None,
+    executor: Annotated[
+        Executor,
+        typer.Option(
+            help="How local training is executed: packed (client by client, without padding), fused (a round's clients "
+            "in one pass) or the padded reference; auto takes fused on CUDA, else packed."
+        ),
+    ] = Executor.auto,
+    workers: Workers = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Where server and clients live: here (in this process), apart (in a process each), or a plugin's; see "
+            "[bold]fedbench list hosts[/bold]."
+        ),
+    ] = "here",
+) -> None:
+    """Run one method on one scenario with one seed.
+
+    A run whose record is already there is made again and compared with it: the two have to agree in everything
+    but time, peak memory and provenance, else the exit code is 1.
+    """
+    known(plugin, [method], [scenario])
+    console = make_console()
+    with loading(console):
+        from fedbench.cli.progress import ConsoleProgress
+        from fedbench.records import store
+        from fedbench.run.prepare import prepare
+        from fedbench.run.run import run
+        from fedbench.tables import report
+
+        request = asked(
+            method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
+            device=device, data_dir=data_dir, results=results, cache=cache, plugins=plugin,
+            executor=executor.value, precision=precision.value, workers=workers, host=host,
+        )  # fmt: skip
+        prepared = prepare(request)
+    for note in prepared.notes:
+        console.print(printable(note), style="dim", highlight=False, markup=False)
+    path = store.record_path(results / "records", prepared.scenario.name, method, seed, prepared.key)
+    before = store.load(path) if path.exists() else None
+    again = "the same command goes on after the last finished round"
+    with stoppable(console, again), ConsoleProgress(console) as progress:
+        record = run(prepared, progress)
+    console.print(report.summary(record))
+    console.print(printable(f"record: {path}"), highlight=False, markup=False, soft_wrap=True)
+    if before is not None and before.status == "complete":
+        different = store.differences(before, record)
+        if different:
+            console.print("differs from the record that was there before in: " + ", ".join(different), soft_wrap=True)
+            raise typer.Exit(1)
+        console.print("identical to the record that was there before, but for times, peak memory and provenance")

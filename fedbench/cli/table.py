@@ -1,0 +1,56 @@
+"""`fedbench table`: methods beside each other, from records."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedbench.cli.console import make_console
+from fedbench.cli.options import given
+from fedbench.errors import FedbenchError
+
+
+class Format(StrEnum):
+    """How a table is rendered."""
+
+    terminal = "terminal"
+    markdown = "markdown"
+    latex = "latex"
+    csv = "csv"
+
+
+def table_command(
+    results: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with records; ./runs if it exists, else ./results.")
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Rows and columns of this grid, missing cells visible; beside them the figures it reports, if any.",
+        ),
+    ] = None,
+    format: Annotated[Format, typer.Option(help="How to print it.")] = Format.terminal,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario; may be repeated.")] = None,
+    fm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|ID|PATH", parser=given("--fm"), help="Only records of this FM, instead of the grid's."
+        ),
+    ] = None,
+) -> None:
+    """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
+    from fedbench.tables.folder import compare_folder
+    from fedbench.tables.render import render, terminal
+
+    folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
+    if results and not results.is_dir():
+        raise FedbenchError(f"--results {results}: no such folder")
+    comparison = compare_folder(folder, grid, scenario or (), fm)
+    if format is Format.terminal:
+        make_console().print(terminal(comparison))
+    else:
+        print(render(comparison, format.value), end="")
