@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fedbench.compat import attention_of, set_attention
 from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
 from fedbench.forward.encoder import whole_layers
@@ -145,7 +146,7 @@ def feeding(
     layout = layout or Layout.of(batch.mask)
     config: Any = model.config
     offset = config.pad_token_id + 1 if family.position_offset == "after padding token" else family.position_offset
-    before = config._attn_implementation
+    before = attention_of(config)
     parts = Parts(model)
     last = parts.layer_path(parts.count - 1)
     trim = gather and family.residual is not None and not any(path.startswith(f"{last}.") for path in observed)
@@ -164,12 +165,12 @@ def feeding(
     if trim:
         hooks.append(model.get_submodule(f"{last}.{family.residual}").register_forward_pre_hook(first_only))
     token = _layout.set(layout)
-    config._attn_implementation = NAME
+    set_attention(config, NAME)
     try:
         with whole_layers(model, layout.buckets, layout.first, trim) if layout.blocks else nullcontext():
             yield pack(batch.inputs, layout, offset), layout.real
     finally:
-        config._attn_implementation = before
+        set_attention(config, before)
         _layout.reset(token)
         for hook in hooks:
             hook.remove()

@@ -22,6 +22,7 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
 from fedbench.api.messages import KINDS, ClientId, Message, TensorSpec
+from fedbench.compat import writes
 from fedbench.errors import MessageError, one_line
 
 Direction = Literal["down", "up"]
@@ -240,7 +241,7 @@ class Transport:
         self.ledger.entries.append(Entry(round, direction, client, message.kind, size, elements))
 
     def _lend(self, message: Message) -> Message:
-        self._lent += [(f"{message.kind}: {n}", t, t._version) for n, t in message.tensors.items()]
+        self._lent += [(f"{message.kind}: {n}", t, writes(t)) for n, t in message.tensors.items()]
         return message
 
     def _carry(self, message: Message) -> tuple[int, Message]:
@@ -322,6 +323,6 @@ class Transport:
     def close_round(self) -> None:
         """Raise MessageError if a receiver changed a tensor it was sent in place; then forget this round's."""
         for name, tensor, version in self._lent:
-            if tensor._version != version:
+            if writes(tensor) != version:
                 raise MessageError(f"received tensor {name!r} was changed in place; clone it before writing to it")
         self._lent.clear()
