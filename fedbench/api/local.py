@@ -4,22 +4,98 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fedbench.data.examples import Examples
+from fedbench.errors import FedbenchError
 from fedbench.models.cache import Frozen
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """How a client's gradients change its tunables: an optimiser with its settings.
+
+    Any class with these two is one, in the package or in a plugin; a frozen dataclass of settings says it best. Every
+    executor takes every trainer. An optimiser is made anew by every client in every round, so it remembers nothing of
+    the round before.
+
+    name: what messages call it.
+    """
+
+    name: ClassVar[str]
+
+    def make(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """An optimiser of these parameters, whose `step` takes no closure.
+
+        It is stepped once a batch, when their gradients are in place: clipped, masked, and with whatever a task adds.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """The local optimiser, made anew by every client in every round (Loshchilov & Hutter 2019)."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
+    lr: learning rate. weight_decay: share of lr by which values shrink in a step. betas: decay rates of the means of
+    gradient and squared gradient. eps: added to the root of the latter. Raises FedbenchError for a negative one.
+    """
+
+    name: ClassVar[str] = "adamw"
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _not_negative(self.name, lr=self.lr, weight_decay=self.weight_decay, eps=self.eps)
+
+    def make(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SGD:
+    """Stochastic gradient descent as `torch.optim.SGD` does it.
+
+    lr: learning rate. momentum: decay rate of the sum of gradients, which starts as the first of them. weight_decay:
+    times the value it is added to the gradient. nesterov: step ahead by the momentum; it takes momentum and no
+    dampening. dampening: share of each later gradient that is left out of the sum. Raises FedbenchError for a negative
+    setting, and for nesterov without what it takes.
+    """
+
+    name: ClassVar[str] = "sgd"
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    dampening: float = 0.0
+
+    def __post_init__(self) -> None:
+        _not_negative(self.name, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise FedbenchError("sgd: nesterov takes momentum above 0 and dampening 0; set these or leave nesterov out")
+
+    def make(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            dampening=self.dampening,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
+
+
+def _not_negative(trainer: str, **settings: float) -> None:
+    for name, value in settings.items():
+        if not value >= 0:
+            raise FedbenchError(f"{trainer}: {name} is {value}, expected a number of at least 0")
 
 
 Statistic = Callable[[Tensor], Tensor]
@@ -30,12 +106,15 @@ Statistic = Callable[[Tensor], Tensor]
 class LocalTask:
     """One client's local training, declared.
 
+    A subclass may add fields, for a `Client.fit` that reads them. An executor refuses a task with a field set that it
+    does not know, rather than train as if it were not there.
+
     Attributes:
         frozen: the backbone to train through.
         tunables: start values by parameter name of `frozen.module`; everything else stays frozen.
         data: the client's rows.
         batches: row indices of `data`, one array a step, in order; several epochs are simply more batches.
-        optimiser: AdamW settings.
+        optimiser: the trainer: `AdamW`, `SGD`, or one of a plugin's own.
         loss: (logits [B, C], labels [B]) -> loss of each row [B]; the step minimises its mean.
         clip_norm: largest L2 norm of the whole gradient, None for no clipping.
         penalty: (parameters, received) -> scalar added to the loss, both by name (FedProx).
@@ -50,7 +129,7 @@ class LocalTask:
     tunables: Mapping[str, Tensor]
     data: Examples
     batches: Sequence[np.ndarray]
-    optimiser: AdamW
+    optimiser: Trainer
     loss: Callable[[Tensor, Tensor], Tensor]
     clip_norm: float | None = None
     penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None = None

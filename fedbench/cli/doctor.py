@@ -49,7 +49,7 @@ def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[t
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
-    from fedbench.models.linear import cpu_has_bf16
+    from fedbench.compat import cpu_has_bf16
 
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
     if not torch.cuda.is_available():

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedbench.compat import softmax_backward
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -76,7 +78,7 @@ def attend_backward(
     pieces = _pieces((grad, query, dquery), (key, value, dkey, dvalue), blocks, first_only)
     for weights, ((g, q, dq), (k, v, dk, dv)) in zip(kept, pieces, strict=True):
         dv.copy_(torch.bmm(weights.mT, g))
-        scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weights, -1, weights.dtype)
+        scores = softmax_backward(torch.bmm(g, v.mT), weights, -1, weights.dtype)
         dq.copy_(torch.baddbmm(q, scores, k, beta=0, alpha=scale))
         dk.copy_(torch.baddbmm(k, scores.mT, q, beta=0, alpha=scale))
     return dquery, dkey, dvalue

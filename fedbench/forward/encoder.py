@@ -18,8 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedbench.compat import gelu_backward, layer_norm_backward, layer_norm_forward, watched
 from fedbench.forward.attention import Bucket, attend, attend_backward
-from fedbench.models.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, watched
+from fedbench.models.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward
 from fedbench.models.parts import Parts
 
 
@@ -158,7 +159,7 @@ class _Function(torch.autograd.Function):
             return found
 
         grad = _norm_backward(grads[0].contiguous(), end, end_norm, norms[1])
-        inner = torch.ops.aten.gelu_backward(down.product(grad, transposed=True), wide)
+        inner = gelu_backward(down.product(grad, transposed=True), wide)
         grad = _norm_backward(up.product(inner, transposed=True).add_(grad), mid, mid_norm, norms[0])
         heads = cast(Tensor, back(3, grad, mixed, True)).view_as(query)
         parts = attend_backward(heads, query, key, value, weights, ctx.blocks, ctx.scale, first is not None)
@@ -177,14 +178,9 @@ class _Function(torch.autograd.Function):
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-    out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
-        x, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-    )
-    return out
+    return layer_norm_forward(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _norm_backward(grad: Tensor, x: Tensor, statistics: Sequence[Tensor], norm: nn.LayerNorm) -> Tensor:
-    out: Tensor = torch.ops.aten.native_layer_norm_backward(
-        grad, x, norm.normalized_shape, *statistics, norm.weight, norm.bias, [True, False, False]
-    )[0]
-    return out
+    shape, wanted = norm.normalized_shape, [True, False, False]
+    return layer_norm_backward(grad, x, shape, *statistics, norm.weight, norm.bias, wanted)[0]

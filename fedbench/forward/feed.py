@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fedbench.compat import attention_of, set_attention
 from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
 from fedbench.forward.encoder import Layer, layers_of, whole_layers
@@ -152,7 +153,7 @@ class Forward:
         offset: Any = family.position_offset
         if offset == "after padding token":
             offset = config.pad_token_id + 1
-        before = config._attn_implementation
+        before = attention_of(config)
         parts = Parts(model)
         last = parts.layer_path(parts.count - 1)
         trim = gather and family.residual is not None and not any(path.startswith(f"{last}.") for path in observed)
@@ -171,12 +172,12 @@ class Forward:
         if trim:
             hooks.append(model.get_submodule(f"{last}.{family.residual}").register_forward_pre_hook(first_only))
         token = _layout.set(chosen)
-        config._attn_implementation = NAME
+        set_attention(config, NAME)
         try:
             with whole_layers(self._whole(chosen), chosen.buckets, chosen.first, trim):
                 yield pack(batch.inputs, chosen, offset), chosen.real
         finally:
-            config._attn_implementation = before
+            set_attention(config, before)
             _layout.reset(token)
             for hook in hooks:
                 hook.remove()

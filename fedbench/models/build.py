@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fedbench.compat import set_attention, without_initial_values
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear
 from fedbench.models.spec import PROJECTIONS, ModelSpec
@@ -15,12 +16,11 @@ def build(spec: ModelSpec) -> nn.Module:
     import transformers
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import AutoConfig
-    from transformers.initialization import no_init_weights
 
     family = spec.family
     config = AutoConfig.for_model(spec.model_type, **{k: v for k, v in spec.config.items() if k != "model_type"})
-    config._attn_implementation = "sdpa"
-    with no_init_weights():
+    set_attention(config, "sdpa")
+    with without_initial_values():
         model = getattr(transformers, family.architecture)(config)
     parts = Parts(model)
     for i, width in enumerate(spec.ffn_widths):

@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from fedbench.compat import TensorKeys, writes
 from fedbench.files import state_digest, tensor_digest
 from fedbench.models.build import build
 from fedbench.models.spec import ModelSpec
@@ -25,16 +25,16 @@ class TensorStore:
     """
 
     def __init__(self) -> None:
-        self._digests = WeakTensorKeyDictionary()  # tensor -> (version, digest)
+        self._digests = TensorKeys()  # tensor -> (version, digest)
         self._kept: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def digest(self, tensor: Tensor) -> str:
         """SHA-256 of dtype, shape and bytes."""
         known = self._digests.get(tensor)
-        if known is not None and known[0] == tensor._version:
+        if known is not None and known[0] == writes(tensor):
             return str(known[1])
         digest = tensor_digest(tensor)
-        self._digests[tensor] = (tensor._version, digest)
+        self._digests[tensor] = (writes(tensor), digest)
         return digest
 
     def intern(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

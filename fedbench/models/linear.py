@@ -18,13 +18,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-# The operator behind torch.compile's CPU linear layers; a build of torch without oneDNN lacks it.
-_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def cpu_has_bf16() -> bool:
-    """Whether oneDNN has kernels for bf16 on this CPU. Without them torch computes bf16 in ways slower than fp32."""
-    return _available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+from fedbench.compat import cpu_has_bf16, has_onednn, laid_out, laid_out_product, plain_lora, watched
 
 
 class FrozenLinear(nn.Linear):
@@ -71,12 +65,12 @@ class FrozenLinear(nn.Linear):
     def copy(self, transposed: bool) -> Tensor:
         """The weight, or its transpose, in oneDNN's blocks: both in the dtype that was live for the first of them."""
         if self._copies is None:
-            self._copies = (_reorder(self.weight.detach().to(self.live or self.weight.dtype)), None)
+            self._copies = (laid_out(self.weight.detach().to(self.live or self.weight.dtype)), None)
         kept, turned = self._copies
         if not transposed:
             return kept
         if turned is None:
-            turned = _reorder(self.weight.detach().t().to(kept.dtype).contiguous())
+            turned = laid_out(self.weight.detach().t().to(kept.dtype).contiguous())
             self._copies = (kept, turned)
         return turned
 
@@ -86,7 +80,7 @@ class FrozenLinear(nn.Linear):
         # with one the products of the two directions share them.
         bias = _zeros(self.in_features, input.dtype) if transposed else self.bias
         bias = None if bias is None else bias.to(input.dtype)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.copy(transposed), bias, "none", [], "")
+        out: Tensor = laid_out_product(input, self.copy(transposed), bias, "none", [], "")
         return out
 
     def dtype_for(self, input: Tensor) -> torch.dtype | None:
@@ -127,24 +121,12 @@ class AdaptedLinear(LoraLinear):  # type: ignore[misc]  # peft has no types
 
     def plain_adapter(self) -> Adapter | None:
         """Its LoRA, where all this layer does is to add it to what a `FrozenLinear` computes; else None."""
-        name, *others = self.active_adapters
+        if (name := plain_lora(self)) is None or not isinstance(self.base_layer, FrozenLinear):
+            return None
         parts = (self.base_layer, self.lora_A[name], self.lora_B[name])
-        if (
-            others
-            or self.disable_adapters
-            or self.merged
-            or name in self.lora_variant
-            or (self.training and not isinstance(self.lora_dropout[name], nn.Identity))
-            or not isinstance(self.base_layer, FrozenLinear)
-            or any(watched(m) for m in parts)
-        ):
+        if any(watched(m) for m in parts):
             return None
         return parts[1].weight, parts[2].weight, self.scaling[name]
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether somebody has hooks on a module or a forward of their own in it, and so its call has to be made."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 @contextmanager
@@ -158,7 +140,7 @@ def reordered(*models: nn.Module, gradients: bool = False, precision: str = "fp3
     """
     layers = []
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if _available and (dtype is torch.float32 or cpu_has_bf16()):
+    if has_onednn and (dtype is torch.float32 or cpu_has_bf16()):
         found = (m for model in set(models) for m in model.modules())
         layers = [m for m in found if isinstance(m, FrozenLinear) and m.live is None]
     for layer in layers:
@@ -168,11 +150,6 @@ def reordered(*models: nn.Module, gradients: bool = False, precision: str = "fp3
     finally:
         for layer in layers:
             layer.live = None
-
-
-def _reorder(weight: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return out
 
 
 @cache

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedbench.api.messages import ClientId, State
+from fedbench.compat import writes
 from fedbench.errors import DamagedFileError
 from fedbench.files import append_text, load_tensors, save_tensors, write_text
 
@@ -118,8 +119,8 @@ class Checkpoint:
             own: dict[int, _Place] = {}
             for name, tensor in state.tensors.items():
                 place = places.get(id(tensor)) or self._places.get(id(tensor))
-                if place is None or place.version != tensor._version:
-                    place = _Place(tensor, tensor._version, file, f"t{len(new)}")
+                if place is None or place.version != writes(tensor):
+                    place = _Place(tensor, writes(tensor), file, f"t{len(new)}")
                     new[place.name] = tensor.detach().clone()  # two names may share a storage, which files cannot
                 own[id(tensor)] = places[id(tensor)] = place
                 names[name] = [place.file, place.name]

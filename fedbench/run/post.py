@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedbench.api.messages import ClientId, Message
+from fedbench.compat import writes
 from fedbench.errors import MessageError
 from fedbench.run.gate import check
 from fedbench.run.payloads import SHARED_FROM_BYTES, Parcel, deserialise
@@ -64,13 +65,13 @@ class Lent:
 
     def lend(self, message: Message) -> Message:
         """The same message, watched until `close`."""
-        self._tensors += [(f"{message.kind}: {n}", t, t._version) for n, t in message.tensors.items()]
+        self._tensors += [(f"{message.kind}: {n}", t, writes(t)) for n, t in message.tensors.items()]
         return message
 
     def close(self) -> None:
         """Raise MessageError if a receiver changed a tensor it was sent in place; then forget all."""
         for name, tensor, version in self._tensors:
-            if tensor._version != version:
+            if writes(tensor) != version:
                 raise MessageError(f"received tensor {name!r} was changed in place; clone it before writing to it")
         self._tensors.clear()
 

@@ -18,7 +18,15 @@ from fedbench.api.local import LocalResult, LocalTask
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import forward
 from fedbench.machine.device import Execution
-from fedbench.training.common import has_dropout, observing, result_of
+from fedbench.training.common import has_dropout, made, observing, refuse_unknown, result_of
+
+KNOWN = frozenset(
+    (
+        *("frozen", "tunables", "data", "batches", "optimiser", "loss", "clip_norm", "penalty"),
+        *("gradient_offset", "rank_mask", "observers", "observe_padding", "seed"),
+    )
+)
+"""The fields of a task that `execute` honours."""
 
 
 @contextmanager
@@ -53,10 +61,12 @@ def tunable(module: nn.Module, values: dict[str, Tensor] | Any) -> Iterator[dict
 
 
 def execute(task: LocalTask, execution: Execution) -> LocalResult:
-    """Train one client: AdamW over the task's batches, in order. Returns CPU tensors.
+    """Train one client: a step of its trainer for each of the task's batches, in order. Returns CPU tensors.
 
-    Raises FedbenchError when a loss is not finite, naming the step.
+    Raises FedbenchError for a task with a field set that is not among `KNOWN`, for a trainer that is none, and when a
+    loss is not finite, naming the step.
     """
+    refuse_unknown(task, KNOWN, execution.executor)
     module, device = task.frozen.module, execution.device
     if not task.batches:
         raise FedbenchError("a client has no rows to train on; raise the split's min_size")
@@ -80,11 +90,8 @@ def execute(task: LocalTask, execution: Execution) -> LocalResult:
         received = {n: v.to(device) for n, v in task.tunables.items()} if task.penalty else {}
         offset = {n: v.to(device) for n, v in (task.gradient_offset or {}).items()}
         rank = {n: v.to(device) for n, v in (task.rank_mask or {}).items()}
-        o = task.optimiser
         values = list(parameters.values())
-        optimiser = torch.optim.AdamW(
-            values, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
-        )
+        optimiser = made(task.optimiser, values)
         losses = []
         for indices in task.batches:
             batch = task.data.batch(indices, device)

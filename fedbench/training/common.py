@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedbench.api.local import LocalResult, LocalTask
-from fedbench.errors import DivergedError
+from fedbench.api.local import LocalResult, LocalTask, Trainer
+from fedbench.errors import DivergedError, FedbenchError
+
+
+def unknown_fields(task: LocalTask, known: Set[str]) -> list[str]:
+    """Fields of a task, or attributes given to it, that are not `known` and are set: to anything but their default."""
+    declared = {f.name: f for f in fields(task)}
+    found = [name for name in getattr(task, "__dict__", {}) if name not in known and name not in declared]
+    for name in declared.keys() - known:
+        f, value = declared[name], getattr(task, name)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        # Arrays compare element by element, so one is at its default only if it is that very object.
+        if value is not default and (isinstance(value, Tensor | np.ndarray) or value != default):
+            found.append(name)
+    return sorted(found)
+
+
+def refuse_unknown(task: LocalTask, known: Set[str], executor: str) -> None:
+    """Raise FedbenchError for a task that asks for what the executor would silently leave out."""
+    if found := unknown_fields(task, known):
+        raise FedbenchError(
+            f"a client's task ({type(task).__name__}) sets {found[0]!r}, which the {executor} executor does not know; "
+            "leave it at its default, or train such a task in the client's own `fit`"
+        )
+
+
+def made(trainer: Trainer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that a trainer makes. Raises FedbenchError for what is no trainer, or makes something else."""
+    if isinstance(trainer, type) or not isinstance(trainer, Trainer):
+        raise FedbenchError(
+            f"a client's task has {trainer!r} as its optimiser; give it a trainer: an object with `name` and `make`"
+        )
+    optimiser = trainer.make(parameters)
+    if not isinstance(optimiser, torch.optim.Optimizer):
+        raise FedbenchError(
+            f"trainer {trainer.name}: make gave a {type(optimiser).__name__}; let it return a torch.optim.Optimizer"
+        )
+    return optimiser
 
 
 def has_dropout(module: nn.Module) -> bool:

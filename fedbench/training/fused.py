@@ -4,7 +4,7 @@ Clients of a round differ in their tunables (LoRA, head) and their rows; nearly 
 which is the same for all. Their batches are laid end to end, client after client, and go through it as one; only the
 modules that own tunables treat each client's part with that client's own values, stacked on a leading dimension. The
 loss is the sum over clients of the mean over a client's own rows, so each client's gradient is what it would be alone;
-clipping and AdamW work row by row on one matrix [clients, parameters].
+clipping and the trainer's step work row by row on one matrix [clients, parameters].
 
 The same mathematics as `fedbench.training.alone.execute`, client by client, which tests hold it to. It pays where a
 batch of one client leaves the device idle: on a GPU, or on a CPU with threads to spare.
@@ -30,8 +30,15 @@ from fedbench.forward.feed import Forward, forward
 from fedbench.forward.layout import Layout
 from fedbench.machine.device import Execution
 from fedbench.models.linear import FrozenLinear
-from fedbench.training.alone import execute
-from fedbench.training.common import has_dropout, observing, result_of
+from fedbench.training.alone import KNOWN, execute
+from fedbench.training.common import has_dropout, observing, refuse_unknown, result_of, unknown_fields
+from fedbench.training.rowwise import ROW_WISE
+
+TOGETHER = KNOWN - {"observe_padding"}
+"""The fields of a task that are honoured in a pass of several clients. (`seed` is of dropout, which keeps a task out.)
+
+A new field is not among them before it is named here: what this file does not know is trained alone.
+"""
 
 CPU_TOKENS = 4096
 """Tokens in a pass on a CPU: more gain nothing there."""
@@ -45,15 +52,19 @@ def execute_cohort(
 ) -> list[LocalResult]:
     """Train every task as `training.alone.execute` does, together where they fit together; results in their order.
 
-    Tasks fit together if they share backbone, names of tunables, clipping, betas, eps, observed modules, and whether
-    they have a penalty. Tasks with active dropout, with tunables in modules other than Linear and LayerNorm, or with
-    padding to observe are trained one by one. Returns CPU tensors.
+    Tasks fit together if they share backbone, names of tunables, clipping, trainer, observed modules, and whether they
+    have a penalty; of a trainer's settings learning rate and weight decay may differ. Tasks with active dropout, with
+    tunables in modules other than Linear and LayerNorm, with a trainer that is not in `training.rowwise.ROW_WISE`, or
+    with a field set that is not among `TOGETHER` are trained one by one. Returns CPU tensors.
 
     chunk: most clients in a pass; None for what `clients_per_pass` says. segments: give all clients of a pass equal
     parts of it, which adds padding but takes far fewer calls; None for doing so on CUDA.
 
-    Raises FedbenchError when a loss is not finite, naming the step of that client.
+    Raises FedbenchError for a task with a field set that nobody here knows, before anything is trained, and when a
+    loss is not finite, naming the step of that client.
     """
+    for task in tasks:
+        refuse_unknown(task, TOGETHER | KNOWN, execution.executor)
     if chunk is not None and chunk < 1:
         raise FedbenchError(f"chunk is {chunk}, expected a number of clients, at least 1")
     if segments is None:
@@ -103,29 +114,6 @@ def clients_per_pass(tasks: Sequence[LocalTask], execution: Execution) -> int:
     return max(1, int(free / 2 / (kept + state)))
 
 
-def adamw(
-    values: Tensor,
-    grads: Tensor,
-    first: Tensor,
-    second: Tensor,
-    step: int,
-    lr: Tensor,
-    decay: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """One step of AdamW (Loshchilov & Hutter 2019) in place, each row of [C, P] with settings of its own.
-
-    In the order of `torch.optim.AdamW`. first, second: the moment estimates. step: from 1. lr: [C, 1]. decay: weight
-    decay, [C, 1] or [C, P].
-    """
-    values.mul_(1 - lr * decay)
-    first.lerp_(grads, 1 - betas[0])
-    second.mul_(betas[1]).addcmul_(grads, grads, value=1 - betas[1])
-    root = second.sqrt().div_((1 - betas[1] ** step) ** 0.5).add_(eps)
-    values.sub_(first.div(root).mul_(lr / (1 - betas[0] ** step)))
-
-
 # ---------------------------------------------------------------- which tasks fit together
 
 
@@ -149,7 +137,7 @@ def _fusion_key(task: LocalTask, checked: dict[Any, bool]) -> Any:
 
     `checked` remembers what holds for all tasks of a module with the same tunables.
     """
-    module, o = task.frozen.module, task.optimiser
+    module, trainer = task.frozen.module, task.optimiser
     names = frozenset(task.tunables)
     if (module, names) not in checked:
         parameters = {n: p for n, p in module.named_parameters() if n in names}
@@ -160,13 +148,16 @@ def _fusion_key(task: LocalTask, checked: dict[Any, bool]) -> Any:
             and not has_dropout(module)
         )
     # What is wrong with a task (no rows, a tunable of another shape) `execute` says best.
-    if not checked[module, names] or not task.batches or task.observe_padding:
+    if not checked[module, names] or not task.batches or unknown_fields(task, TOGETHER):
+        return None
+    # Exactly these types, here too: a trainer that extends one may step otherwise.
+    if (step := ROW_WISE.get(type(trainer))) is None:
         return None
     if any(module.get_parameter(n).shape != v.shape for n, v in task.tunables.items()):
         return None
     data = task.data
     kind = task.penalty is None, data.tokens is None, data.segments is None, data.pad_token, data.processor
-    return task.frozen.key, names, task.clip_norm, o.betas, o.eps, frozenset(task.observers), kind
+    return task.frozen.key, names, task.clip_norm, step, step.shared(trainer), frozenset(task.observers), kind
 
 
 # ---------------------------------------------------------------- whose part of a pass is which
@@ -347,17 +338,13 @@ def _each(stacked: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> list[LocalResult]:
     """Train clients that fit together, given in order of falling numbers of steps."""
     device = execution.device
-    module, o, clip_norm = tasks[0].frozen.module, tasks[0].optimiser, tasks[0].clip_norm
+    module, clip_norm = tasks[0].frozen.module, tasks[0].clip_norm
     matrix = _Matrix(module, tasks[0].tunables, device)
     values = matrix.stack([task.tunables for task in tasks])
     received = _each(matrix.views(values.clone())) if tasks[0].penalty else []
     offset = matrix.stack([t.gradient_offset for t in tasks]) if any(t.gradient_offset for t in tasks) else None
     rank = matrix.stack([task.rank_mask for task in tasks], 1.0) if any(task.rank_mask for task in tasks) else None
-    first, second = torch.zeros_like(values), torch.zeros_like(values)
-    lr, decay = (
-        torch.tensor(column, dtype=torch.float64)[:, None].to(values)
-        for column in ([t.optimiser.lr for t in tasks], [t.optimiser.weight_decay for t in tasks])
-    )
+    optimiser = ROW_WISE[type(tasks[0].optimiser)]([task.optimiser for task in tasks], values)
     under_way = _Pass(matrix.views(values))
     curve: list[Tensor] = []
     k = 0
@@ -389,9 +376,8 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
             if number == 0:
                 # torch's optimisers leave a parameter without a gradient alone, decay included.
                 for name in (n for n, part in zip(leaves, parts, strict=True) if part is None):
-                    decay = decay.expand(values.shape).clone()
                     idle = [i for i, task in enumerate(tasks) if name not in (task.gradient_offset or {})]
-                    decay[idle, matrix.columns[name]] = 0.0
+                    optimiser.leave_alone(idle, matrix.columns[name])
             pairs = zip(leaves.values(), parts, strict=True)
             g = torch.cat([(torch.zeros_like(v) if p is None else p).flatten(1) for v, p in pairs], 1)
             if offset is not None:
@@ -400,7 +386,7 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
                 g.mul_(rank[:k])
             if clip_norm is not None:
                 g.mul_((clip_norm / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + 1e-6)).clamp_(max=1.0))
-            adamw(values[:k], g, first[:k], second[:k], number + 1, lr[:k], decay[:k], o.betas, o.eps)
+            optimiser.step(values[:k], g)
             if rank is not None:
                 values[:k].mul_(rank[:k])
     curves = torch.nn.utils.rnn.pad_sequence(curve).cpu()  # [C, steps]: losses of a step are those of the first rows

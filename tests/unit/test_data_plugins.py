@@ -17,9 +17,9 @@ from fedbench.data.rows import Part
 from fedbench.data.sets.dataset import DataSet
 from fedbench.errors import FedbenchError
 from fedbench.registry import Registry
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
+from fedbench.run.run import run
 from fedbench.scenario.tables import DatasetSettings, PublicSettings
 
 PAGE = Path(__file__).parents[2] / "docs/adding-a-data-set.md"

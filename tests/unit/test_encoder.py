@@ -13,17 +13,17 @@ from helpers import PACKED, PADDED, logits, random_values, save_tiny, train_rows
 from torch import Tensor, nn
 
 from fedbench.check.suite import tensors_close
+from fedbench.compat import has_onednn
 from fedbench.forward import encoder
 from fedbench.forward.feed import forward
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.linear import _available
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import frozen_state, set_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not _available, reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not has_onednn, reason="torch without oneDNN")
 
 
 @pytest.fixture(scope="module", params=["bert", "roberta", "distilbert"])

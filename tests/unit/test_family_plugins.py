@@ -23,8 +23,8 @@ from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import set_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
 from fedbench.registry import Registry
-from fedbench.run.loop import run
 from fedbench.run.prepare import prepare
+from fedbench.run.run import run
 
 PAGE = Path(__file__).parents[2] / "docs/adding-a-family.md"
 CPU = torch.device("cpu")

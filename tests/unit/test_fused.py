@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedbench.api.local import AdamW, LocalResult, LocalTask
+from fedbench.api.local import SGD, AdamW, LocalResult, LocalTask
 from fedbench.check.suite import tensors_close
 from fedbench.data.examples import Examples
 from fedbench.data.pixels import ImageProcessor
@@ -31,7 +31,7 @@ from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.training import fused
 from fedbench.training.alone import execute
-from fedbench.training.fused import adamw, clients_per_pass, execute_cohort
+from fedbench.training.fused import clients_per_pass, execute_cohort
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 3}
@@ -161,6 +161,8 @@ def varied(tasks: Sequence[LocalTask], options: set[str]) -> list[LocalTask]:
             changes["rank_mask"] = dict.fromkeys(adapters, keep)
         if "optimiser" in options:
             changes["optimiser"] = AdamW(lr=1e-2 / (i + 1), weight_decay=0.1 * i)
+        if "sgd" in options:
+            changes["optimiser"] = SGD(lr=1e-1 / (i + 1), momentum=0.9, weight_decay=0.1 * i, nesterov=True)
         if "loss" in options:
             changes["loss"] = lambda x, y, scale=1.0 + i: cross_entropy(scale * x, y)
         if "no clip" in options:
@@ -174,7 +176,7 @@ def varied(tasks: Sequence[LocalTask], options: set[str]) -> list[LocalTask]:
     return out
 
 
-OPTIONS = ("start", "penalty", "offset", "rank", "optimiser", "loss", "no clip", "observers")
+OPTIONS = ("start", "penalty", "offset", "rank", "optimiser", "sgd", "loss", "no clip", "observers")
 COHORTS = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=2, max_size=5)
 UNEQUAL = [[4, 4, 1], [4], [4, 4, 4, 2], [3, 3]]
 
@@ -257,31 +259,6 @@ def test_bf16_follows_the_reference(segments: bool) -> None:
         reference = execute(task, Execution(precision="bf16"))
         assert result.loss == pytest.approx(reference.loss, rel=0.03)
         assert all(t.dtype == torch.float32 for t in result.tunables.values())
-
-
-@given(
-    steps=st.integers(1, 6),
-    lrs=st.lists(st.floats(1e-4, 0.5), min_size=1, max_size=3),
-    decay=st.sampled_from([0.0, 0.1]),
-    betas=st.sampled_from([(0.9, 0.999), (0.5, 0.7), (0.0, 0.9)]),
-    eps=st.sampled_from([1e-8, 1e-3]),
-)
-@settings(deadline=None)
-def test_adamw_is_torchs(steps: int, lrs: list[float], decay: float, betas: tuple[float, float], eps: float) -> None:
-    generator = torch.Generator().manual_seed(steps)
-    values = torch.randn(len(lrs), 7, dtype=torch.float64, generator=generator)
-    rows = [nn.Parameter(row.clone()) for row in values]
-    groups = [{"params": [p], "lr": lr} for p, lr in zip(rows, lrs, strict=True)]
-    reference = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=decay, foreach=False)
-    first, second = torch.zeros_like(values), torch.zeros_like(values)
-    lr = torch.tensor(lrs, dtype=torch.float64)[:, None]
-    for step in range(1, steps + 1):
-        grads = torch.randn(values.shape, dtype=torch.float64, generator=generator)
-        for p, grad in zip(rows, grads, strict=True):
-            p.grad = grad.clone()
-        reference.step()
-        adamw(values, grads, first, second, step, lr, torch.full_like(lr, decay), betas, eps)
-    assert torch.allclose(values, torch.stack([p.detach() for p in rows]), rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("segments", [False, True])

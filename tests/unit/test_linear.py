@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedbench.compat import cpu_has_bf16, has_onednn
 from fedbench.machine.device import Execution
-from fedbench.models.linear import FrozenLinear, _available, cpu_has_bf16, reordered
+from fedbench.models.linear import FrozenLinear, reordered
 
 
 def frozen(n_in: int = 24, n_out: int = 40, seed: int = 0) -> FrozenLinear:
@@ -63,7 +64,7 @@ def test_a_weight_changed_between_blocks_is_used_whichever_way_it_was_written() 
         assert torch.allclose(grad, layer.weight.sum(0).expand(3, -1), atol=1e-5)
 
 
-@pytest.mark.skipif(not _available, reason="torch without oneDNN")
+@pytest.mark.skipif(not has_onednn, reason="torch without oneDNN")
 def test_only_a_frozen_fp32_weight_in_a_block_is_reordered() -> None:
     layer, x = frozen(), torch.randn(3, 24)
     layer(x)

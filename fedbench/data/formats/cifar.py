@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedbench.compat import array_of_pickle
 from fedbench.data.formats.archive import archived
 from fedbench.data.labels import class_numbers
 from fedbench.data.rows import Part
@@ -73,9 +74,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            from numpy._core import multiarray
-
-            return multiarray._reconstruct
+            return array_of_pickle()
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):
