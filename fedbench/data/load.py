@@ -73,8 +73,8 @@ def load_data(
     return RawData(train, validation, test, public_rows, names, (*notes, sizes), digest, data_set.test_name, parts)
 
 
-def _unlabelled(part: Part, name: str, count: int) -> Part:
-    """At most `count` rows of a public corpus, a fixed draw, in order and without their labels."""
+def _unlabelled(part: Part, name: str, count: int | None) -> Part:
+    """Rows of a public corpus, at most `count` of them: a fixed draw, in order and without their labels."""
     rows = np.sort(Streams(0, name).numpy("public").permutation(len(part))[:count])
     chosen = part.select(rows)
     return Part(np.zeros(len(chosen), dtype=np.int64), chosen.texts, chosen.images, chosen.text_pairs)

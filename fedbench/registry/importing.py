@@ -17,7 +17,7 @@ from fedbench.registry.entries import Entry
 T = TypeVar("T")
 
 
-def import_class(entry: Entry, base: type[T], called: str) -> type[T]:
+def import_class(entry: Entry, base: type[Any], called: str) -> type[Any]:
     """Import what was found and return its class, a `base` of the entry's name that can be made.
 
     called: what messages call `base`.
@@ -27,7 +27,7 @@ def import_class(entry: Entry, base: type[T], called: str) -> type[T]:
         candidates = [_attribute(module, entry.attribute)]
     else:
         candidates = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
-    classes = [c for c in candidates if isinstance(c, type) and issubclass(c, base)]
+    classes: list[Any] = [c for c in candidates if isinstance(c, type) and issubclass(c, base)]
     for candidate in classes:
         if getattr(candidate, "name", None) == entry.name:
             if isabstract(candidate):
@@ -37,7 +37,8 @@ def import_class(entry: Entry, base: type[T], called: str) -> type[T]:
                     f"{entry.kind.word} {entry.name!r} of {entry.origin}: {candidate.__name__} does not define "
                     f"{lacking}{page}"
                 )
-            return candidate
+            found: type[Any] = candidate
+            return found
     names = sorted(str(c.name) for c in classes if hasattr(c, "name"))
     raise FedbenchError(
         f'{entry.origin} should define a {called} with name: ClassVar[str] = "{entry.name}"; '
