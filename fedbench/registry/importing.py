@@ -17,7 +17,7 @@ from fedbench.registry.entries import Entry
 T = TypeVar("T")
 
 
-def import_class(entry: Entry, base: type[T], called: str) -> type[T]:
+def import_class(entry: Entry, base: type[Any], called: str) -> type[Any]:
     """Import what was found and return its class, a `base` of the entry's name that can be made.
 
     called: what messages call `base`.
@@ -37,7 +37,7 @@ def import_class(entry: Entry, base: type[T], called: str) -> type[T]:
                     f"{entry.kind.word} {entry.name!r} of {entry.origin}: {candidate.__name__} does not define "
                     f"{lacking}{page}"
                 )
-            found: type[T] = candidate
+            found: type[Any] = candidate
             return found
     names = sorted(str(c.name) for c in classes if hasattr(c, "name"))
     raise FedbenchError(

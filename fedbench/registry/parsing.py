@@ -30,9 +30,8 @@ def python_file(path: Path, module: str, origin: str, only: Kind | None = None) 
         yield Entry(only or METHODS, stem, origin, module, path, error=about)
         return
     summary = printable((ast.get_docstring(tree) or "").partition("\n")[0])
-    found: list[tuple[Kind, str, str | None, str]] = [
-        (kind, name, None, summary) for kind, name in _classes(tree, only)
-    ]
+    found: list[tuple[Kind, str, str | None, str]]
+    found = [(kind, name, None, summary) for kind, name in _classes(tree, only)]
     found += [(kind, name, attribute, printable(about) or summary) for kind, name, attribute, about in _values(tree)]
     found = [thing for thing in found if only in (None, thing[0])]
     if not found and only in (None, METHODS):

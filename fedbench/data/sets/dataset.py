@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class DataSet:
             raise FedbenchError(f"data set {self.name}: some of its parts are texts, others images")
 
 
-def _fault(part: object, classes: int | None) -> str | None:
+def _fault(part: Any, classes: int | None) -> str | None:
     """Why these are no rows of a data set with so many classes (None: labels are not read); None where they are."""
     if not isinstance(part, Part):
         return f"is a {type(part).__name__}, expected a Part"
