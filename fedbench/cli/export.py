@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedbench.cli.options import CacheDir
+from fedbench.cli.options import CacheDir, Plugins, known
 from fedbench.cli.options import folder as folder_of
 
 
@@ -18,11 +18,13 @@ def export_command(
     fm: Annotated[
         str | None, typer.Option(metavar="PATH", help="The folder of the run's FM, where it was given as one.")
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Write a run's tuned adapter and head in peft's format, for use with plain transformers and peft."""
     from fedbench.machine.paths import cache_folder
     from fedbench.run.export import export_adapter
 
+    known(plugin).add_families()
     done = export_adapter(record, folder, cache_folder(cache), fm)
     revision = f", revision={done.revision!r}" if done.revision else ""
     print(f"{folder}: adapter_config.json, adapter_model.safetensors; to use them:\n")

@@ -38,6 +38,7 @@ def show_command(
     elif name in registry.scenarios:
         _show_scenario(console, registry, name, changes, profile)
     elif name in FMS or fm_folder(name):
+        registry.add_families()
         _show_fm(console, name, FMS.get(name, "a checkpoint in a folder"))
     else:
         everything = [*registry.methods, *registry.scenarios, *FMS]

@@ -60,7 +60,7 @@ class Registry:
         """The method's class; imports its module. Raises FedbenchError for an unknown or a broken method."""
         from fedbench.api.sides import Method
 
-        return import_class(self.find_method(name), Method, "Method")  # type: ignore[type-abstract]
+        return import_class(self.find_method(name), Method, "Method")
 
     def find_method(self, name: str) -> Entry:
         """Where the method is, without importing it. Raises FedbenchError for an unknown one."""
