@@ -84,7 +84,7 @@ class Run:
         self.federation, self.evaluation = p.scenario.federation, p.scenario.evaluation
         self.time = Stopwatch()
         self.partition: Partition = partition(
-            p.loaded.train.labels.numpy(), p.scenario.split, self.streams.numpy("partition")
+            p.loaded.data.train.labels, p.scenario.split, self.streams.numpy("partition")
         )
         self.rows = [p.loaded.train.select(rows) for rows in self.partition.clients]
         self.modules = ModuleCache(p.execution.device)
@@ -367,7 +367,7 @@ class Run:
     def finish(self) -> Record:
         """Score the selected round on the test set and write everything down."""
         p, server = self.p, self.server
-        labels, classes = p.loaded.train.labels.numpy(), len(p.loaded.data.class_names)
+        labels, classes = p.loaded.data.train.labels, len(p.loaded.data.class_names)
         self.progress.phase("test", detail=f"{len(p.loaded.test)} rows")
         selected = self.federation.rounds - 1
         if self.best is not None:
@@ -403,7 +403,7 @@ class Run:
             "untouched": untouched.block() if untouched else None,
             "gap": plug_in.accuracy - proxy.accuracy if proxy else None,
             "validation": {"plug_in": final.get("plug_in_validation"), "proxy": final.get("proxy_validation")},
-            "per_client": per_client(plug_in, counts),
+            "per_client": per_client(plug_in, p.loaded.data.test.labels, counts),
             "unavailable": None,
         }
         if extra:
@@ -418,7 +418,7 @@ class Run:
         errors = [e for point in self.points if (e := point["zero_filled"]["error"]) is not None]
         adapter = self.server.expected(0).get("adapter", {}) if self.federation.rounds else {}
         trainable = sum(int(np.prod(spec.shape)) for spec in adapter.values()) or None
-        labels, classes = p.loaded.train.labels.numpy(), len(p.loaded.data.class_names)
+        labels, classes = p.loaded.data.train.labels, len(p.loaded.data.class_names)
         content = {
             "schema": SCHEMA,
             "status": "complete",

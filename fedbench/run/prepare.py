@@ -90,7 +90,8 @@ def _load(
     model = load_fm(fm, len(data.class_names), cache, data.class_names)
     raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
     raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
-    parts = {role: encode(part, model, dataset.max_length) for role, part in raw.items() if part is not None}
+    given = {role: part for role, part in raw.items() if part is not None}
+    parts = {role: encode(part, model, dataset.max_length, data.objective) for role, part in given.items()}
     extra = {name: parts[f"test {name}"] for name in data.extra_tests}
     notes = model.notes
     if (tokens := parts["train"].tokens) and (unknown := unknown_tokens(model.processor, tokens[:1000])):
