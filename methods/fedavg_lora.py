@@ -12,7 +12,6 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import AdamW, LocalResult, LocalTask
@@ -23,11 +22,6 @@ from fedbench.errors import MessageError
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import frozen_state, initial_tunables, set_tensors
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row, [B], in nats."""
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -213,7 +207,6 @@ class AdapterClient(Client):
             data=data,
             batches=self.ctx.batches(round, len(data)),
             optimiser=AdamW(lr=float(adapter.meta["lr"]), weight_decay=self.method.weight_decay),
-            loss=cross_entropy,
             clip_norm=self.method.clip_norm,
             seed=self.ctx.seed(round),
         )

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.models.cache import Frozen
+from fedbench.objectives.base import Objective
+from fedbench.objectives.named import objective_of
 
 
 @runtime_checkable
@@ -112,10 +114,11 @@ class LocalTask:
     Attributes:
         frozen: the backbone to train through.
         tunables: start values by parameter name of `frozen.module`; everything else stays frozen.
-        data: the client's rows.
+        data: the client's rows; what is asked of them is their `objective`.
         batches: row indices of `data`, one array a step, in order; several epochs are simply more batches.
         optimiser: the trainer: `AdamW`, `SGD`, or one of a plugin's own.
-        loss: (logits [B, C], labels [B]) -> loss of each row [B]; the step minimises its mean.
+        loss: (outputs [B, ..], targets [B, ..]) -> loss of each row [B], of which a step minimises the mean; None for
+            that of the objective, which for classification is cross-entropy.
         clip_norm: largest L2 norm of the whole gradient, None for no clipping.
         penalty: (parameters, received) -> scalar added to the loss, both by name (FedProx).
         gradient_offset: added to the gradient of each named tunable before clipping (SCAFFOLD).
@@ -130,7 +133,7 @@ class LocalTask:
     data: Examples
     batches: Sequence[np.ndarray]
     optimiser: Trainer
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
     clip_norm: float | None = None
     penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None = None
     gradient_offset: Mapping[str, Tensor] | None = None
@@ -138,6 +141,16 @@ class LocalTask:
     observers: Mapping[str, Statistic] = field(default_factory=dict)
     observe_padding: bool = False
     seed: int = 0
+
+    @property
+    def objective(self) -> Objective:
+        """What is asked of the client's rows."""
+        return objective_of(self.data.objective)
+
+    @property
+    def row_losses(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of each row: the task's, or else its objective's."""
+        return self.loss or self.objective.losses
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,7 +245,7 @@ def learns(subject: Subject) -> str | None:
     It is the loss of what clients train, a proxy where there is one: how much of that arrives in the FM is a result.
     """
     p = subject.prepared
-    _, first = np.unique(p.loaded.train.labels.numpy(), return_index=True)
+    _, first = np.unique(p.loaded.data.train.labels, return_index=True)
     rows = p.loaded.train.select(np.sort(first)[:8])
     everything = {"rounds": 3, "local_epochs": 4, "batch_size": len(rows), "max_steps": None, "dropout": 0.0}
     federation = p.scenario.federation.model_copy(update={**everything, "fraction": 1.0})

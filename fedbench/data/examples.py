@@ -19,7 +19,8 @@ class Batch:
     """Rows padded to the longest of them, as a model takes them.
 
     inputs: input_ids and attention_mask [B, T], token_type_ids [B, T] for pairs where the family has them; or
-    pixel_values [B, C, H, W]. labels: [B]. mask: [B, T], 1 for real tokens; None where every position is real.
+    pixel_values [B, C, H, W]. labels: the targets, [B], or of each token [B, T]. mask: [B, T], 1 for real tokens; None
+    where every position is real.
     """
 
     inputs: dict[str, Tensor]
@@ -35,6 +36,9 @@ class Examples:
     takes when it is given none. pixels: [n, C, H, W] ready for the model; or, where `processor` is given, uint8
     [n, 3, h, w] no larger than the model's images, which become pixel values batch by batch: at 224 pixels in float32
     the 60,000 images of CIFAR would take 36 GB.
+
+    objective: name of what is asked of the rows (`fedbench.objectives`). labels: that, as the objective encodes it: the
+    targets [n], or of each token [n, longest row].
     """
 
     labels: Tensor
@@ -43,6 +47,7 @@ class Examples:
     pad_token: int = 0
     segments: Sequence[np.ndarray] | None = None
     processor: ImageProcessor | None = None
+    objective: str = "classification"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,6 +69,7 @@ class Examples:
             self.pad_token,
             None if self.segments is None else [self.segments[i] for i in index.tolist()],
             self.processor,
+            self.objective,
         )
 
     @classmethod
@@ -77,6 +83,7 @@ class Examples:
             first.pad_token,
             None if first.segments is None else [row for part in parts for row in part.segments or ()],
             first.processor,
+            first.objective,
         )
 
     def content_hash(self) -> str:
@@ -88,6 +95,8 @@ class Examples:
             digest.update(row.astype(np.int8).tobytes())
         if self.pixels is not None:
             digest.update(self.pixels.contiguous().numpy().tobytes())
+        if self.objective != "classification":  # what a hash is of when it says nothing
+            digest.update(self.objective.encode())
         if self.processor is not None:
             digest.update(repr(self.processor).encode())
         return digest.hexdigest()
@@ -103,6 +112,8 @@ class Examples:
                 pixels = to_pixels(pixels, self.processor)
             return Batch({"pixel_values": pixels}, labels, None)
         width = max(len(self.tokens[i]) for i in index)
+        if labels.dim() > 1:
+            labels = labels[:, :width]
         real = _padded([np.ones(len(self.tokens[i]), dtype=np.int64) for i in index], width, 0).to(device)
         ids = _padded([self.tokens[i] for i in index], width, self.pad_token).to(device)
         inputs = {"input_ids": ids, "attention_mask": real}

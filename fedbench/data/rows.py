@@ -50,7 +50,8 @@ class Part:
 class RawData:
     """A scenario's data. `notes` says what was recognised where; `content_hash` covers every part.
 
-    extra_tests: further test sets by name, in order; `test_name` is what the first is called beside them.
+    extra_tests: further test sets by name, in order; `test_name` is what the first is called beside them. objective:
+    name of what is asked of each row (`fedbench.objectives`).
     """
 
     train: Part
@@ -62,3 +63,4 @@ class RawData:
     content_hash: str
     test_name: str = "test"
     extra_tests: Mapping[str, Part] = field(default_factory=dict)
+    objective: str = "classification"

@@ -189,9 +189,9 @@ class Forward:
             self._layers = layers_of(self.model)
         return self._layers
 
-    def logits(self, batch: Batch) -> Tensor:
-        """The model's answer to a batch, [B, C], in the batch's order."""
-        with self.feeding(batch) as (inputs, _):
+    def logits(self, batch: Batch, padded: bool = False) -> Tensor:
+        """What the model makes of a batch, [B, ..], in the batch's order; `padded` where that is of every token."""
+        with self.feeding(batch, padded=padded) as (inputs, _):
             out: Tensor = self.model(**inputs).logits
         return out
 

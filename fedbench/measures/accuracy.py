@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score
 from torch import nn
-from torch.nn import functional as F
 
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
 from fedbench.forward.feed import forward
 from fedbench.machine.device import Execution
 from fedbench.machine.workers import fork_map
+from fedbench.objectives.base import Objective
+from fedbench.objectives.named import CLASSIFICATION, objective_of
 from fedbench.records.store import pack_correct
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's answers to labelled rows: predicted and true class [n], mean cross-entropy in nats."""
+    """A model's answers to labelled rows: predicted and true [n], or of each token [n, T]; mean loss in nats."""
 
     predicted: np.ndarray
     labels: np.ndarray
     loss: float
+    objective: Objective = CLASSIFICATION
 
     @property
     def correct(self) -> np.ndarray:
-        return np.asarray(self.predicted == self.labels)
+        """Which rows are answered rightly, [n]."""
+        return self.objective.correct(self.predicted, self.labels)
 
     @property
     def accuracy(self) -> float:
-        """Share of rows answered rightly, 0 to 1."""
-        return float(self.correct.mean())
+        """Share of what was asked that is answered rightly, 0 to 1."""
+        return self.objective.accuracy(self.predicted, self.labels)
 
     @property
-    def macro_f1(self) -> float:
-        """F1 averaged over the classes that occur, unweighted."""
-        return float(f1_score(self.labels, self.predicted, average="macro", zero_division=0.0))
+    def more_scores(self) -> Mapping[str, float]:
+        """The objective's other scores by name: of classification, macro_f1."""
+        return self.objective.more_scores(self.predicted, self.labels, self.loss)
 
     def block(self, rows: bool = False) -> dict[str, Any]:
         """The record's block; with `rows`, per-row correctness too, so paired tests can be made later."""
         out: dict[str, Any] = {
             "accuracy": self.accuracy,
-            "macro_f1": self.macro_f1,
+            **self.more_scores,
             "loss": self.loss,
             "rows": len(self.labels),
         }
@@ -56,34 +58,40 @@ class Evaluation:
 def evaluate(model: nn.Module, data: Examples, size: int, execution: Execution) -> Evaluation:
     """Run `model` over all rows of `data`, in batches of `size` rows of similar length, over worker processes.
 
-    Raises DivergedError where logits are not finite: the largest of such numbers would pass for an answer.
+    Raises DivergedError where outputs are not finite: the largest of such numbers would pass for an answer.
     """
     batches = data.length_sorted_batches(size)
+    objective = objective_of(data.objective)
 
     def answer(indices: np.ndarray) -> tuple[np.ndarray, float, int]:
         with torch.inference_mode(), execution.autocast():
             batch = data.batch(indices, execution.device)
-            out = passing.logits(batch).float()
-            loss = F.cross_entropy(out, batch.labels, reduction="sum").item()
-            lost = int((~torch.isfinite(out)).any(-1).sum())
-            return out.argmax(-1).cpu().numpy(), loss, lost
+            out = passing.logits(batch, objective.every_token).float()
+            loss = objective.total(out, batch.labels).item()
+            lost = int((~objective.finite(out)).sum())
+            return objective.predict(out).cpu().numpy(), loss, lost
 
     model.eval()
-    predicted = np.empty(len(data), dtype=np.int64)
+    labels = data.labels.numpy()
+    predicted = np.zeros_like(labels)
     losses, lost = [0.0] * len(batches), 0
     costs = [float(data.lengths[b].sum()) for b in batches]
     with forward(model, execution) as passing:
-        for i, (classes, loss, without) in fork_map(answer, batches, execution.workers, costs):
-            predicted[batches[i]] = classes
+        for i, (answers, loss, without) in fork_map(answer, batches, execution.workers, costs):
+            # A batch is as wide as its longest row, not as the longest of all.
+            place: Any = (batches[i], *map(slice, answers.shape[1:]))
+            predicted[place] = answers
             losses[i] = loss
             lost += without
     if lost:
         raise DivergedError(f"{lost} of {len(data)} rows have logits that are not finite")
-    return Evaluation(predicted, data.labels.numpy(), sum(losses) / len(data))
+    return Evaluation(predicted, labels, sum(losses) / objective.count(data.labels), objective)
 
 
-def per_client(test: Evaluation, label_counts: Sequence[Sequence[int]]) -> dict[str, Any]:
+def per_client(test: Evaluation, classes: np.ndarray, label_counts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Accuracy as each client would see it: the per-class test accuracy weighted by the client's label shares.
+
+    classes: of each test row, [n], as the data set labels it, whatever the objective makes of that.
 
     Clients' own held-out rows are too few to tell them apart. Under feature or quantity skew, where label shares
     are alike, this says little; under label skew it is what differs. `worst_tenth` is the mean of the lowest 10%.
@@ -91,7 +99,7 @@ def per_client(test: Evaluation, label_counts: Sequence[Sequence[int]]) -> dict[
     counts = np.asarray(label_counts, dtype=np.float64)
     by_class = np.zeros(counts.shape[1])
     for c in range(counts.shape[1]):
-        rows = test.labels == c
+        rows = classes == c
         by_class[c] = test.correct[rows].mean() if rows.any() else np.nan
     # A class without test rows says nothing: its weight goes to the client's other classes.
     counts[:, np.isnan(by_class)] = 0.0

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedbench.api.messages import State
 from fedbench.api.sides import Server
@@ -25,12 +24,13 @@ from fedbench.machine.workers import fork_map
 from fedbench.measures.observer import Observer
 from fedbench.models.parts import Parts
 from fedbench.models.weights import tunable_names
+from fedbench.objectives.named import objective_of
 
 
 def gradients(
     model: nn.Module, names: list[str], probe: Examples, execution: Execution, size: int = 16
 ) -> dict[str, Tensor]:
-    """Gradient of the mean cross-entropy over all rows of `probe`, by parameter name, as float64 on the CPU.
+    """Gradient of the mean loss over all that `probe` asks for, by parameter name, as float64 on the CPU.
 
     Computed in fp32 whatever the precision of `execution`.
     """
@@ -38,10 +38,12 @@ def gradients(
     values = [parameters[n] for n in names]
     before = [p.requires_grad for p in values]
     batches = probe.length_sorted_batches(size)
+    objective = objective_of(probe.objective)
+    count = objective.count(probe.labels)
 
     def gradient(indices: np.ndarray) -> list[np.ndarray]:
         batch = probe.batch(indices, execution.device)
-        loss = F.cross_entropy(passing.logits(batch), batch.labels, reduction="sum") / len(probe)
+        loss = objective.total(passing.logits(batch, objective.every_token), batch.labels) / count
         return [grad.double().cpu().numpy() for grad in torch.autograd.grad(loss, values)]
 
     model.eval()

@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from fedbench.api.messages import State
@@ -25,12 +26,14 @@ from fedbench.scenario.tables import EvaluationSettings
 class HeldOut:
     """Rows that no client trains on: of the validation set, of the probe, and of each test set by name.
 
-    test_name: what the data set calls its first test set.
+    test_classes: of each row of the first test set, [n], whatever the objective makes of them. test_name: what the data
+    set calls that test set.
     """
 
     validation: Examples
     probe: Examples
     test: Examples
+    test_classes: np.ndarray
     test_name: str = "test"
     extra_tests: Mapping[str, Examples] = field(default_factory=dict)
 
@@ -133,7 +136,7 @@ class Scores(Observer):
             "untouched": untouched.block() if untouched else None,
             "gap": plug_in.accuracy - proxy.accuracy if proxy else None,
             "validation": {"plug_in": final.get("plug_in_validation"), "proxy": final.get("proxy_validation")},
-            "per_client": per_client(plug_in, self.label_counts),
+            "per_client": per_client(plug_in, self.rows.test_classes, self.label_counts),
             "unavailable": None,
         }
         if extra:

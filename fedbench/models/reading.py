@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.spec import ModelSpec
+from fedbench.objectives.named import objective_of
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
 """Files that hold a vocabulary: one of these sets has to be whole."""
@@ -169,17 +171,18 @@ CHUNK = 8192
 """Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""
 
 
-def encode(part: Part, fm: FoundationModel, max_length: int) -> Examples:
-    """Tokenise texts for this FM, or make images ready for it.
+def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "classification") -> Examples:
+    """Tokenise texts for this FM, or make images ready for it, with targets as the named objective encodes them.
 
     A row keeps at most `max_length` tokens; of a pair the longer segment is cut first. Raises FedbenchError where FM
     and data set are of different kinds, and where a row has more tokens than the FM has positions or token types.
     """
-    labels = torch.from_numpy(part.labels.astype(np.int64))
+    asks = objective_of(objective)
     if fm.family.modality == "image":
         if part.images is None:
             raise FedbenchError(f"FM {fm.name} reads images, the data set holds text; choose another --fm")
-        return _encode_images(labels, part.images, fm.processor)
+        rows = _encode_images(asks.targets(part.labels, None), part.images, fm.processor)
+        return replace(rows, objective=objective)
     if part.texts is None:
         raise FedbenchError(f"FM {fm.name} reads text, the data set holds images; choose another --fm")
     tokens: list[np.ndarray] = []
@@ -202,7 +205,8 @@ def encode(part: Part, fm: FoundationModel, max_length: int) -> Examples:
             f"FM {fm.name}: its tokenizer gives {types} token types to pairs, the model has {fm.segments()}; they "
             "belong to different models"
         )
-    return Examples(labels, tokens, None, int(fm.processor.pad_token_id), segments)
+    labels, pad_token = asks.targets(part.labels, tokens), int(fm.processor.pad_token_id)
+    return Examples(labels, tokens, None, pad_token, segments, objective=objective)
 
 
 def inputs_hash(parts: Mapping[str, Examples], fm: FoundationModel) -> str:

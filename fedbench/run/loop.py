@@ -33,7 +33,7 @@ class Run:
         self.progress = progress
         self.streams = p.brief.streams
         self.federation, self.evaluation = p.scenario.federation, p.scenario.evaluation
-        labels = p.loaded.train.labels.numpy()
+        labels = p.loaded.data.train.labels
         self.partition: Partition = partition(labels, p.scenario.split, self.streams.numpy("partition"))
         self.label_counts = self.partition.label_counts(labels, len(p.loaded.data.class_names))
         self.rows = [p.loaded.train.select(rows) for rows in self.partition.clients]

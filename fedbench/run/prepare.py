@@ -72,7 +72,7 @@ class Prepared:
         loaded, rows = self.loaded, self.loaded.validation
         size = min(self.scenario.evaluation.probe_size, len(rows))
         probe = rows.select(self.brief.streams.numpy("probe").permutation(len(rows))[:size])
-        return HeldOut(rows, probe, loaded.test, loaded.data.test_name, loaded.extra_tests)
+        return HeldOut(rows, probe, loaded.test, loaded.data.test.labels, loaded.data.test_name, loaded.extra_tests)
 
     @property
     def fm_name(self) -> str:
@@ -121,7 +121,8 @@ def _load(
         check_family(model)
     raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
     raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
-    parts = {role: encode(part, model, dataset.max_length) for role, part in raw.items() if part is not None}
+    given = {role: part for role, part in raw.items() if part is not None}
+    parts = {role: encode(part, model, dataset.max_length, data.objective) for role, part in given.items()}
     extra = {name: parts[f"test {name}"] for name in data.extra_tests}
     notes = model.notes
     if (tokens := parts["train"].tokens) and (unknown := unknown_tokens(model.processor, tokens[:1000])):

@@ -30,7 +30,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
     """The record of a run with these scores. Raises FedbenchError where what a method says of itself fits none."""
     p, ledger, device = run.p, run.ledger, run.p.execution.device
     server, clients = run.host.server.report(), run.host.clients.report()
-    labels, classes = p.loaded.train.labels.numpy(), len(p.loaded.data.class_names)
+    labels, classes = p.loaded.data.train.labels, len(p.loaded.data.class_names)
     content = {
         "schema": SCHEMA,
         "status": "complete",

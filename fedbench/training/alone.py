@@ -92,16 +92,17 @@ def execute(task: LocalTask, execution: Execution) -> LocalResult:
         rank = {n: v.to(device) for n, v in (task.rank_mask or {}).items()}
         values = list(parameters.values())
         optimiser = made(task.optimiser, values)
-        losses = []
+        losses, row_losses = [], task.row_losses
+        padded = task.observe_padding or task.objective.every_token
         for indices in task.batches:
             batch = task.data.batch(indices, device)
             # A packed batch has no padding to observe.
-            fed = passing.feeding(batch, observed=task.observers, padded=task.observe_padding)
+            fed = passing.feeding(batch, observed=task.observers, padded=padded)
             with execution.autocast(), fed as (inputs, mask[0]):
                 if task.observe_padding:
                     mask[0] = None
-                logits = module(**inputs).logits
-            loss = task.loss(logits.float(), batch.labels).mean()
+                outputs = module(**inputs).logits
+            loss = row_losses(outputs.float(), batch.labels).mean()
             losses.append(loss.detach())
             if task.penalty:
                 loss = loss + task.penalty(parameters, received)

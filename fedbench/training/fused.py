@@ -52,10 +52,11 @@ def execute_cohort(
 ) -> list[LocalResult]:
     """Train every task as `training.alone.execute` does, together where they fit together; results in their order.
 
-    Tasks fit together if they share backbone, names of tunables, clipping, trainer, observed modules, and whether they
-    have a penalty; of a trainer's settings learning rate and weight decay may differ. Tasks with active dropout, with
-    tunables in modules other than Linear and LayerNorm, with a trainer that is not in `training.rowwise.ROW_WISE`, or
-    with a field set that is not among `TOGETHER` are trained one by one. Returns CPU tensors.
+    Tasks fit together if they share backbone, names of tunables, clipping, trainer, objective, observed modules, and
+    whether they have a penalty; of a trainer's settings learning rate and weight decay may differ. Tasks with active
+    dropout, with tunables in modules other than Linear and LayerNorm, with a trainer that is not in
+    `training.rowwise.ROW_WISE`, or with a field set that is not among `TOGETHER` are trained one by one. Returns CPU
+    tensors.
 
     chunk: most clients in a pass; None for what `clients_per_pass` says. segments: give all clients of a pass equal
     parts of it, which adds padding but takes far fewer calls; None for doing so on CUDA.
@@ -96,7 +97,7 @@ def clients_per_pass(tasks: Sequence[LocalTask], execution: Execution) -> int:
     to keep 3.1 to 3.5, in fp32 and in bf16, whose casts are kept as well.
     """
     module, data, device = tasks[0].frozen.module, tasks[0].data, execution.device
-    packed = Forward(module, execution.packed).packed
+    packed = Forward(module, execution.packed).packed and not tasks[0].objective.every_token
 
     def tokens(task: LocalTask, rows: np.ndarray) -> int:
         lengths = task.data.lengths[rows]
@@ -156,8 +157,9 @@ def _fusion_key(task: LocalTask, checked: dict[Any, bool]) -> Any:
     if any(module.get_parameter(n).shape != v.shape for n, v in task.tunables.items()):
         return None
     data = task.data
-    kind = task.penalty is None, data.tokens is None, data.segments is None, data.pad_token, data.processor
-    return task.frozen.key, names, task.clip_norm, step, step.shared(trainer), frozenset(task.observers), kind
+    rows = data.objective, data.tokens is None, data.segments is None, data.pad_token, data.processor
+    trained = task.clip_norm, step, step.shared(trainer), task.penalty is None
+    return task.frozen.key, names, frozenset(task.observers), *trained, *rows
 
 
 # ---------------------------------------------------------------- whose part of a pass is which
@@ -219,14 +221,14 @@ class _Step:
             return self.rows(x)[self.rows(self.batch.mask).bool()].split([sum(own) for own in self.lengths])
         return [share.flatten(0, -2) for share in self.rows(x).split(self.counts)]
 
-    def losses(self, tasks: Sequence[LocalTask], logits: Tensor) -> Tensor:
+    def losses(self, tasks: Sequence[LocalTask], outputs: Tensor) -> Tensor:
         """The mean loss of each client's rows, [k]."""
-        logits, labels = self.rows(logits.float()), self.rows(self.batch.labels)
+        outputs, targets = self.rows(outputs.float()), self.rows(self.batch.labels)
         if all(task.loss == tasks[0].loss for task in tasks):
-            each = tasks[0].loss(logits, labels)
+            each = tasks[0].row_losses(outputs, targets)
         else:
-            shares = zip(tasks, logits.split(self.counts), labels.split(self.counts), strict=True)
-            each = torch.cat([task.loss(x, y) for task, x, y in shares])
+            shares = zip(tasks, outputs.split(self.counts), targets.split(self.counts), strict=True)
+            each = torch.cat([task.row_losses(x, y) for task, x, y in shares])
         grid = each.new_zeros(len(tasks) * self.most).index_copy(0, self.slots, each)
         return grid.view(len(tasks), -1).sum(1) / torch.tensor(self.counts, device=each.device)
 
@@ -346,6 +348,7 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
     rank = matrix.stack([task.rank_mask for task in tasks], 1.0) if any(task.rank_mask for task in tasks) else None
     optimiser = ROW_WISE[type(tasks[0].optimiser)]([task.optimiser for task in tasks], values)
     under_way = _Pass(matrix.views(values))
+    padded = tasks[0].objective.every_token
     curve: list[Tensor] = []
     k = 0
     with (
@@ -360,13 +363,13 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
                 k = len(active)
                 leaves = {n: v.requires_grad_() for n, v in matrix.views(values[:k].detach()).items()}
                 under_way.values = leaves
-            under_way.step = step = _Step.of(active, number, device, passing.packed, segments)
+            under_way.step = step = _Step.of(active, number, device, passing.packed and not padded, segments)
             with (
                 execution.autocast(),
-                passing.feeding(step.batch, layout=step.layout, observed=tasks[0].observers) as fed,
+                passing.feeding(step.batch, layout=step.layout, observed=tasks[0].observers, padded=padded) as fed,
             ):
-                logits = module(**fed[0]).logits
-            losses = step.losses(active, logits)
+                outputs = module(**fed[0]).logits
+            losses = step.losses(active, outputs)
             curve.append(losses.detach())
             loss = losses.sum()
             for task, now, then in zip(active, _each(leaves) if received else [], received, strict=False):

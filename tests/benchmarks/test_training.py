@@ -17,11 +17,11 @@ from torch import nn
 from fedbench.api.local import AdamW, LocalTask
 from fedbench.data.examples import Examples
 from fedbench.machine.device import Execution
-from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models.build import build
 from fedbench.models.cache import Frozen
 from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import get_tensors, tunable_names
+from fedbench.objectives.classification import cross_entropy
 from fedbench.training.alone import execute
 from fedbench.training.fused import execute_cohort
 

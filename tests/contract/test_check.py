@@ -24,7 +24,8 @@ from fedbench.run.request import RunRequest
 
 START = """
 from typing import ClassVar
-from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod, cross_entropy
+from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod
+from fedbench.objectives.classification import cross_entropy
 from dataclasses import replace
 
 SHARED = {{}}

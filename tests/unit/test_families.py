@@ -38,7 +38,6 @@ from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import Execution
 from fedbench.measures.gradient import gradient_error, gradients
-from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import FedPFT, zeros
 from fedbench.models.build import build
 from fedbench.models.cache import ModuleCache
@@ -49,6 +48,7 @@ from fedbench.models.reading import encode, unknown_tokens
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import frozen_state, get_tensors, set_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
+from fedbench.objectives.classification import cross_entropy
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
 from fedbench.training.alone import execute

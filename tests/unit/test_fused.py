@@ -23,12 +23,13 @@ from fedbench.data.pixels import ImageProcessor
 from fedbench.errors import FedbenchError
 from fedbench.forward.layout import Layout
 from fedbench.machine.device import Execution
-from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
+from fedbench.methods.fedavg_lora import weighted_mean
 from fedbench.models.build import build
 from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import get_tensors, tunable_names
+from fedbench.objectives.classification import cross_entropy
 from fedbench.training import fused
 from fedbench.training.alone import execute
 from fedbench.training.fused import clients_per_pass, execute_cohort

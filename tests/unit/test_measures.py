@@ -16,8 +16,8 @@ from fedbench.measures.accuracy import Evaluation, evaluate, per_client
 from fedbench.measures.cost import step_flops
 from fedbench.measures.exposure import Exposure
 from fedbench.measures.gradient import aggregation_error, compare, gradient_error, gradients
-from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models.cache import Frozen
+from fedbench.objectives.classification import cross_entropy
 from fedbench.records.store import pack_correct
 from fedbench.rng import Streams
 
@@ -237,32 +237,34 @@ def test_a_model_is_scored_row_by_row_whatever_its_batches() -> None:
     assert found.labels.tolist() == rows.labels.tolist()
     assert found.loss == pytest.approx(cross_entropy(alone, rows.labels).mean().item(), rel=1e-4)
     block = found.block(rows=True)
-    assert found.block() == {"accuracy": found.accuracy, "macro_f1": found.macro_f1, "loss": found.loss, "rows": 9}
+    scores = {"accuracy": found.accuracy, **found.more_scores}
+    assert list(scores) == ["accuracy", "macro_f1"]
+    assert found.block() == scores | {"loss": found.loss, "rows": 9}
     assert block == found.block() | {"correct": pack_correct(found.correct)}
 
 
 def test_macro_f1_of_a_class_that_is_never_found_is_0() -> None:
     # Class 0: precision 1/2, recall 1; class 1 is never answered.
-    assert Evaluation(np.array([0, 0]), np.array([0, 1]), 0.5).macro_f1 == pytest.approx((2 / 3 + 0) / 2)
+    assert Evaluation(np.array([0, 0]), np.array([0, 1]), 0.5).more_scores["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_classes_without_test_rows_and_clients_without_rows_say_nothing() -> None:
     test = Evaluation(np.array([0, 1, 1]), np.array([0, 0, 1]), 0.5)  # class 0: 1/2, class 1: 1, class 2: no row
     counts = [[1, 0, 7], [0, 1, 0], [0, 0, 5], [0, 0, 0], *[[1, 1, 0]] * 18]
-    found = per_client(test, counts)
+    found = per_client(test, test.labels, counts)
     assert found["values"] == [0.5, 1.0] + [0.75] * 18
     assert found["mean"] == 0.75
     assert found["std"] == pytest.approx((2 * 0.25**2 / 20) ** 0.5)
     assert found["worst_tenth"] == (0.5 + 0.75) / 2, "a tenth of 20 clients are two"
     thirds = Evaluation(np.array([0, 0, 1]), np.array([0, 0, 0]), 0.5)
-    assert per_client(thirds, [[3]])["values"] == [0.666667]
+    assert per_client(thirds, thirds.labels, [[3]])["values"] == [0.666667]
 
 
 def test_accuracy_by_client_weighs_classes_by_the_clients_labels() -> None:
     test = Evaluation(np.array([0, 0, 1, 0]), np.array([0, 0, 1, 1]), 0.5)  # class 0: 100%, class 1: 50%
     assert test.accuracy == 0.75
-    assert test.macro_f1 == pytest.approx((0.8 + 2 / 3) / 2)
-    found = per_client(test, [[4, 0], [0, 4], [2, 2]])
+    assert test.more_scores["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+    found = per_client(test, test.labels, [[4, 0], [0, 4], [2, 2]])
     assert found["values"] == [1.0, 0.5, 0.75]
     assert found["mean"] == 0.75
     assert found["worst_tenth"] == 0.5

@@ -21,13 +21,15 @@ from fedbench.files import load_tensors
 from fedbench.machine.device import Execution
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods import _distillation as d
-from fedbench.methods.fedavg_lora import FedAvgLora, count, cross_entropy, weighted_mean
+from fedbench.methods.fedavg_lora import FedAvgLora, count, weighted_mean
 from fedbench.methods.fedot import FedOT, FedOTServer, uniform
 from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest, zeros
 from fedbench.models.cache import ModuleCache
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
 from fedbench.models.weights import frozen_state, get_tensors, tunable_names
+from fedbench.objectives.classification import cross_entropy
+from fedbench.objectives.named import CLASSIFICATION
 from fedbench.rng import Streams
 from fedbench.run.payloads import deserialise, serialise
 from fedbench.training.alone import execute
@@ -539,7 +541,8 @@ def test_a_client_trains_what_it_was_sent_as_it_was_told(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="a client of fedavg-lora cannot read a message of kind 'statistics'"):
         client.task(0, [Message("statistics", {}), adapter], rows)
     task = client.task(1, [sub_fm, adapter], rows)
-    assert (task.optimiser, task.clip_norm, task.loss) == (AdamW(lr=0.25, weight_decay=0.125), 0.5, cross_entropy)
+    assert (task.optimiser, task.clip_norm) == (AdamW(lr=0.25, weight_decay=0.125), 0.5)
+    assert (task.loss, task.row_losses) == (None, CLASSIFICATION.losses)
     assert task.data is rows
     assert task.tunables is adapter.tensors
     assert (task.seed, [b.tolist() for b in task.batches]) == (ctx.seed(1), [b.tolist() for b in ctx.batches(1, 6)])

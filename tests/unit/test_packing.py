@@ -18,12 +18,12 @@ from fedbench.forward.layout import Layout
 from fedbench.machine.device import Execution
 from fedbench.measures.accuracy import evaluate
 from fedbench.methods._distillation import hidden_loss
-from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
 from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import frozen_state, get_tensors, initial_tunables, set_tensors, tunable_names
+from fedbench.objectives.classification import cross_entropy
 from fedbench.rng import Streams
 from fedbench.training.alone import execute
 

@@ -18,10 +18,11 @@ from fedbench.errors import DivergedError, FedbenchError
 from fedbench.machine.device import Execution
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.measures.cost import most_tokens
-from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
+from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod
 from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
+from fedbench.objectives.classification import cross_entropy
 from fedbench.records.store import pack_correct
 from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, prepare

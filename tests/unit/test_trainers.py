@@ -21,9 +21,9 @@ from fedbench.api.local import SGD, AdamW, LocalTask, Trainer
 from fedbench.check.suite import tensors_close
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import Execution
-from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models.cache import Frozen
 from fedbench.models.spec import LoraSpec
+from fedbench.objectives.classification import cross_entropy
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
 from fedbench.training import alone, fused

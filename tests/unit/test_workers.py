@@ -24,12 +24,12 @@ from fedbench.machine.memory import own_peak, peak_memory, reset_peak
 from fedbench.machine.workers import can_fork, choose_workers, fork_map
 from fedbench.measures.accuracy import evaluate
 from fedbench.measures.gradient import gradients
-from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import zeros
 from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import get_tensors, initial_tunables, set_tensors, tunable_names
+from fedbench.objectives.classification import cross_entropy
 from fedbench.rng import Streams
 from fedbench.training.cohort import execute_all
 
