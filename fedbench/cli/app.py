@@ -441,8 +441,10 @@ def table_command(
     from fedbench.models.zoo.names import FMS
     from fedbench.names import nearest
     from fedbench.records.store import load_all
-    from fedbench.tables.compare import compare, of_fm
-    from fedbench.tables.render import render, terminal
+    from fedbench.tables.compare import compare
+    from fedbench.tables.matching import of_fm
+    from fedbench.tables.render.forms import render
+    from fedbench.tables.render.terminal import terminal
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():

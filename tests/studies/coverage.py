@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbench.records.store import load_all, unpack_correct
-from fedbench.tables.compare import CEILING, FLOOR, REFERENCES
+from fedbench.tables.roles import CEILING, FLOOR, REFERENCES
 from fedbench.tables.statistics import LEVEL, Difference, half_width
 
 RECORDS = Path(__file__).parents[2] / "results" / "records"

@@ -8,8 +8,9 @@ import pytest
 
 from fedbench.grid.cells import load_grid
 from fedbench.records.store import load_all
-from fedbench.tables.compare import Comparison, compare
-from fedbench.tables.render import render
+from fedbench.tables.compare import compare
+from fedbench.tables.comparison import Comparison
+from fedbench.tables.render.forms import render
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "results" / "tables").glob("*.md"))

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from studies.coverage import SCENARIOS, SEEDS, simulate
 
 from fedbench.records.store import Record
-from fedbench.tables.compare import Section, compare
-from fedbench.tables.render import comments
+from fedbench.tables.compare import compare
+from fedbench.tables.comparison import Section
+from fedbench.tables.render.comments import comments
 from fedbench.tables.statistics import Difference, half_width, holm, paired_test, seeds_needed, variances
 
 T2, T1, NORMAL = 4.3026527, 12.7062047, 1.9599640

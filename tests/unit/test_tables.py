@@ -21,11 +21,15 @@ from fedbench.cli import app as cli
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell, Grid, load_grid
 from fedbench.records.store import Record, save
-from fedbench.tables import compare as tables
-from fedbench.tables import render as render_module
 from fedbench.tables import report
-from fedbench.tables.compare import compare, of_fm
-from fedbench.tables.render import accuracy_text, beside_frame, comments, overview_frame, render, terminal
+from fedbench.tables.compare import compare
+from fedbench.tables.comparison import Comparison
+from fedbench.tables.matching import of_fm
+from fedbench.tables.render import latex, markdown
+from fedbench.tables.render.comments import comments
+from fedbench.tables.render.forms import render
+from fedbench.tables.render.frames import accuracy_text, beside_frame, overview_frame
+from fedbench.tables.render.terminal import terminal
 from fedbench.tables.statistics import Summary, binomial_standard_error, holm, paired_test
 
 
@@ -222,7 +226,7 @@ def with_mismatched(record: Record, accuracy: float) -> Record:
     return record.model_copy(update={"accuracy": scores})
 
 
-def beside_the_paper(fm: str | None = None) -> tables.Comparison:
+def beside_the_paper(fm: str | None = None) -> Comparison:
     """paper-iid with records of BERT in full and of MiniLM in small, and most cells missing."""
     bert = {"lr": 8e-4, "t": 10, "p": 0.5}
     records = [
@@ -609,7 +613,7 @@ def test_latex_labels_are_unique() -> None:
 def test_points_are_those_of_computer_modern_or_more() -> None:
     # Widths in cmr8.tfm, in points: of "0" 4.25, "a" 4.25, "m" 7.08, "W" 8.73, "i" 2.36, a blank 2.83.
     for text, width in (("0000000000", 42.5), ("mmmm", 28.3), ("WWWW", 34.9), ("aaaa", 17.0), ("iiii", 9.4)):
-        assert width * 0.98 <= render_module._points(text) <= 1.45 * width
+        assert width * 0.98 <= latex.points(text) <= 1.45 * width
 
 
 def compiled(text: str, folder: Path) -> str:
@@ -707,7 +711,7 @@ def test_nothing_in_a_record_acts_on_what_shows_it() -> None:
 
 
 def test_markdown_shows_a_text_as_it_is() -> None:
-    shows = render_module._markdown_text
+    shows = markdown.markdown_text
     assert shows("fedpft [t 5], p < 0.001, max_steps 10") == "fedpft [t 5], p &lt; 0.001, max_steps 10"
     assert shows("_a_ a_b |x| &amp; Q&A") == "\\_a\\_ a_b \\|x\\| &amp;amp; Q&A"
 
@@ -750,15 +754,16 @@ def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
         save(record, tmp_path)
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from fedbench.tables import render, report; from fedbench.tables import compare as tables\n"
+        "from fedbench.tables import report; from fedbench.tables import compare as tables\n"
+        "from fedbench.tables.render.forms import render; from fedbench.tables.render.terminal import terminal\n"
         "from fedbench.grid import cells as grid; from fedbench.records import store as records\n"
         "found = records.load_all(Path(sys.argv[1]))\n"
         "chosen = grid.load_grid('paper-iid')\n"
         "comparison = tables.compare(found, chosen.cells(), '', chosen.reported)\n"
-        "[render.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
+        "[render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
         "comparison = tables.compare(found, grid.load_grid('agnews').cells())\n"
-        "[render.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
-        "Console().print(render.terminal(comparison), report.summary(found[0]))\n"
+        "[render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
+        "Console().print(terminal(comparison), report.summary(found[0]))\n"
         "sys.exit(','.join(sorted({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))) or None)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
