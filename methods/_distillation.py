@@ -23,10 +23,10 @@ from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors
-from fedbench.forward.feed import layer_outputs
+from fedbench.forward.feed import Forward, forward
+from fedbench.machine.device import Execution
 from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.linear import reordered
 from fedbench.models.parts import Parts
 from fedbench.models.weights import checkpoint_name, frozen_state, load_frozen, set_tensors
 from fedbench.records.store import canonical_json
@@ -119,7 +119,7 @@ def distil(
     public: Examples,
     schedule: Schedule,
     rng: np.random.Generator,
-    device: torch.device,
+    execution: Execution,
     rows: Mapping[str, tuple[int, Tensor]] | None = None,
 ) -> None:
     """Train the named parameters of `student` in place against `teacher` on unlabelled public rows.
@@ -127,7 +127,7 @@ def distil(
     `loss` maps (teacher's layer outputs, student's, mask) to a scalar. `rows` limits a parameter to an index along a
     dimension: (dim, index); everything else of it keeps its exact value, free of weight decay too.
     """
-    parameters = dict(student.named_parameters())
+    parameters, device = dict(student.named_parameters()), execution.device
     chosen = {name: parameters[name] for name in trainable}
     limits = {}
     for name, (dim, index) in (rows or {}).items():
@@ -143,12 +143,12 @@ def distil(
     try:
         for p in chosen.values():
             p.requires_grad_(True)
-        with reordered(teacher), reordered(student, gradients=True):
+        with forward(teacher, execution.exact) as theirs, forward(student, execution.exact, gradients=True) as ours:
             for step, indices in enumerate(public_batches(len(public), schedule, rng)):
                 batch = public.batch(indices, device)
                 with torch.no_grad():
-                    target, _ = layer_outputs(teacher, batch)
-                value = loss(target, *layer_outputs(student, batch))
+                    target, _ = theirs.layer_outputs(batch)
+                value = loss(target, *ours.layer_outputs(batch))
                 optimiser.zero_grad()
                 value.backward()
                 for name, (free, _) in limits.items():
@@ -180,14 +180,18 @@ def public_batches(rows: int, schedule: Schedule, rng: np.random.Generator) -> l
 
 @torch.no_grad()
 def residuals(
-    teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[int, int]], public: Examples, device: torch.device
+    teacher: nn.Module,
+    student: nn.Module,
+    pairs: Sequence[tuple[int, int]],
+    public: Examples,
+    execution: Execution,
 ) -> list[dict[str, Any]]:
     """Both terms of the loss for each pair (teacher layer, student layer), on the first 128 public rows."""
     rows = np.arange(min(128, len(public)))
     hidden = np.zeros(len(pairs))
     for chunk in np.array_split(rows, max(1, len(rows) // 32)):
-        batch = public.batch(chunk, device)
-        (ours, mask), (theirs, _) = layer_outputs(student, batch), layer_outputs(teacher, batch)
+        batch = public.batch(chunk, execution.device)
+        (theirs, _), (ours, mask) = (Forward(m, execution.packed).layer_outputs(batch) for m in (teacher, student))
         for i, (t, s) in enumerate(pairs):
             hidden[i] += hidden_loss(theirs[t], ours[s], mask).item() * len(chunk) / len(rows)
     a, b = Parts(teacher), Parts(student)
@@ -219,10 +223,11 @@ def distil_once(
     """
 
     def make() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        before = residuals(teacher, student, pairs, public, ctx.device)
+        before = residuals(teacher, student, pairs, public, ctx.execution)
         if schedule.steps:
-            distil(teacher, student, trainable, loss, public, schedule, ctx.streams.numpy("distillation"), ctx.device)
-        after = residuals(teacher, student, pairs, public, ctx.device)
+            rng = ctx.streams.numpy("distillation")
+            distil(teacher, student, trainable, loss, public, schedule, rng, ctx.execution)
+        after = residuals(teacher, student, pairs, public, ctx.execution)
         values = [
             {**a, "hidden_before": b["hidden"], "weight_before": b["weight"]}
             for a, b in zip(after, before, strict=True)

@@ -284,7 +284,7 @@ class FedPFTServer(ProxyServer):
             self.public,
             Schedule(m.align_steps, m.distil_batch, m.align_lr),
             self.ctx.streams.numpy("alignment", round),
-            self.ctx.device,
+            self.ctx.execution,
             rows,
         )
         self.apoz = {}

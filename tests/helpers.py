@@ -6,15 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fedbench.api.context import ServerContext
-from fedbench.data.examples import Examples
+from fedbench.data.examples import Batch, Examples
+from fedbench.forward.feed import Forward
+from fedbench.machine.device import Execution
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
 from fedbench.run.request import RunRequest
 from fedbench.scenario.tables import Federation
+
+PACKED, PADDED = Execution(), Execution(executor="reference")
 
 WORDS = [
     *[
@@ -156,10 +161,20 @@ def public_rows(n: int = 32) -> Examples:
     return _rows(n, 2)
 
 
+def logits(model: nn.Module, batch: Batch, packed: bool = True) -> Tensor:
+    """The model's answer to one batch, outside of a block."""
+    return Forward(model, packed).logits(batch)
+
+
+def layer_outputs(model: nn.Module, batch: Batch, packed: bool = True) -> tuple[list[Tensor], Tensor | None]:
+    """Hidden states after each layer for one batch, outside of a block, and the mask of real tokens."""
+    return Forward(model, packed).layer_outputs(batch)
+
+
 def context(cache: Path, rounds: int = 4, evaluate_every: int = 1) -> ServerContext:
     """A server's context: 4 clients of which half are sampled, batches of 4."""
     federation = Federation(fraction=0.5, rounds=rounds, batch_size=4)
-    return ServerContext(Streams(0, "unit"), federation, torch.device("cpu"), cache, evaluate_every)
+    return ServerContext(Streams(0, "unit"), federation, Execution(), cache, evaluate_every)
 
 
 def smoke_request(folder: Path, method: str, scenario: str, fm: Path, **settings: str) -> RunRequest:

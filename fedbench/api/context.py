@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedbench.api.messages import ClientId
+from fedbench.machine.device import Execution
 from fedbench.models.cache import Frozen, ModuleCache
 from fedbench.models.spec import ModelSpec
 from fedbench.rng import Streams
@@ -19,16 +20,21 @@ from fedbench.scenario.tables import Federation
 
 @dataclass(frozen=True)
 class ServerContext:
-    """The server's view: streams, federation settings, device and a folder for what may be reused.
+    """The server's view: streams, federation settings, how to compute, and a folder for what may be reused.
 
     evaluate_every: rounds between evaluations, as the scenario sets them.
     """
 
     streams: Streams
     federation: Federation
-    device: torch.device
+    execution: Execution
     cache: Path
     evaluate_every: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the server computes."""
+        return self.execution.device
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId, Message
 from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
-from fedbench.forward.feed import packing
+from fedbench.machine.device import Execution
 from fedbench.machine.paths import cache_folder
 from fedbench.machine.workers import can_fork
 from fedbench.measures.accuracy import evaluate
@@ -120,6 +120,10 @@ def check_method(
         return results
 
 
+def _with_workers(prepared: Prepared, workers: int) -> Prepared:
+    return replace(prepared, execution=replace(prepared.execution, workers=workers))
+
+
 class Subject:
     """The run under test, and what several clauses need of it: made once, as runs are what a check takes."""
 
@@ -129,7 +133,7 @@ class Subject:
     @cached_property
     def whole(self) -> Run:
         """All its rounds, in one process."""
-        this = Run(replace(self.prepared, workers=1), Silent())
+        this = Run(_with_workers(self.prepared, 1), Silent())
         this.loop(None)
         return this
 
@@ -171,12 +175,12 @@ def same_seed_same_record(subject: Subject) -> None:
     the functions its task declares, behind the harness's back, would lose it there.
     """
     prepared = subject.prepared
-    first = run(replace(prepared, workers=1))
+    first = run(_with_workers(prepared, 1))
     other = prepare(replace(prepared.request, seed=prepared.request.seed + 1))
     require(other.key != prepared.key, "two seeds have one key")
     torch.rand(3)  # whatever else reads the global generator must not matter
     again = prepare(prepared.request)
-    _compare(first, run(replace(again, workers=2) if can_fork() else again))
+    _compare(first, run(_with_workers(again, 2) if can_fork() else again))
 
 
 def resumed_same_record(subject: Subject) -> None:
@@ -258,7 +262,7 @@ def learns(subject: Subject) -> str | None:
 
     def loss() -> float:
         proxy = server.server.proxy()
-        return evaluate(server.server.plug_in() if proxy is None else proxy, rows, len(rows), torch.device("cpu")).loss
+        return evaluate(server.server.plug_in() if proxy is None else proxy, rows, len(rows), Execution()).loss
 
     before = loss()
     for round in range(federation.rounds):
@@ -297,14 +301,14 @@ class _Watch:
                 self.gradient.add(name)
 
         self.declared |= set(task.tunables)
-        with ExitStack() as hooks, packing(False):
+        with ExitStack() as hooks:
             for name, parameter in task.frozen.module.named_parameters():
                 if name in task.tunables:
                     frozen = not parameter.requires_grad
                     parameter.requires_grad_(True)  # a hook can be hung on nothing else
                     hooks.callback(parameter.register_post_accumulate_grad_hook(partial(look, name)).remove)
                     parameter.requires_grad_(not frozen)
-            result = execute(task, torch.device("cpu"))
+            result = execute(task, Execution(executor="reference"))
         self.moved |= {n for n, t in result.tunables.items() if not torch.equal(t, task.tunables[n])}
         self.steps += result.steps
         return result
@@ -402,7 +406,7 @@ def _sides(
 ) -> tuple[ServerSide, ClientSide]:
     """Both sides of a run in this process."""
     streams, cache = Streams(p.request.seed, p.scenario.name), cache_folder(p.request.cache)
-    context = ServerContext(streams, federation, torch.device("cpu"), cache, p.scenario.evaluation.every)
+    context = ServerContext(streams, federation, Execution(), cache, p.scenario.evaluation.every)
     server = ServerSide(p.method.server(p.loaded.fm, p.loaded.public, context))
     return server, ClientSide(p.method, streams, federation, rows, execute)
 
@@ -539,7 +543,7 @@ def _server_process(
         forbid(CLIENTS_DATA, f"the server of {request.method} tried to load the clients' data")
         method = _load_method(request, settings)
         streams = Streams(request.seed, request.scenario)
-        context = ServerContext(streams, federation, torch.device("cpu"), cache, evaluate_every)
+        context = ServerContext(streams, federation, Execution(), cache, evaluate_every)
         return ServerSide(method.server(fm, public, context))
 
     _answer(connection, make)
@@ -559,7 +563,7 @@ def _client_process(
     def make() -> ClientSide:
         forbid(THE_FM, f"a client of {request.method} tried to load the FM")
         method, streams = _load_method(request, settings), Streams(request.seed, request.scenario)
-        return ClientSide(method, streams, federation, rows, lambda task: execute(task, torch.device("cpu")))
+        return ClientSide(method, streams, federation, rows, lambda task: execute(task, Execution()))
 
     _answer(connection, make)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.forward.attention import Bucket, attend, attend_backward
-from fedbench.models.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, remembered, watched
+from fedbench.models.linear import AdaptedLinear, Adapter, FrozenLinear, adapt, adapt_backward, watched
 from fedbench.models.parts import Parts
 
 
@@ -31,7 +31,7 @@ class _Linears:
     adapters: tuple[Adapter | None, ...]
 
 
-class _Layer:
+class Layer:
     """An encoder layer and its parts."""
 
     def __init__(self, parts: Parts, i: int) -> None:
@@ -79,22 +79,21 @@ class _Layer:
         return out[None] if row is None else out.index_select(0, row.argsort())[None]
 
 
-@contextmanager
-def whole_layers(model: nn.Module, blocks: Sequence[Bucket], first: Tensor, trimmed: bool) -> Iterator[None]:
-    """Inside the block `model` computes its layers as one function each, where it can, for a batch in these blocks.
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The layers of `model` that can be one function each: all those of a post-norm encoder with GELU, or none."""
+    parts, config = Parts(model), cast(Any, model.config)
+    possible = parts.family.attention_norm and getattr(config, parts.family.activation) == "gelu"
+    return [Layer(parts, i) for i in range(parts.count)] if possible else []
 
-    first: packed place of each row's first token, [B], in the batch's order. trimmed: whether the output module of the
-    last layer is given first tokens only, by a hook, and the last layer is to do so too.
+
+@contextmanager
+def whole_layers(layers: Sequence[Layer], blocks: Sequence[Bucket], first: Tensor, trimmed: bool) -> Iterator[None]:
+    """Inside the block a model computes these layers as one function each, where it can, for a batch in these blocks.
+
+    layers: all of the model's, as `layers_of` gives them, or none. first: packed place of each row's first token, [B],
+    in the batch's order. trimmed: whether the output module of the last layer is given first tokens only, by a hook,
+    and the last layer is to do so too.
     """
-    known = remembered.get()
-    if known is None:
-        yield
-        return
-    if model not in known:
-        parts, config = Parts(model), cast(Any, model.config)
-        possible = parts.family.attention_norm and getattr(config, parts.family.activation) == "gelu"
-        known[model] = [_Layer(parts, i) for i in range(parts.count)] if possible else []
-    layers: list[_Layer] = known[model]
     for layer in layers:
         layer.module.forward = partial(layer.forward, blocks, first, trimmed and layer is layers[-1])
     try:
@@ -111,7 +110,7 @@ class _Function(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        layer: _Layer,
+        layer: Layer,
         linears: _Linears,
         blocks: Sequence[Bucket],
         first: Tensor | None,

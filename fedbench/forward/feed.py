@@ -18,8 +18,8 @@ batch, to rounding (tests hold the two together), in a half to a quarter of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -30,9 +30,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
-from fedbench.forward.encoder import whole_layers
+from fedbench.forward.encoder import Layer, layers_of, whole_layers
 from fedbench.forward.layout import Layout
-from fedbench.models.linear import stock
+from fedbench.machine.device import Execution
+from fedbench.models.linear import reordered
 from fedbench.models.parts import Parts, family_of
 
 NAME = "fedbench_packed"
@@ -113,88 +114,113 @@ def pack(inputs: Mapping[str, Tensor], layout: Layout, position_offset: int) -> 
     return packed | {"position_ids": (layout.position + position_offset)[None]}
 
 
-@contextmanager
-def packing(enabled: bool) -> Iterator[None]:
-    """Inside the block batches are packed; or left padded and run by stock modules (the reference executor)."""
-    token = stock.set(not enabled)
-    try:
-        yield
-    finally:
-        stock.reset(token)
+class Forward:
+    """The forward pass of one model: how batches go in and what comes out; `forward` makes one.
 
-
-def packs(model: nn.Module) -> bool:
-    """Whether batches for `model` are packed: that is enabled, and its family has positions to give."""
-    return not stock.get() and family_of(model).position_offset is not None
-
-
-@contextmanager
-def feeding(
-    model: nn.Module, batch: Batch, gather: bool = True, layout: Layout | None = None, observed: Collection[str] = ()
-) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    """The inputs to call `model` with inside the block, and the mask [B, T] or [1, N] of their real tokens.
-
-    Packed where `packs`, by `layout` if one is given, else as they are. With `gather`, what follows the last layer sees
-    the first tokens [B, 1, d] in the batch's order, as a pooler or head expects; without, states stay packed.
-    `observed`: paths of modules whose output is wanted for all tokens.
+    packed: whether text batches lose their padding on the way, for families with positions to give.
     """
-    family = family_of(model)
-    if stock.get() or batch.mask is None or family.position_offset is None:
-        yield batch.inputs, batch.mask
+
+    def __init__(self, model: nn.Module, packed: bool = True, live: bool = False) -> None:
+        """live: inside a `reordered` block, in which the structure of the model stays as it is."""
+        self.model = model
+        self.family = family_of(model)
+        self.packed = packed and self.family.position_offset is not None
+        self._live = live
+        self._layers: list[Layer] | None = None
+
+    @contextmanager
+    def feeding(
+        self,
+        batch: Batch,
+        gather: bool = True,
+        layout: Layout | None = None,
+        observed: Collection[str] = (),
+        padded: bool = False,
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """The inputs to call the model with inside the block, and the mask [B, T] or [1, N] of their real tokens.
+
+        Packed by `layout` if one is given; as they are where `padded`, or where nothing is packed. With `gather`, what
+        follows the last layer sees the first tokens [B, 1, d] in the batch's order, as a pooler or head expects;
+        without, states stay packed. `observed`: paths of modules whose output is wanted for all tokens.
+        """
+        if padded or not self.packed or batch.mask is None:
+            yield batch.inputs, batch.mask
+            return
+        model, family = self.model, self.family
+        chosen = layout or Layout.of(batch.mask)
+        config: Any = model.config
+        offset: Any = family.position_offset
+        if offset == "after padding token":
+            offset = config.pad_token_id + 1
+        before = config._attn_implementation
+        parts = Parts(model)
+        last = parts.layer_path(parts.count - 1)
+        trim = gather and family.residual is not None and not any(path.startswith(f"{last}.") for path in observed)
+
+        def first_tokens(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            gathered = (hidden[0] if trim else hidden[0].index_select(0, chosen.first))[:, None]
+            return (gathered, *output[1:]) if isinstance(output, tuple) else gathered
+
+        def first_only(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(x.index_select(1, chosen.first) for x in inputs)
+
+        hooks = []
+        if gather:
+            hooks.append(model.get_submodule(last).register_forward_hook(first_tokens))
+        if trim:
+            hooks.append(model.get_submodule(f"{last}.{family.residual}").register_forward_pre_hook(first_only))
+        token = _layout.set(chosen)
+        config._attn_implementation = NAME
+        try:
+            with whole_layers(self._whole(chosen), chosen.buckets, chosen.first, trim):
+                yield pack(batch.inputs, chosen, offset), chosen.real
+        finally:
+            config._attn_implementation = before
+            _layout.reset(token)
+            for hook in hooks:
+                hook.remove()
+
+    def _whole(self, layout: Layout) -> Sequence[Layer]:
+        if not (self._live and layout.blocks):
+            return ()
+        if self._layers is None:
+            self._layers = layers_of(self.model)
+        return self._layers
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's answer to a batch, [B, C], in the batch's order."""
+        with self.feeding(batch) as (inputs, _):
+            out: Tensor = self.model(**inputs).logits
+        return out
+
+    def layer_outputs(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states after each transformer layer, [B, T, d] or packed [1, N, d], and the mask of real tokens."""
+        parts = Parts(self.model)
+        out: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            out.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [parts.layer(i).register_forward_hook(keep) for i in range(parts.count)]
+        try:
+            with self.feeding(batch, gather=False) as (inputs, mask):
+                self.model(**inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return out, mask
+
+
+@contextmanager
+def forward(model: nn.Module, execution: Execution, gradients: bool = False) -> Iterator[Forward]:
+    """The forward pass of `model`, as `execution` says, for the time of the block: enter it around many batches.
+
+    Inside, nobody may write to frozen weights or change the structure of the model. `gradients`: whether gradients will
+    pass through it. Blocks of one model may nest.
+    """
+    if not execution.packed:
+        yield Forward(model, packed=False)
         return
-    layout = layout or Layout.of(batch.mask)
-    config: Any = model.config
-    offset = config.pad_token_id + 1 if family.position_offset == "after padding token" else family.position_offset
-    before = config._attn_implementation
-    parts = Parts(model)
-    last = parts.layer_path(parts.count - 1)
-    trim = gather and family.residual is not None and not any(path.startswith(f"{last}.") for path in observed)
-
-    def first_tokens(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        gathered = (hidden[0] if trim else hidden[0].index_select(0, layout.first))[:, None]
-        return (gathered, *output[1:]) if isinstance(output, tuple) else gathered
-
-    def first_only(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x.index_select(1, layout.first) for x in inputs)
-
-    hooks = []
-    if gather:
-        hooks.append(model.get_submodule(last).register_forward_hook(first_tokens))
-    if trim:
-        hooks.append(model.get_submodule(f"{last}.{family.residual}").register_forward_pre_hook(first_only))
-    token = _layout.set(layout)
-    config._attn_implementation = NAME
-    try:
-        with whole_layers(model, layout.buckets, layout.first, trim) if layout.blocks else nullcontext():
-            yield pack(batch.inputs, layout, offset), layout.real
-    finally:
-        config._attn_implementation = before
-        _layout.reset(token)
-        for hook in hooks:
-            hook.remove()
-
-
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's answer to a batch, [B, C], in the batch's order."""
-    with feeding(model, batch) as (inputs, _):
-        out: Tensor = model(**inputs).logits
-    return out
-
-
-def layer_outputs(model: nn.Module, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
-    """Hidden states after each transformer layer, [B, T, d] or packed [1, N, d], and the mask of real tokens."""
-    parts = Parts(model)
-    out: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        out.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [parts.layer(i).register_forward_hook(keep) for i in range(parts.count)]
-    try:
-        with feeding(model, batch, gather=False) as (inputs, mask):
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return out, mask
+    with reordered(model, gradients=gradients, precision=execution.precision):
+        yield Forward(model, live=True)

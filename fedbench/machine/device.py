@@ -2,9 +2,52 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
 import torch
 
 from fedbench.errors import FedbenchError
+from fedbench.machine.workers import choose_workers
+
+CPU = torch.device("cpu")
+EXECUTORS = ("packed", "fused", "reference")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How to compute; handed down from the run to every forward pass.
+
+    device: where. precision: "fp32", or "bf16" under autocast. executor: of local training, "packed", client by client;
+    "fused", a round's clients together; or "reference", client by client through stock modules in padded batches.
+    workers: processes that local training, evaluation and gradients are spread over.
+    """
+
+    device: torch.device = CPU
+    precision: str = "fp32"
+    executor: str = "packed"
+    workers: int = 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether texts are packed and frozen layers reordered; the reference does neither."""
+        return self.executor != "reference"
+
+    @property
+    def fused(self) -> bool:
+        """Whether a round's clients are trained together."""
+        return self.executor == "fused"
+
+    @property
+    def exact(self) -> Execution:
+        """The same in fp32, as measures of gradients need it."""
+        return replace(self, precision="fp32")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context of a forward pass: bf16 autocast for precision "bf16", nothing for "fp32"."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
 
 def choose_device(name: str) -> torch.device:
@@ -40,9 +83,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name
 
 
-EXECUTORS = ("packed", "fused", "reference")
-
-
 def choose_executor(name: str, device: torch.device) -> str:
     """The executor called `name`; "auto" is fused on CUDA, else packed. Raises FedbenchError for another name."""
     if name == "auto":
@@ -50,3 +90,10 @@ def choose_executor(name: str, device: torch.device) -> str:
     if name not in EXECUTORS:
         raise FedbenchError(f"--executor {name}: no such executor; use auto, {', '.join(EXECUTORS)}")
     return name
+
+
+def choose_execution(device: str, precision: str, executor: str, workers: int | None) -> Execution:
+    """How to compute, from what was asked on the command line. Raises FedbenchError for what is not to be had here."""
+    where = choose_device(device)
+    chosen = choose_precision(precision, where), choose_executor(executor, where), choose_workers(workers, where)
+    return Execution(where, *chosen)

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
-from fedbench.forward.feed import logits
+from fedbench.forward.feed import forward
+from fedbench.machine.device import Execution
 from fedbench.machine.workers import fork_map
-from fedbench.models.linear import reordered
 from fedbench.records.store import pack_correct
-from fedbench.training.common import autocast
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,17 @@ class Evaluation:
         return out | {"correct": pack_correct(self.correct)} if rows else out
 
 
-def evaluate(
-    model: nn.Module, data: Examples, size: int, device: torch.device, precision: str = "fp32", workers: int = 1
-) -> Evaluation:
-    """Run `model` over all rows of `data`, in batches of `size` rows of similar length, over `workers` processes.
+def evaluate(model: nn.Module, data: Examples, size: int, execution: Execution) -> Evaluation:
+    """Run `model` over all rows of `data`, in batches of `size` rows of similar length, over worker processes.
 
     Raises DivergedError where logits are not finite: the largest of such numbers would pass for an answer.
     """
     batches = data.length_sorted_batches(size)
 
     def answer(indices: np.ndarray) -> tuple[np.ndarray, float, int]:
-        with torch.inference_mode(), autocast(device, precision):
-            batch = data.batch(indices, device)
-            out = logits(model, batch).float()
+        with torch.inference_mode(), execution.autocast():
+            batch = data.batch(indices, execution.device)
+            out = passing.logits(batch).float()
             loss = F.cross_entropy(out, batch.labels, reduction="sum").item()
             lost = int((~torch.isfinite(out)).any(-1).sum())
             return out.argmax(-1).cpu().numpy(), loss, lost
@@ -75,8 +72,8 @@ def evaluate(
     predicted = np.empty(len(data), dtype=np.int64)
     losses, lost = [0.0] * len(batches), 0
     costs = [float(data.lengths[b].sum()) for b in batches]
-    with reordered(model, precision=precision):
-        for i, (classes, loss, without) in fork_map(answer, batches, workers, costs):
+    with forward(model, execution) as passing:
+        for i, (classes, loss, without) in fork_map(answer, batches, execution.workers, costs):
             predicted[batches[i]] = classes
             losses[i] = loss
             lost += without

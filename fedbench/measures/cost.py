@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedbench.api.local import LocalTask
-from fedbench.forward.feed import packing
+from fedbench.machine.device import Execution
 from fedbench.training.alone import execute
 
 
@@ -29,6 +29,6 @@ def step_flops(task: LocalTask, device: torch.device) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with packing(False), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        execute(replace(task, batches=task.batches[:1], observers={}), device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        execute(replace(task, batches=task.batches[:1], observers={}), Execution(device, executor="reference"))
     return int(counter.get_total_flops())

@@ -16,23 +16,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedbench.data.examples import Examples
-from fedbench.forward.feed import logits
+from fedbench.forward.feed import forward
+from fedbench.machine.device import Execution
 from fedbench.machine.workers import fork_map
-from fedbench.models.linear import reordered
 
 
 def gradients(
-    model: nn.Module, names: list[str], probe: Examples, device: torch.device, size: int = 16, workers: int = 1
+    model: nn.Module, names: list[str], probe: Examples, execution: Execution, size: int = 16
 ) -> dict[str, Tensor]:
-    """Gradient of the mean cross-entropy over all rows of `probe`, by parameter name, as float64 on the CPU."""
+    """Gradient of the mean cross-entropy over all rows of `probe`, by parameter name, as float64 on the CPU.
+
+    Computed in fp32 whatever the precision of `execution`.
+    """
     parameters = dict(model.named_parameters())
     values = [parameters[n] for n in names]
     before = [p.requires_grad for p in values]
     batches = probe.length_sorted_batches(size)
 
     def gradient(indices: np.ndarray) -> list[np.ndarray]:
-        batch = probe.batch(indices, device)
-        loss = F.cross_entropy(logits(model, batch), batch.labels, reduction="sum") / len(probe)
+        batch = probe.batch(indices, execution.device)
+        loss = F.cross_entropy(passing.logits(batch), batch.labels, reduction="sum") / len(probe)
         return [grad.double().cpu().numpy() for grad in torch.autograd.grad(loss, values)]
 
     model.eval()
@@ -40,8 +43,8 @@ def gradients(
         for p in values:
             p.requires_grad_(True)
         costs = [float(probe.lengths[b].sum()) for b in batches]
-        with reordered(model, gradients=True):
-            parts = dict(fork_map(gradient, batches, workers, costs))
+        with forward(model, execution.exact, gradients=True) as passing:
+            parts = dict(fork_map(gradient, batches, execution.workers, costs))
     finally:
         for p, required in zip(values, before, strict=True):
             p.requires_grad_(required)

@@ -11,19 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-
-stock: ContextVar[bool] = ContextVar("stock", default=False)
-"""Set in the reference executor, which runs stock modules on padded batches."""
-
-remembered: ContextVar[dict[Any, Any] | None] = ContextVar("remembered", default=None)
-"""What may be remembered for as long as the outermost `reordered` block lasts; None outside of one."""
 
 # The operator behind torch.compile's CPU linear layers; a build of torch without oneDNN lacks it.
 _available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -160,22 +153,19 @@ def reordered(*models: nn.Module, gradients: bool = False, precision: str = "fp3
 
     Copies are made or checked against the weights on the way in, which takes some milliseconds: enter it around many
     batches, and before processes are forked. `gradients`: make the transposed copies there too. `precision`: that of
-    the forward passes inside, "fp32" or, under autocast, "bf16". Blocks may nest. Nothing happens in the reference
-    executor, or where torch lacks the operator or the CPU the precision.
+    the forward passes inside, "fp32" or, under autocast, "bf16". Blocks may nest. Nothing happens where torch lacks the
+    operator or the CPU the precision.
     """
     layers = []
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if _available and not stock.get() and (dtype is torch.float32 or cpu_has_bf16()):
+    if _available and (dtype is torch.float32 or cpu_has_bf16()):
         found = (m for model in set(models) for m in model.modules())
         layers = [m for m in found if isinstance(m, FrozenLinear) and m.live is None]
     for layer in layers:
         layer.refresh(gradients, dtype)
-    token = remembered.set({}) if remembered.get() is None else None
     try:
         yield
     finally:
-        if token is not None:
-            remembered.reset(token)
         for layer in layers:
             layer.live = None
 

@@ -26,7 +26,6 @@ from fedbench.data.examples import Examples
 from fedbench.data.partition import Partition, partition
 from fedbench.errors import DamagedFileError, DivergedError, FedbenchError
 from fedbench.files import state_digest
-from fedbench.forward.feed import packing
 from fedbench.machine.memory import peak_memory, reset_peak
 from fedbench.machine.paths import cache_folder
 from fedbench.machine.workers import one_thread
@@ -88,7 +87,7 @@ class Run:
             p.loaded.train.labels.numpy(), p.scenario.split, self.streams.numpy("partition")
         )
         self.rows = [p.loaded.train.select(rows) for rows in self.partition.clients]
-        self.modules = ModuleCache(p.device)
+        self.modules = ModuleCache(p.execution.device)
         self.transport = Transport()
         self.clients: dict[ClientId, Client] = {}
         self.rounds: list[dict[str, Any]] = []
@@ -101,7 +100,7 @@ class Run:
         self.best: Best | None = None
         progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
         context = ServerContext(
-            self.streams, self.federation, p.device, cache_folder(p.request.cache), self.evaluation.every
+            self.streams, self.federation, p.execution, cache_folder(p.request.cache), self.evaluation.every
         )
         with self.time("setup"):
             self.server: Server = p.method.server(p.loaded.fm, p.loaded.public, context)
@@ -205,18 +204,18 @@ class Run:
             )
         declared = [cid for cid in tasks if cid not in own]
         chosen = [tasks[cid] for cid in declared]
-        for i, result in execute_all(chosen, p.device, p.precision, p.workers, p.executor == "fused"):
+        for i, result in execute_all(chosen, p.execution):
             keep(declared[i], result)
         for cid in own:
             with one_thread():
-                keep(cid, self.client(cid).fit(tasks[cid], lambda task: execute(task, p.device, p.precision)))
+                keep(cid, self.client(cid).fit(tasks[cid], lambda task: execute(task, p.execution)))
         return {cid: done[cid] for cid in tasks}
 
     def _evaluate(self, model: torch.nn.Module, data: Examples, round: int) -> Evaluation:
         """Score a model as it is after `round`. Raises DivergedError, naming that, where its answers are not finite."""
         p = self.p
         try:
-            return evaluate(model, data, self.evaluation.batch_size, p.device, p.precision, p.workers)
+            return evaluate(model, data, self.evaluation.batch_size, p.execution)
         except DivergedError as error:
             raise DivergedError(
                 f"{p.method.name} on {p.scenario.name}, seed {p.request.seed}, has diverged: {error} after round "
@@ -270,8 +269,8 @@ class Run:
         with self.time("gradient"):
             fm, names = self.server.plug_in(), self.server.fm_names()
             if reference is None:
-                reference = gradients(fm, tunable_names(fm), self.probe, self.p.device, workers=self.p.workers)
-            mine = gradients(proxy, list(names), self.probe, self.p.device, workers=self.p.workers)
+                reference = gradients(fm, tunable_names(fm), self.probe, self.p.execution)
+            mine = gradients(proxy, list(names), self.probe, self.p.execution)
             parts = Parts(fm)
             block = gradient_error({names[n]: g for n, g in mine.items()}, reference, parts.layer_of, parts.is_head)
         self.points.append({"round": round, "phase": phase, **block})
@@ -293,7 +292,7 @@ class Run:
                 self.round(round)
                 if self.step_flops is None and self.example is not None:
                     with self.time("flops"):
-                        self.step_flops = step_flops(self.example, self.p.device)
+                        self.step_flops = step_flops(self.example, self.p.execution.device)
                 if checkpoints is not None and round + 1 < self.federation.rounds:
                     with self.time("checkpoint"):
                         self.checkpoint(checkpoints)
@@ -380,7 +379,7 @@ class Run:
             proxy = None if proxy_model is None else self._evaluate(proxy_model, p.loaded.test, selected)
             untouched = None
             if p.loaded.fm.trained_head:
-                model = p.loaded.fm.build(None, p.device)
+                model = p.loaded.fm.build(None, p.execution.device)
                 model.load_state_dict(p.loaded.fm.trained_head, strict=False)
                 untouched = self._evaluate(model, p.loaded.test, selected)
             models = {"plug_in": server.plug_in(), "proxy": proxy_model}
@@ -434,7 +433,7 @@ class Run:
                 "data_hash": p.loaded.data.content_hash,
                 "fm_hash": p.loaded.fm.content_hash,
                 "inputs_hash": p.loaded.inputs_hash,
-                "precision": p.precision,
+                "precision": p.execution.precision,
             },
             "scenario": dict(p.identity["scenario"]) | {"title": p.scenario.title, "fm": p.loaded.fm.name},
             "method": dict(p.identity["method"]) | {"planned": list(p.planned)},
@@ -460,7 +459,7 @@ class Run:
                 "resident_parameters": self.modules.resident or None,
                 "local_steps": self.steps,
                 "step_flops": self.step_flops,
-                "peak_memory_bytes": peak_memory(p.device),
+                "peak_memory_bytes": peak_memory(p.execution.device),
                 "seconds": {name: round(s, 3) for name, s in sorted(self.time.seconds.items())},
             },
             "rounds": self.rounds,
@@ -472,11 +471,11 @@ class Run:
                 "attempts": self.partition.attempts,
             },
             "provenance": {
-                **provenance.collect(p.device),
+                **provenance.collect(p.execution.device),
                 "notes": [*p.notes, *self.server.notes()],
                 "fm": dict(p.loaded.fm.provenance),
-                "executor": p.executor,
-                "workers": p.workers,
+                "executor": p.execution.executor,
+                "workers": p.execution.workers,
             },
         }
         try:
@@ -499,12 +498,12 @@ def run(prepared: Prepared, progress: Progress | None = None) -> Record:
 
     Raises ClaimedError where another process is making the same run into the same folder.
     """
-    with claim(prepared.request.results, prepared.key), packing(prepared.executor != "reference"):
+    with claim(prepared.request.results, prepared.key):
         return _run(prepared, progress or Silent())
 
 
 def _run(prepared: Prepared, progress: Progress) -> Record:
-    reset_peak(prepared.device)
+    reset_peak(prepared.execution.device)
     this, folder = Run(prepared, progress), checkpoint_folder(prepared)
     if prepared.unavailable:
         nothing = {"plug_in": None, "proxy": None, "unavailable": prepared.unavailable}

@@ -9,7 +9,6 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from fedbench.api.sides import Method
@@ -19,9 +18,8 @@ from fedbench.data.rows import RawData
 from fedbench.data.sources import data_folder
 from fedbench.errors import FedbenchError
 from fedbench.files import try_folder
-from fedbench.machine.device import choose_device, choose_executor, choose_precision
+from fedbench.machine.device import Execution, choose_execution
 from fedbench.machine.paths import cache_folder
-from fedbench.machine.workers import choose_workers
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
 from fedbench.models.zoo.load import load_fm
@@ -39,22 +37,17 @@ from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scen
 class Prepared:
     """A run ready to start: everything loaded, and its key known.
 
-    executor: how local training is executed: "packed", client by client; "fused", a round's clients together (the
-    default on CUDA); or "reference", client by client in padded batches. workers: processes that local
-    training, evaluation and gradient error are spread over. unavailable: why the method
-    cannot run here, if so. planned: dotted settings the method itself changed (`Method.plan`).
+    unavailable: why the method cannot run here, if so. planned: dotted settings that the method itself changed
+    (`Method.plan`).
     """
 
     request: RunRequest
     method: Method
     scenario: Scenario
     loaded: Loaded
-    device: torch.device
-    precision: str
+    execution: Execution
     identity: Mapping[str, Any]
     key: str
-    executor: str
-    workers: int
     unavailable: str | None
     planned: tuple[str, ...]
 
@@ -149,8 +142,7 @@ def prepare(request: RunRequest) -> Prepared:
     scenario = load_scenario(path, split, request.profile, overrides)
     given = {name: value for name, (value, _) in scenario_settings(kind, scenario).items()}
     method = make_method(kind, {**given, **parse_values(mine)}, request)
-    device = choose_device(request.device)
-    precision = choose_precision(request.precision, device)
+    execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
     loaded = _load(scenario.dataset, scenario.public, fm_name, cache_folder(request.cache), folder)
@@ -173,25 +165,21 @@ def prepare(request: RunRequest) -> Prepared:
         "data_hash": data.content_hash,
         "fm_hash": fm.content_hash,
         "inputs_hash": loaded.inputs_hash,
-        "precision": precision,
+        "precision": execution.precision,
         "method": {"name": method.name, "version": method.version, "settings": method.model_dump(mode="json")},
         "seed": request.seed,
     }
-    executor = choose_executor(request.executor, device)
     if method.dropout > 0:
         # Executors draw dropout in different orders, so with dropout their results differ.
-        identity["executor"] = executor
+        identity["executor"] = execution.executor
     return Prepared(
         request=request,
         method=method,
         scenario=scenario,
         loaded=loaded,
-        device=device,
-        precision=precision,
+        execution=execution,
         identity=identity,
         key=record_key(identity),
-        executor=executor,
-        workers=choose_workers(request.workers, device),
         unavailable=method.unavailable(fm),
         planned=tuple(planned),
     )

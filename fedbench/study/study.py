@@ -30,7 +30,6 @@ from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId
 from fedbench.api.sides import Client, Method
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import packing
 from fedbench.measures.gradient import aggregation_error, gradient_error, gradients
 from fedbench.methods.fedavg_lora import FedAvgLora
 from fedbench.models.parts import Parts
@@ -101,16 +100,15 @@ def study(prepared: Sequence[Prepared], progress: Progress | None = None) -> lis
     traces: dict[str, Trace] = {}
     out = []
     for p in prepared:
-        with packing(p.executor != "reference"):
-            run = _Studied(p, progress or Silent())
-            reference = matched(p.method)
-            key = reference.model_dump_json()
-            if key not in traces:
-                first = _Reference(replace(p, method=reference), progress or Silent())
-                first.loop(None)
-                traces[key] = first.trace
-            run.follow(traces[key])
-            run.loop(None)
+        run = _Studied(p, progress or Silent())
+        reference = matched(p.method)
+        key = reference.model_dump_json()
+        if key not in traces:
+            first = _Reference(replace(p, method=reference), progress or Silent())
+            first.loop(None)
+            traces[key] = first.trace
+        run.follow(traces[key])
+        run.loop(None)
         about = {
             "method": p.identity["method"],
             "scenario": dict(p.identity["scenario"]) | {"name": p.scenario.name},
@@ -119,7 +117,7 @@ def study(prepared: Sequence[Prepared], progress: Progress | None = None) -> lis
             "key": p.key,
             "reference": {"name": reference.name, "settings": reference.model_dump(mode="json")},
             "probe_rows": len(run.probe),
-            "provenance": provenance.collect(p.device) | {"executor": p.executor},
+            "provenance": provenance.collect(p.execution.device) | {"executor": p.execution.executor},
         }
         out.append(Study(about, run.points, run.updates, run.drift, run.server.residuals()))
     return out
@@ -212,16 +210,16 @@ class _Studied(Run):
 
     def _common(self, round: int) -> dict[str, Any]:
         """The gradient's error at the values the reference has after `round`."""
-        values, names, device = self.trace.values[round + 1], self.server.fm_names(), self.p.device
+        values, names = self.trace.values[round + 1], self.server.fm_names()
         if round not in self.trace.gradients:
             fm = self.server.plug_in()
             with _holding(fm, values):
-                found = gradients(fm, tunable_names(fm), self.probe, device, workers=self.p.workers)
+                found = gradients(fm, tunable_names(fm), self.probe, self.p.execution)
             self.trace.gradients[round] = found
         proxy = self.server.proxy()
         assert proxy is not None
         with _holding(proxy, {name: values[names[name]] for name in names}):
-            mine = gradients(proxy, list(names), self.probe, device, workers=self.p.workers)
+            mine = gradients(proxy, list(names), self.probe, self.p.execution)
         return self._block(self._in_fm(mine), self.trace.gradients[round])
 
 

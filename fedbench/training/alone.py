@@ -2,7 +2,7 @@
 
 `execute` trains one client with a stock optimiser, through whatever form `fedbench.forward.feed` gives a batch: padded,
 which is the reference and says what local training *is*, or packed, which is held against it. `execute_all` does so
-for the clients of a round: over worker processes, or fused (`fedbench.training.fused`).
+for the clients of a round (`fedbench.training.cohort`): over worker processes, or fused (`fedbench.training.fused`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fedbench.api.local import LocalResult, LocalTask
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import feeding, packing
-from fedbench.models.linear import reordered, stock
-from fedbench.training.common import autocast, has_dropout, observing, result_of
+from fedbench.forward.feed import forward
+from fedbench.machine.device import Execution
+from fedbench.training.common import has_dropout, observing, result_of
 
 
 @contextmanager
@@ -52,12 +52,12 @@ def tunable(module: nn.Module, values: dict[str, Tensor] | Any) -> Iterator[dict
             p.grad = None
 
 
-def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> LocalResult:
+def execute(task: LocalTask, execution: Execution) -> LocalResult:
     """Train one client: AdamW over the task's batches, in order. Returns CPU tensors.
 
     Raises FedbenchError when a loss is not finite, naming the step.
     """
-    module = task.frozen.module
+    module, device = task.frozen.module, execution.device
     if not task.batches:
         raise FedbenchError("a client has no rows to train on; raise the split's min_size")
     dropping = has_dropout(module)
@@ -70,8 +70,7 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
 
     with (
         fork,
-        reordered(module, gradients=True, precision=precision),
-        packing(not (stock.get() or task.observe_padding)),  # a packed batch has no padding to observe
+        forward(module, execution, gradients=True) as passing,
         tunable(module, task.tunables) as parameters,
         observing(module, [task], real) as (seen,),
     ):
@@ -89,7 +88,9 @@ def execute(task: LocalTask, device: torch.device, precision: str = "fp32") -> L
         losses = []
         for indices in task.batches:
             batch = task.data.batch(indices, device)
-            with autocast(device, precision), feeding(module, batch, observed=task.observers) as (inputs, mask[0]):
+            # A packed batch has no padding to observe.
+            fed = passing.feeding(batch, observed=task.observers, padded=task.observe_padding)
+            with execution.autocast(), fed as (inputs, mask[0]):
                 if task.observe_padding:
                     mask[0] = None
                 logits = module(**inputs).logits

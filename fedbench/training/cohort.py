@@ -10,38 +10,37 @@ import torch
 from torch import Tensor
 
 from fedbench.api.local import LocalResult, LocalTask
+from fedbench.machine.device import Execution
 from fedbench.machine.workers import fork_map
 from fedbench.models.linear import reordered
 from fedbench.training.alone import execute
+from fedbench.training.fused import execute_cohort
 
 
-def execute_all(
-    tasks: Sequence[LocalTask], device: torch.device, precision: str = "fp32", workers: int = 1, fused: bool = False
-) -> Iterator[tuple[int, LocalResult]]:
+def execute_all(tasks: Sequence[LocalTask], execution: Execution) -> Iterator[tuple[int, LocalResult]]:
     """Train the clients of a round; yields (index of the task, its result) as they are done.
 
-    On a CPU one after another over `workers` processes, whose results are, to the bit, those of one; a round of one
-    client has nothing to spread, and takes torch's own threads instead. `fused`: all together in this process.
+    On a CPU one after another over worker processes, whose results are, to the bit, those of one; a round of one client
+    has nothing to spread, and takes torch's own threads instead. By the fused executor all together in this process.
     """
 
     def train(task: LocalTask) -> tuple[Any, ...]:
-        r = execute(task, device, precision)
+        r = execute(task, execution)
         # As numpy arrays a result passes between processes many times faster than as tensors.
         return _numpy(r.tunables), r.steps, r.loss, _numpy(r.observed), r.observed_tokens
 
-    if fused:
-        from fedbench.training.fused import execute_cohort
-
-        yield from enumerate(execute_cohort(tasks, device, precision))
-    elif device.type == "cpu" and len(tasks) > 1:
+    if execution.fused:
+        yield from enumerate(execute_cohort(tasks, execution))
+    elif execution.device.type == "cpu" and len(tasks) > 1:
         costs = [float(sum(task.data.lengths[rows].sum() for rows in task.batches)) for task in tasks]
+        modules = [task.frozen.module for task in tasks] if execution.packed else []
         # Here rather than in the workers, which then all use one copy.
-        with reordered(*(task.frozen.module for task in tasks), gradients=True, precision=precision):
-            for index, (tunables, steps, loss, observed, tokens) in fork_map(train, tasks, workers, costs):
+        with reordered(*modules, gradients=True, precision=execution.precision):
+            for index, (tunables, steps, loss, observed, tokens) in fork_map(train, tasks, execution.workers, costs):
                 yield index, LocalResult(_tensors(tunables), steps, loss, _tensors(observed), tokens)
     else:
         for index, task in enumerate(tasks):
-            yield index, execute(task, device, precision)
+            yield index, execute(task, execution)
 
 
 def _numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

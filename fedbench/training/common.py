@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,11 +24,6 @@ def has_dropout(module: nn.Module) -> bool:
         for name in ("attention_probs_dropout_prob", "attention_dropout")
         if isinstance(value := getattr(config, name, 0.0), (int, float))
     )
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """The context of a forward pass: bf16 autocast for precision "bf16", nothing for "fp32"."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @dataclass

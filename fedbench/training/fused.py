@@ -26,11 +26,12 @@ from torch.nn import functional as F
 from fedbench.api.local import LocalResult, LocalTask
 from fedbench.data.examples import Batch, Examples
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import feeding, packs
+from fedbench.forward.feed import Forward, forward
 from fedbench.forward.layout import Layout
-from fedbench.models.linear import FrozenLinear, reordered
+from fedbench.machine.device import Execution
+from fedbench.models.linear import FrozenLinear
 from fedbench.training.alone import execute
-from fedbench.training.common import autocast, has_dropout, observing, result_of
+from fedbench.training.common import has_dropout, observing, result_of
 
 CPU_TOKENS = 4096
 """Tokens in a pass on a CPU: more gain nothing there."""
@@ -38,8 +39,7 @@ CPU_TOKENS = 4096
 
 def execute_cohort(
     tasks: Sequence[LocalTask],
-    device: torch.device,
-    precision: str = "fp32",
+    execution: Execution,
     chunk: int | None = None,
     segments: bool | None = None,
 ) -> list[LocalResult]:
@@ -57,7 +57,7 @@ def execute_cohort(
     if chunk is not None and chunk < 1:
         raise FedbenchError(f"chunk is {chunk}, expected a number of clients, at least 1")
     if segments is None:
-        segments = device.type == "cuda"
+        segments = execution.device.type == "cuda"
     groups: dict[Any, list[int]] = {}
     checked: dict[Any, bool] = {}
     for i, task in enumerate(tasks):
@@ -65,27 +65,27 @@ def execute_cohort(
     results: dict[int, LocalResult] = {}
     for members in groups.values():
         if len(members) == 1:
-            results[members[0]] = execute(tasks[members[0]], device, precision)
+            results[members[0]] = execute(tasks[members[0]], execution)
             continue
         # The longest first: those still training are then always the first rows.
         members.sort(key=lambda i: -len(tasks[i].batches))
-        size = chunk or clients_per_pass([tasks[i] for i in members], device)
+        size = chunk or clients_per_pass([tasks[i] for i in members], execution)
         for start in range(0, len(members), size):
             part = members[start : start + size]
-            trained = _train([tasks[i] for i in part], device, precision, segments)
+            trained = _train([tasks[i] for i in part], execution, segments)
             results |= zip(part, trained, strict=True)
     return [results[i] for i in range(len(tasks))]
 
 
-def clients_per_pass(tasks: Sequence[LocalTask], device: torch.device) -> int:
+def clients_per_pass(tasks: Sequence[LocalTask], execution: Execution) -> int:
     """How many of these clients to train in one pass, at least 1.
 
     On a CPU by `CPU_TOKENS`. On CUDA by memory: half of what is free, over the client's own state and what its largest
     batch keeps for the backward pass. A token keeps 4 bytes for each output of a Linear module; BERT and ViT were seen
     to keep 3.1 to 3.5, in fp32 and in bf16, whose casts are kept as well.
     """
-    module, data = tasks[0].frozen.module, tasks[0].data
-    packed = packs(module)
+    module, data, device = tasks[0].frozen.module, tasks[0].data, execution.device
+    packed = Forward(module, execution.packed).packed
 
     def tokens(task: LocalTask, rows: np.ndarray) -> int:
         lengths = task.data.lengths[rows]
@@ -189,13 +189,11 @@ class _Step:
     layout: Layout | None
 
     @classmethod
-    def of(cls, tasks: Sequence[LocalTask], number: int, device: torch.device, segments: bool) -> _Step:
-        module = tasks[0].frozen.module
+    def of(cls, tasks: Sequence[LocalTask], number: int, device: torch.device, packed: bool, segments: bool) -> _Step:
         rows = [np.asarray(task.batches[number], dtype=np.int64) for task in tasks]
         most = max(map(len, rows))
         slots = np.concatenate([i * most + np.arange(len(own)) for i, own in enumerate(rows)])
         lengths = tuple(tuple(task.data.lengths[own].tolist()) for task, own in zip(tasks, rows, strict=True))
-        packed = packs(module)
         if segments and not packed:
             rows = [np.pad(own, (0, most - len(own)), constant_values=own[0]) for own in rows]
         joined = Examples.joined([task.data.select(own) for task, own in zip(tasks, rows, strict=True)])
@@ -346,8 +344,9 @@ def _each(stacked: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return [dict(zip(stacked, own, strict=True)) for own in zip(*(v.unbind() for v in stacked.values()), strict=True)]
 
 
-def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, segments: bool) -> list[LocalResult]:
+def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> list[LocalResult]:
     """Train clients that fit together, given in order of falling numbers of steps."""
+    device = execution.device
     module, o, clip_norm = tasks[0].frozen.module, tasks[0].optimiser, tasks[0].clip_norm
     matrix = _Matrix(module, tasks[0].tunables, device)
     values = matrix.stack([task.tunables for task in tasks])
@@ -363,7 +362,7 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
     curve: list[Tensor] = []
     k = 0
     with (
-        reordered(module, gradients=True, precision=precision),
+        forward(module, execution, gradients=True) as passing,
         _stacked(module, under_way),
         observing(module, tasks, under_way.real) as seen,
     ):
@@ -374,10 +373,10 @@ def _train(tasks: Sequence[LocalTask], device: torch.device, precision: str, seg
                 k = len(active)
                 leaves = {n: v.requires_grad_() for n, v in matrix.views(values[:k].detach()).items()}
                 under_way.values = leaves
-            under_way.step = step = _Step.of(active, number, device, segments)
+            under_way.step = step = _Step.of(active, number, device, passing.packed, segments)
             with (
-                autocast(device, precision),
-                feeding(module, step.batch, layout=step.layout, observed=tasks[0].observers) as fed,
+                execution.autocast(),
+                passing.feeding(step.batch, layout=step.layout, observed=tasks[0].observers) as fed,
             ):
                 logits = module(**fed[0]).logits
             losses = step.losses(active, logits)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import save_tiny_bert
 from pytest_benchmark.fixture import BenchmarkFixture
 from test_training import MINILM, cohort
 
 from fedbench.api.messages import Message
 from fedbench.data.partition import partition
+from fedbench.machine.device import Execution
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.models.build import build
 from fedbench.models.parts import Parts
@@ -63,10 +63,10 @@ def test_gradient_error_on_64_rows(benchmark: BenchmarkFixture) -> None:
     fm, probe = task.frozen.module, task.data.select(np.arange(64))
     proxy = build(ModelSpec("bert", MINILM, (1536, 384, 384, 384, 384, 1536), LoraSpec(8, 48)))
     proxy.load_state_dict({n: t for n, t in fm.state_dict().items() if t.shape == proxy.state_dict()[n].shape}, False)
-    parts, cpu = Parts(fm), torch.device("cpu")
+    parts = Parts(fm)
 
     def measure() -> float | None:
-        mine, reference = (gradients(m, tunable_names(m), probe, cpu) for m in (proxy, fm))
+        mine, reference = (gradients(m, tunable_names(m), probe, Execution()) for m in (proxy, fm))
         block = gradient_error(mine, reference, parts.layer_of, parts.is_head)
         error: float | None = block["zero_filled"]["error"]
         return error

@@ -16,6 +16,7 @@ from torch import nn
 
 from fedbench.api.local import AdamW, LocalTask
 from fedbench.data.examples import Examples
+from fedbench.machine.device import Execution
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models.build import build
 from fedbench.models.cache import Frozen
@@ -67,7 +68,7 @@ def cohort(device: str) -> list[LocalTask]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("executor", ["in turn", "fused"])
 def test_a_round_of_local_training(benchmark: BenchmarkFixture, executor: str, device: str) -> None:
-    tasks, on = cohort(device), torch.device(device)
+    tasks, on = cohort(device), Execution(torch.device(device))
 
     def round_() -> list[object]:
         return execute_cohort(tasks, on) if executor == "fused" else [execute(task, on) for task in tasks]

@@ -77,7 +77,7 @@ def trajectories(data_dir: Path, folder: Path, methods: list[str], seeds: list[i
             rows, p = self.p.loaded.validation, self.p
             models = {"plug_in": self.server.plug_in(), "proxy": self.server.proxy()}
             return {
-                name: evaluate(model, rows, 64, p.device, p.precision, p.workers).correct.astype(int).tolist()
+                name: evaluate(model, rows, 64, p.execution).correct.astype(int).tolist()
                 for name, model in models.items()
                 if model is not None
             }
@@ -92,7 +92,7 @@ def trajectories(data_dir: Path, folder: Path, methods: list[str], seeds: list[i
             model, p = self.server.plug_in(), self.p
             chosen = self.values[-k:]
             set_tensors(model, {n: sum(v[n] for v in chosen) / k for n in chosen[0]})
-            return [int(c) for c in evaluate(model, p.loaded.validation, 64, p.device, p.precision, p.workers).correct]
+            return [int(c) for c in evaluate(model, p.loaded.validation, 64, p.execution).correct]
 
     for method in methods:
         for seed in seeds:

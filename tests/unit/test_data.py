@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiny_bert
+from helpers import logits, save_tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +24,6 @@ from fedbench.data.pixels import ImageProcessor, to_pixels
 from fedbench.data.rows import Part
 from fedbench.data.sets.embedded import _mnist, tweet_words
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import logits, packing
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode
 from fedbench.models.spec import LoraSpec
@@ -150,8 +149,9 @@ def test_segments_are_part_of_what_a_model_sees(bert: FoundationModel) -> None:
     set_tensors(model, initial_tunables(model, Streams(0, "unit")))
     found = []
     for packed in (False, True):
-        with packing(packed), torch.no_grad():
-            found += [logits(model, rows.batch(np.arange(6))), logits(model, replace(rows, segments=None).batch([0]))]
+        with torch.no_grad():
+            plain = replace(rows, segments=None)
+            found += [logits(model, rows.batch(np.arange(6)), packed), logits(model, plain.batch([0]), packed)]
     assert torch.allclose(found[0], found[2], rtol=1e-4, atol=1e-5), "packed rows carry their segments"
     assert not torch.allclose(found[0][:1], found[1], rtol=1e-3, atol=1e-4), "segments change the answer"
 

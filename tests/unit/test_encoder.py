@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import random_values, save_tiny, train_rows
+from helpers import PACKED, PADDED, logits, random_values, save_tiny, train_rows
 from torch import Tensor, nn
 
 from fedbench.check.suite import tensors_close
 from fedbench.forward import encoder
-from fedbench.forward.feed import layer_outputs, logits, packing
+from fedbench.forward.feed import forward
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.linear import _available, reordered
+from fedbench.models.linear import _available
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import frozen_state, set_tensors, tunable_names
@@ -62,10 +62,10 @@ def both(model: nn.Module, names: list[str], rows: int = 9) -> list[tuple[Tensor
         for name in names:
             parameters[name].requires_grad_(True)
         for packed in (False, True):
-            with packing(packed), reordered(model, gradients=True):
-                answer = logits(model, batch)
+            with forward(model, PACKED if packed else PADDED, gradients=True) as passing:
+                answer = passing.logits(batch)
                 grads = torch.autograd.grad(answer.square().sum(), [parameters[n] for n in names])
-                hidden, mask = layer_outputs(model, batch)
+                hidden, mask = passing.layer_outputs(batch)
             assert mask is not None
             # Packed, rows lie in another order: sorted, the two can be compared.
             states = [h.detach()[mask.bool()].sort(0).values for h in hidden]
@@ -138,13 +138,11 @@ def test_a_layer_steps_aside_for_whatever_it_cannot_do(fm: FoundationModel, call
 
 
 def test_a_hook_in_the_last_layer_sees_all_tokens(fm: FoundationModel) -> None:
-    from fedbench.forward.feed import feeding
-
     model, seen = build(fm, None), []
     path = Parts(model).ffn_activation_path(2)
     model.get_submodule(path).register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
     batch = train_rows(8).batch(range(8))
-    with reordered(model), feeding(model, batch, observed=[path]) as (inputs, _), torch.no_grad():
+    with forward(model, PACKED) as passing, passing.feeding(batch, observed=[path]) as (inputs, _), torch.no_grad():
         model(**inputs)
     assert batch.mask is not None
     assert seen == [int(batch.mask.sum())]
@@ -158,8 +156,8 @@ def test_other_arithmetic_is_left_to_transformers(fm: FoundationModel, calls: li
     if other == "outside of a block":
         logits(model, batch)
     else:
-        with torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"), reordered(model):
-            logits(model, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"), forward(model, PACKED) as passing:
+            passing.logits(batch)
     assert not calls
 
 

@@ -16,8 +16,7 @@ from fedbench.api.context import ServerContext
 from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId
 from fedbench.errors import FedbenchError, MessageError
-from fedbench.forward.feed import packs
-from fedbench.machine.device import choose_device, choose_executor, choose_precision
+from fedbench.machine.device import Execution, choose_device, choose_executor, choose_precision
 from fedbench.machine.paths import cache_folder
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.measures.cost import most_tokens
@@ -406,7 +405,7 @@ def test_every_model_is_scored_on_every_test_set(request_of: RunRequest) -> None
         (found["extra_tests"]["mismatched"]["plug_in"], one.server.plug_in(), loaded.validation),
         (found["extra_tests"]["mismatched"]["proxy"], proxy, loaded.validation),
     ):
-        score = evaluate(model, rows, size, CPU)
+        score = evaluate(model, rows, size, Execution())
         assert (block["rows"], block["accuracy"]) == (len(rows), pytest.approx(score.accuracy))
         assert block["loss"] == pytest.approx(score.loss, rel=1e-5)
     assert found["test_name"] == "matched"
@@ -487,16 +486,3 @@ def test_a_method_that_cannot_run_leaves_a_record_that_says_why(request_of: RunR
     record = engine.run(asked)
     assert record.accuracy == {"plug_in": None, "proxy": None, "unavailable": why}
     assert record.compute["trainable_parameters"] is None
-
-
-@pytest.mark.parametrize("executor", ["packed", "reference"])
-def test_only_the_reference_pads_its_batches(
-    request_of: RunRequest, tmp_path: Path, executor: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = prepare(replace(request_of, executor=executor, results=tmp_path))
-    packed: list[bool] = []
-    monkeypatch.setattr(
-        engine, "_run", lambda prepared, progress: packed.append(packs(asked.loaded.fm.build(None, CPU)))
-    )
-    engine.run(asked)
-    assert packed == [executor == "packed"]

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, context, public_rows, random_values, save_tiny, save_tiny_bert, smoke_request, train_rows
+from helpers import (
+    PACKED,
+    PADDED,
+    SMALL,
+    context,
+    logits,
+    public_rows,
+    random_values,
+    save_tiny,
+    save_tiny_bert,
+    smoke_request,
+    train_rows,
+)
 from torch import nn
 
 from fedbench.api.context import ServerContext
@@ -24,7 +36,7 @@ from fedbench.data.examples import Examples
 from fedbench.data.pixels import ImageProcessor
 from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import logits, packing
+from fedbench.machine.device import Execution
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.methods.fedpft import FedPFT, zeros
@@ -114,8 +126,7 @@ def test_the_plugged_in_fm_is_the_stock_model_with_lora_merged_by_hand(
         batch = rows(fm).batch(np.arange(5))
         expected = stock(**batch.inputs).logits
         for packed in (False, True):
-            with packing(packed):
-                assert torch.allclose(logits(plugged, batch), expected, rtol=1e-3, atol=1e-4)
+            assert torch.allclose(logits(plugged, batch, packed), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_hooks_see_what_the_ffn_computes(fm: FoundationModel) -> None:
@@ -132,8 +143,8 @@ def test_hooks_see_what_the_ffn_computes(fm: FoundationModel) -> None:
         paths["norm"] = norm
     for role, path in paths.items():
         model.get_submodule(path).register_forward_hook(lambda _m, i, o, role=role: seen.update({role: (i[0], o)}))
-    with torch.no_grad(), packing(False):
-        logits(model, rows(fm).batch(np.arange(4)))
+    with torch.no_grad():
+        logits(model, rows(fm).batch(np.arange(4)), packed=False)
     assert torch.allclose(seen["act"][1], nn.functional.gelu(seen["in"][1]), atol=1e-6)
     assert torch.equal(seen["out"][0], seen["act"][1]), "the activation is what the second matrix gets"
     layer = seen["layer"][1][0] if isinstance(seen["layer"][1], tuple) else seen["layer"][1]
@@ -158,8 +169,7 @@ def test_observers_count_zeros_of_real_tokens_packed_and_padded(fm: FoundationMo
             loss=cross_entropy,
             observers={path: zeros("non-positive", 0.0)},
         )
-        with packing(packed):
-            found.append(execute(task, CPU))
+        found.append(execute(task, PACKED if packed else PADDED))
     padded, packed_result = found
     assert torch.equal(padded.observed[path], packed_result.observed[path])
     # An image of 8 pixels across, in patches of 4, is four patches and the class token.
@@ -195,8 +205,8 @@ def test_gradient_error_is_zero_at_full_width_and_reaches_every_layer_below_it(
         server = fedpft(fm, ctx, r=r, distil_steps=0)
         server.values = random_values(server.full)
         plugged, proxy = server.plug_in(), server.proxy()
-        reference = gradients(plugged, tunable_names(plugged), probe, CPU)
-        mine = gradients(proxy, [*server.fm_names()], probe, CPU)
+        reference = gradients(plugged, tunable_names(plugged), probe, Execution())
+        mine = gradients(proxy, [*server.fm_names()], probe, Execution())
         parts = Parts(plugged)
         block = gradient_error(mine, reference, parts.layer_of, parts.is_head)
         assert [entry["layer"] for entry in block["layers"]] == [0, 1, 2]
@@ -610,8 +620,8 @@ def test_a_row_longer_than_the_models_positions_is_refused(family: str, room: in
     assert longest.lengths.tolist() == [room, 4], "a limit that no row reaches is no error"
     model = fm.build(None, CPU)
     for packed in (True, False):
-        with packing(packed), torch.no_grad():
-            assert torch.isfinite(logits(model, longest.batch([0, 1]))).all()
+        with torch.no_grad():
+            assert torch.isfinite(logits(model, longest.batch([0, 1]), packed)).all()
     longer = Part(part.labels, ["film " * (room - 1), "a film"])
     assert encode(longer, fm, room).lengths.max() == room
     says = f"dataset.max_length is 400 and a row has {room + 1} tokens, but FM fm has positions for {room}; set"

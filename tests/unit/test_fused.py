@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import train_rows
+from helpers import PACKED, PADDED, train_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from fedbench.check.suite import tensors_close
 from fedbench.data.examples import Examples
 from fedbench.data.pixels import ImageProcessor
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import packing
 from fedbench.forward.layout import Layout
+from fedbench.machine.device import Execution
 from fedbench.methods.fedavg_lora import cross_entropy, weighted_mean
 from fedbench.models.build import build
 from fedbench.models.cache import Frozen
@@ -105,11 +105,13 @@ def update(task: LocalTask, result: LocalResult) -> dict[str, Tensor]:
     return {name: value - task.tunables[name] for name, value in result.tunables.items()}
 
 
-def assert_equal(tasks: Sequence[LocalTask], found: Sequence[LocalResult], tolerance: float) -> None:
+def assert_equal(
+    tasks: Sequence[LocalTask], found: Sequence[LocalResult], tolerance: float, execution: Execution = PACKED
+) -> None:
     """Results are, task by task, those of the reference."""
     assert len(found) == len(tasks)
     for task, result in zip(tasks, found, strict=True):
-        reference = execute(task, CPU)
+        reference = execute(task, execution)
         assert list(result.tunables) == list(reference.tunables)
         assert tensors_close(update(task, reference), update(task, result), tolerance)
         assert result.steps == reference.steps
@@ -191,8 +193,8 @@ def test_a_cohort_equals_its_clients_one_by_one(
     sizes: list[list[int]], family: str, r: int, packed: bool, segments: bool, chunk: int | None, options: set[str]
 ) -> None:
     tasks = varied(cohort(sizes, family, r=r), options)
-    with packing(packed):
-        assert_equal(tasks, execute_cohort(tasks, CPU, chunk=chunk, segments=segments), 1e-9)
+    execution = PACKED if packed else PADDED
+    assert_equal(tasks, execute_cohort(tasks, execution, chunk=chunk, segments=segments), 1e-9, execution)
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -200,10 +202,10 @@ def test_a_cohort_equals_its_clients_one_by_one(
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_single_precision_agrees_to_rounding(family: str, packed: bool, segments: bool) -> None:
     tasks = varied(cohort(UNEQUAL, family, torch.float32), {"start", "observers"})
-    with packing(packed), no_client_alone():
-        found = execute_cohort(tasks, CPU, segments=segments)
-    with packing(packed):
-        assert_equal(tasks, found, 1e-4)
+    execution = PACKED if packed else PADDED
+    with no_client_alone():
+        found = execute_cohort(tasks, execution, segments=segments)
+    assert_equal(tasks, found, 1e-4, execution)
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -212,9 +214,9 @@ def test_pairs_and_colour_images_reach_the_model(family: str, encoded: Any, segm
     plain = rows(family, torch.float32)
     tasks = cohort(UNEQUAL, family, torch.float32, data=encoded(plain))
     with no_client_alone():
-        found = execute_cohort(tasks, CPU, segments=segments)
+        found = execute_cohort(tasks, Execution(), segments=segments)
     assert_equal(tasks, found, 1e-4)
-    unlike = execute(replace(tasks[0], data=plain), CPU)
+    unlike = execute(replace(tasks[0], data=plain), Execution())
     assert not tensors_close(update(tasks[0], unlike), update(tasks[0], found[0]), 1e-2), "what was added tells nothing"
 
 
@@ -224,8 +226,8 @@ def test_every_option_is_fused_and_changes_the_update(family: str, option: str) 
     plain = cohort(UNEQUAL, family)
     tasks = varied(plain, {option})
     with no_client_alone():
-        found = execute_cohort(tasks, CPU, segments=True)
-        without = execute_cohort(plain, CPU, segments=True)
+        found = execute_cohort(tasks, Execution(), segments=True)
+        without = execute_cohort(plain, Execution(), segments=True)
     assert_equal(tasks, found, 1e-9)
     i = 2  # neither of the clients that have no offset or rank mask
     same = tensors_close(update(plain[i], without[i]), update(tasks[i], found[i]), 1e-6)
@@ -241,7 +243,7 @@ def test_rounds_of_fedavg_agree(dtype: torch.dtype, tolerance: float) -> None:
         values = start
         for _ in range(3):
             now = [replace(task, tunables=values) for task in tasks]
-            results = execute_cohort(now, CPU) if together else [execute(task, CPU) for task in now]
+            results = execute_cohort(now, Execution()) if together else [execute(task, Execution()) for task in now]
             values = weighted_mean([r.tunables for r in results], [8, 12, 2])
         finals.append({n: v - start[n] for n, v in values.items()})
     assert tensors_close(*finals, tolerance)
@@ -250,9 +252,9 @@ def test_rounds_of_fedavg_agree(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("segments", [False, True])
 def test_bf16_follows_the_reference(segments: bool) -> None:
     tasks = cohort(UNEQUAL, dtype=torch.float32)
-    found = execute_cohort(tasks, CPU, "bf16", segments=segments)
+    found = execute_cohort(tasks, Execution(precision="bf16"), segments=segments)
     for task, result in zip(tasks, found, strict=True):
-        reference = execute(task, CPU, "bf16")
+        reference = execute(task, Execution(precision="bf16"))
         assert result.loss == pytest.approx(reference.loss, rel=0.03)
         assert all(t.dtype == torch.float32 for t in result.tunables.values())
 
@@ -292,7 +294,7 @@ def test_any_linear_or_layer_norm_can_be_tuned(ending: str, segments: bool) -> N
     names = [n for n, _ in built.named_parameters() if n.endswith(ending)] + ["classifier.bias"]
     tasks = cohort(UNEQUAL, tunables=get_tensors(built, names))
     with no_client_alone():
-        found = execute_cohort(tasks, CPU, segments=segments)
+        found = execute_cohort(tasks, Execution(), segments=segments)
     assert_equal(tasks, found, 1e-9)
 
 
@@ -302,11 +304,11 @@ def test_tunables_of_other_modules_and_dropout_are_trained_one_by_one(monkeypatc
     monkeypatch.setattr(fused, "execute", lambda task, *rest: alone.append(task) or execute(task, *rest))
     names = ["bert.embeddings.word_embeddings.weight", "classifier.bias"]
     tasks = cohort(UNEQUAL, tunables=get_tensors(built, names))
-    assert_equal(tasks, execute_cohort(tasks, CPU), 1e-9)
+    assert_equal(tasks, execute_cohort(tasks, Execution()), 1e-9)
     assert len(alone) == len(tasks)
     dropping = model(dropout=0.5)
     tasks = cohort(UNEQUAL, frozen=Frozen("dropping", dropping), seed=3)
-    assert_equal(tasks, execute_cohort(tasks, CPU), 0.0)
+    assert_equal(tasks, execute_cohort(tasks, Execution()), 0.0)
     assert len(alone) == 2 * len(tasks)
 
 
@@ -318,7 +320,7 @@ def test_tasks_that_do_not_fit_together_keep_their_order() -> None:
         varied(cohort([[2], [2, 1]]), {"penalty"}),
     ]
     tasks = [task for pair in zip(*groups, strict=True) for task in pair]
-    assert_equal(tasks, execute_cohort(tasks, CPU), 1e-9)
+    assert_equal(tasks, execute_cohort(tasks, Execution()), 1e-9)
 
 
 def test_what_no_gradient_reaches_stays_even_with_weight_decay() -> None:
@@ -333,7 +335,7 @@ def test_what_no_gradient_reaches_stays_even_with_weight_decay() -> None:
     )
     tasks[1] = replace(tasks[1], gradient_offset={"spare.bias": torch.ones(2, dtype=torch.float64)})
     with no_client_alone():
-        found = execute_cohort(tasks, CPU)
+        found = execute_cohort(tasks, Execution())
     assert_equal(tasks, found, 1e-9)
     assert torch.equal(found[0].tunables["spare.weight"], tasks[0].tunables["spare.weight"])
     assert not torch.equal(found[1].tunables["spare.bias"], tasks[1].tunables["spare.bias"])
@@ -347,9 +349,9 @@ def test_a_client_that_diverges_spoils_no_other(family: str, packed: bool, segme
     lost = {n: torch.full_like(t, float("nan")) for n, t in tasks[0].tunables.items()}
     # Its loss hides what happened, so that training goes on and the others can be looked at.
     tasks[0] = replace(tasks[0], tunables=lost, loss=lambda x, y: torch.nan_to_num(x).sum(1))
-    with packing(packed):
-        found = execute_cohort(tasks, CPU, segments=segments)
-        assert_equal(tasks[1:], found[1:], 1e-9)
+    execution = PACKED if packed else PADDED
+    found = execute_cohort(tasks, execution, segments=segments)
+    assert_equal(tasks[1:], found[1:], 1e-9, execution)
     assert all(bool(v.isnan().all()) for v in found[0].tunables.values())
 
 
@@ -363,29 +365,29 @@ def test_a_diverged_client_is_an_error_that_names_its_step() -> None:
 
     tasks[1] = replace(tasks[1], loss=breaks)
     with pytest.raises(FedbenchError, match="local training diverged: the loss of step 2 is inf; lower lr"):
-        execute_cohort(tasks, CPU)
+        execute_cohort(tasks, Execution())
 
 
 def test_bad_tasks_are_named_as_by_the_reference() -> None:
     tasks = cohort([[4], [4]])
     with pytest.raises(FedbenchError, match="chunk is 0, expected a number of clients"):
-        execute_cohort(tasks, CPU, chunk=0)
+        execute_cohort(tasks, Execution(), chunk=0)
     for changes, message in (
         ({"batches": []}, "has no rows to train on"),
         ({"tunables": {"nothing": torch.zeros(1)}}, "'nothing' is no parameter"),
         ({"tunables": {"classifier.bias": torch.zeros(9)}}, "classifier.bias"),
     ):
         with pytest.raises(FedbenchError, match=message):
-            execute_cohort([tasks[0], replace(tasks[1], **changes)], CPU)  # type: ignore[arg-type]
-    assert execute_cohort([], CPU) == []
+            execute_cohort([tasks[0], replace(tasks[1], **changes)], Execution())  # type: ignore[arg-type]
+    assert execute_cohort([], Execution()) == []
 
 
 def test_the_shared_module_is_left_as_it_was() -> None:
     tasks = varied(cohort(UNEQUAL, dtype=torch.float32), {"start"})
     module = tasks[0].frozen.module
     before = {n: p.clone() for n, p in module.named_parameters()}
-    trained = execute_cohort(tasks, CPU)
-    again = execute_cohort(tasks, CPU)
+    trained = execute_cohort(tasks, Execution())
+    again = execute_cohort(tasks, Execution())
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
     assert not any("forward" in m.__dict__ or m._forward_hooks for m in module.modules())
     assert not any(p.requires_grad or p.grad is not None for p in module.parameters())
@@ -448,15 +450,14 @@ def test_clients_in_a_pass_follow_from_tokens_and_memory(monkeypatch: pytest.Mon
     tasks = cohort(UNEQUAL, dtype=torch.float32)
     most = max(int(t.data.lengths[b].sum()) for t in tasks for b in t.batches)
     monkeypatch.setattr(fused, "CPU_TOKENS", 3 * most)
-    assert clients_per_pass(tasks, CPU) == 3
-    with packing(False):
-        assert 1 <= clients_per_pass(tasks, CPU) < 3
+    assert clients_per_pass(tasks, Execution()) == 3
+    assert 1 <= clients_per_pass(tasks, PADDED) < 3
     monkeypatch.setattr(fused, "CPU_TOKENS", 1)
-    assert clients_per_pass(tasks, CPU) == 1
+    assert clients_per_pass(tasks, Execution()) == 1
     found = []
     for free in (0, 2**20, 2**22):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, 2**30))
-        found.append(clients_per_pass(tasks, torch.device("cuda")))
+        found.append(clients_per_pass(tasks, Execution(torch.device("cuda"))))
     assert found[0] == 1 < found[1]
     assert found[2] == pytest.approx(4 * found[1], abs=4)
 
@@ -482,11 +483,11 @@ def test_a_pass_keeps_no_more_than_is_estimated(precision: str, monkeypatch: pyt
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        execute_cohort(tasks, CPU, precision, segments=True)
+        execute_cohort(tasks, Execution(precision=precision), segments=True)
     used = sum(x.untyped_storage().nbytes() for x in kept.values())
     # Half of what is free is taken. Of this model of two layers nearly half lies behind the last attention, where only
     # first tokens are kept, so the estimate is at most some twice what was used.
     for clients in (2, 6):
         # `used` is that of two clients.
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, n=clients: (n * used, 2**40))
-        assert clients / 4 <= clients_per_pass(tasks, torch.device("cuda")) <= clients
+        assert clients / 4 <= clients_per_pass(tasks, Execution(torch.device("cuda"))) <= clients

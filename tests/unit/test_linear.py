@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedbench.forward.feed import packing
+from fedbench.machine.device import Execution
 from fedbench.models.linear import FrozenLinear, _available, cpu_has_bf16, reordered
-from fedbench.training.common import autocast
 
 
 def frozen(n_in: int = 24, n_out: int = 40, seed: int = 0) -> FrozenLinear:
@@ -68,8 +67,6 @@ def test_a_weight_changed_between_blocks_is_used_whichever_way_it_was_written() 
 def test_only_a_frozen_fp32_weight_in_a_block_is_reordered() -> None:
     layer, x = frozen(), torch.randn(3, 24)
     layer(x)
-    with packing(False), reordered(layer):
-        assert not layer.live, "the reference executor runs stock modules"
     layer.weight.requires_grad_(True)
     with reordered(layer):
         layer(x).sum().backward()
@@ -125,7 +122,7 @@ def test_a_layer_that_was_in_a_block_can_be_copied_and_pickled() -> None:
 def test_a_tuned_bias_gets_its_gradient(precision: str) -> None:
     layer = frozen()
     layer.bias.requires_grad_(True)
-    with reordered(layer, precision=precision), autocast(torch.device("cpu"), precision):
+    with reordered(layer, precision=precision), Execution(precision=precision).autocast():
         layer(torch.randn(2, 5, 24)).sum().backward()
     assert layer.bias.grad.dtype is torch.float32
     assert torch.allclose(layer.bias.grad, torch.full((40,), 10.0))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_fm, train_rows
+from helpers import PADDED, tiny_fm, train_rows
 
 from fedbench.api.local import AdamW, LocalTask
 from fedbench.api.messages import Source
 from fedbench.errors import DivergedError
-from fedbench.forward.feed import packing
+from fedbench.machine.device import Execution
 from fedbench.machine.memory import peak_memory, reset_peak
 from fedbench.measures.accuracy import Evaluation, evaluate, per_client
 from fedbench.measures.cost import step_flops
@@ -73,7 +73,7 @@ def test_a_gradient_is_that_of_the_mean_over_all_rows_and_leaves_the_model_as_it
     model.requires_grad_(False)
     model.get_parameter("classifier.bias").requires_grad_(True)
     model.train()
-    found = gradients(model, names, rows, torch.device("cpu"), size=3)
+    found = gradients(model, names, rows, Execution(), size=3)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["classifier.bias"]
     assert not model.training, "dropout is off"
     assert {g.dtype for g in found.values()} == {torch.float64}
@@ -205,7 +205,7 @@ def test_precision_is_that_of_the_forward_pass() -> None:
     model, rows = tiny_fm().build(None, torch.device("cpu")), train_rows(9)
     with torch.no_grad():
         model.get_parameter("classifier.weight").normal_(generator=torch.Generator().manual_seed(0))
-    losses = [evaluate(model, rows, 4, torch.device("cpu"), *p).loss for p in ((), ("fp32",), ("bf16",))]
+    losses = [evaluate(model, rows, 4, Execution(precision=p)).loss for p in ("fp32", "fp32", "bf16")]
     assert losses[0] == losses[1]
     assert losses[2] != losses[1]
     assert losses[2] == pytest.approx(losses[1], rel=0.05)
@@ -219,8 +219,8 @@ def test_rows_without_finite_logits_are_counted_over_all_batches() -> None:
     with torch.no_grad():
         model.get_parameter("bert.embeddings.word_embeddings.weight")[1] = float("nan")
     # Row by row: in a block of rows, zero times what is not a number is none either.
-    with packing(False), pytest.raises(DivergedError, match="^3 of 12 rows have logits that are not finite$"):
-        evaluate(model, rows, 4, torch.device("cpu"))
+    with pytest.raises(DivergedError, match="^3 of 12 rows have logits that are not finite$"):
+        evaluate(model, rows, 4, PADDED)
 
 
 def test_a_model_is_scored_row_by_row_whatever_its_batches() -> None:
@@ -229,7 +229,7 @@ def test_a_model_is_scored_row_by_row_whatever_its_batches() -> None:
         model.get_parameter("classifier.weight").normal_(generator=torch.Generator().manual_seed(0))
         alone = torch.cat([model(**rows.batch(np.array([i]), torch.device("cpu")).inputs).logits for i in range(9)])
     model.train()
-    found = evaluate(model, rows, 4, torch.device("cpu"))
+    found = evaluate(model, rows, 4, Execution())
     assert not model.training
     assert found.predicted.tolist() == alone.argmax(-1).tolist()
     assert found.predicted.dtype == np.int64

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import context, public_rows, tiny_fm, train_rows
+from helpers import context, layer_outputs, public_rows, tiny_fm, train_rows
 
 from fedbench.api.context import ClientContext
 from fedbench.api.local import AdamW, LocalTask
@@ -18,6 +18,7 @@ from fedbench.api.messages import Message, TensorSpec
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.files import load_tensors
+from fedbench.machine.device import Execution
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods import _distillation as d
 from fedbench.methods.fedavg_lora import FedAvgLora, count, cross_entropy, weighted_mean
@@ -96,13 +97,13 @@ def test_distillation_loss_has_the_gradient_of_finite_differences(tmp_path: Path
     batch = public_rows().batch(np.arange(3), CPU)
     loss = server.loss(server.compressed, 0.01)
     with torch.no_grad():
-        teacher, _ = d.layer_outputs(server.full, batch)
+        teacher, _ = layer_outputs(server.full, batch)
     name = f"{server.parts.ffn_in_path(1)}.weight"
     weight = dict(server.model.named_parameters())[name]
     weight.requires_grad_(True)
 
     def value() -> torch.Tensor:
-        return loss(teacher, *d.layer_outputs(server.model, batch))
+        return loss(teacher, *layer_outputs(server.model, batch))
 
     [grad] = torch.autograd.grad(value(), [weight])
     weight.requires_grad_(False)
@@ -146,7 +147,7 @@ def test_apoz_counts_real_tokens_only(tmp_path: Path) -> None:
         loss=cross_entropy,
         observers={path: zeros("non-positive", 0.0)},
     )
-    result = execute(task, CPU)
+    result = execute(task, Execution())
     # Row by row there is no padding, so every position is a real token.
     activations: list[torch.Tensor] = []
     handle = module.get_submodule(path).register_forward_hook(
@@ -174,7 +175,7 @@ def test_a_full_width_sub_fm_is_the_fm_and_its_gradient_error_is_zero(tmp_path: 
         assert torch.equal(proxy(**batch.inputs).logits, fm(**batch.inputs).logits)
     names = tunable_names(fm)
     parts = Parts(fm)
-    mine, theirs = (gradients(m, names, train_rows(8), CPU) for m in (proxy, fm))
+    mine, theirs = (gradients(m, names, train_rows(8), Execution()) for m in (proxy, fm))
     block = gradient_error(mine, theirs, parts.layer_of, parts.is_head)
     assert block["zero_filled"]["error"] <= 1e-6 and block["restricted"]["cosine"] == pytest.approx(1.0)
 
@@ -382,12 +383,12 @@ def test_residuals_are_means_over_the_first_128_rows(tmp_path: Path) -> None:
     [layer] = server.compressed
     full, sub = Parts(server.full), server.parts
     for n, chunks in ((20, [(0, 20)]), (72, [(0, 36), (36, 72)]), (150, [(at, at + 32) for at in range(0, 128, 32)])):
-        [found] = d.residuals(server.full, server.model, [(layer, layer)], rows.select(np.arange(n)), CPU)
+        [found] = d.residuals(server.full, server.model, [(layer, layer)], rows.select(np.arange(n)), Execution())
         losses = []
         for first, last in chunks:
             batch = rows.batch(np.arange(first, last), CPU)
             with torch.no_grad():
-                (theirs, mask), (ours, _) = (d.layer_outputs(m, batch) for m in (server.full, server.model))
+                (theirs, mask), (ours, _) = (layer_outputs(m, batch) for m in (server.full, server.model))
             losses.append(d.hidden_loss(theirs[layer], ours[layer], mask).item())
         assert found["layer"] == layer
         assert found["hidden"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
@@ -419,8 +420,8 @@ def test_distillation_is_adamw_with_warm_up_and_clipped_gradients(tmp_path: Path
         optimiser.zero_grad()
         inputs = rows.batch(batch, CPU)
         with torch.no_grad():
-            target, _ = d.layer_outputs(server.full, inputs)
-        loss(target, d.layer_outputs(ours, inputs)[0], None).backward()
+            target, _ = layer_outputs(server.full, inputs)
+        loss(target, layer_outputs(ours, inputs)[0], None).backward()
         # What does not move has no part in the norm that is clipped.
         (theirs[limited].grad if free is not None else torch.zeros(5))[still] = 0.0  # type: ignore[index]
         before = theirs[limited].detach().clone()
@@ -430,7 +431,7 @@ def test_distillation_is_adamw_with_warm_up_and_clipped_gradients(tmp_path: Path
         theirs[limited].data[still] = before[still]
     assert min(norms) > 1, "or clipping would not be seen"
     server.model.train()
-    d.distil(server.full, server.model, names, loss, rows, schedule, np.random.default_rng(0), CPU, limits)
+    d.distil(server.full, server.model, names, loss, rows, schedule, np.random.default_rng(0), Execution(), limits)
     mine = dict(server.model.named_parameters())
     for name in mine:
         assert torch.allclose(mine[name], theirs[name], atol=1e-5), name
@@ -542,7 +543,7 @@ def test_a_client_trains_what_it_was_sent_as_it_was_told(tmp_path: Path) -> None
     assert task.data is rows
     assert task.tunables is adapter.tensors
     assert (task.seed, [b.tolist() for b in task.batches]) == (ctx.seed(1), [b.tolist() for b in ctx.batches(1, 6)])
-    result = execute(task, CPU)
+    result = execute(task, Execution())
     [message] = client.upload(1, result)
     assert (message.kind, message.meta, message.tensors) == ("adapter", {"num_examples": 6}, result.tunables)
     again = method.client(ctx)
@@ -635,7 +636,7 @@ def test_statistics_of_several_layers_are_counted_asked_for_and_averaged(tmp_pat
     task = client.task(0, sent(0), rows)
     parts = Parts(task.frozen.module)
     assert set(task.observers) == {parts.ffn_activation_path(i) for i in (1, 2)}
-    result = execute(task, CPU)
+    result = execute(task, Execution())
     adapter, statistics = client.upload(0, result)
     assert (adapter.kind, adapter.tensors) == ("adapter", result.tunables)
     assert (statistics.kind, statistics.meta) == ("statistics", {"tokens": result.observed_tokens})

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_fm, train_rows
+from helpers import PACKED, PADDED, layer_outputs, logits, tiny_fm, train_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbench.api.local import AdamW, LocalTask
 from fedbench.check.suite import tensors_close
 from fedbench.errors import FedbenchError
-from fedbench.forward.feed import layer_outputs, logits, packing
 from fedbench.forward.layout import Layout
+from fedbench.machine.device import Execution
 from fedbench.measures.accuracy import evaluate
 from fedbench.methods._distillation import hidden_loss
 from fedbench.methods.fedavg_lora import cross_entropy
@@ -83,11 +85,11 @@ def test_packed_equals_padded_in_outputs_gradients_and_hidden_losses(rows: int, 
     parameters = [dict(built.named_parameters())[n].requires_grad_(True) for n in names]
     found = []
     for packed in (False, True):
-        with packing(packed), pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr("fedbench.forward.layout.SHORT", short)
-            out = logits(built, batch)
+            out = logits(built, batch, packed)
             grads = torch.autograd.grad(out.square().sum(), parameters)
-            hidden, mask = layer_outputs(built, batch)
+            hidden, mask = layer_outputs(built, batch, packed)
         found.append((out, grads, [hidden_loss(h, 0.9 * h + 0.01, mask) for h in hidden]))
     (out, grads, losses), (out_p, grads_p, losses_p) = found
     assert torch.allclose(out, out_p, rtol=1e-10, atol=1e-12)
@@ -101,10 +103,7 @@ def test_local_training_packed_equals_reference(dtype: torch.dtype, tolerance: f
     parts = Parts(built)
     observers = {parts.ffn_activation_path(i): zeros("non-positive", 0.0) for i in range(3)}
     start = get_tensors(built, tunable_names(built))
-    results = []
-    for packed in (False, True):
-        with packing(packed):
-            results.append(execute(task(built, tunables=start, observers=observers), CPU))
+    results = [execute(task(built, tunables=start, observers=observers), execution) for execution in (PADDED, PACKED)]
     reference, packed_result = ({n: t - start[n] for n, t in r.tunables.items()} for r in results)
     assert tensors_close(reference, packed_result, tolerance)
     assert results[0].observed_tokens == results[1].observed_tokens
@@ -116,9 +115,9 @@ def test_local_training_packed_equals_reference(dtype: torch.dtype, tolerance: f
 def test_bf16_is_fp32_to_its_rounding(packed: bool) -> None:
     built = model(torch.float32)
     start = get_tensors(built, tunable_names(built))
-    with packing(packed):
-        full, half = (execute(task(built, tunables=start), CPU, precision) for precision in ("fp32", "bf16"))
-        scores = [evaluate(built, train_rows(40), 16, CPU, precision).loss for precision in ("fp32", "bf16")]
+    asked = [replace(PACKED if packed else PADDED, precision=precision) for precision in ("fp32", "bf16")]
+    full, half = (execute(task(built, tunables=start), execution) for execution in asked)
+    scores = [evaluate(built, train_rows(40), 16, execution).loss for execution in asked]
     assert half.loss != full.loss, "nothing was computed in bf16"
     assert half.loss == pytest.approx(full.loss, rel=0.02)
     assert scores[1] == pytest.approx(scores[0], rel=0.02)
@@ -131,8 +130,8 @@ def test_training_leaves_the_backbone_alone_and_is_repeatable() -> None:
     built = model(torch.float32)
     before = {n: t.clone() for n, t in frozen_state(built).items()}
     start = get_tensors(built, tunable_names(built))
-    first = execute(task(built, tunables=start), CPU)
-    again = execute(task(built, tunables=start), CPU)
+    first = execute(task(built, tunables=start), Execution())
+    again = execute(task(built, tunables=start), Execution())
     assert all(torch.equal(first.tunables[n], again.tunables[n]) for n in start)
     assert all(torch.equal(before[n], t) for n, t in frozen_state(built).items())
     assert not any(p.requires_grad for p in built.parameters())
@@ -142,7 +141,7 @@ def test_training_leaves_the_backbone_alone_and_is_repeatable() -> None:
 def test_one_step_is_adamw_by_hand() -> None:
     built = model()
     start = get_tensors(built, tunable_names(built))
-    got = execute(task(built, tunables=start, batches=[np.arange(4)], clip_norm=None), CPU)
+    got = execute(task(built, tunables=start, batches=[np.arange(4)], clip_norm=None), Execution())
     set_tensors(built, start)
     parameters = {n: dict(built.named_parameters())[n].requires_grad_(True) for n in start}
     batch = train_rows(11).batch(np.arange(4))
@@ -161,20 +160,22 @@ def test_penalty_offset_and_rank_mask_reach_the_step() -> None:
     built = model()
     start = get_tensors(built, tunable_names(built))
     name = next(n for n in start if ".lora_A." in n)
-    plain = execute(task(built, tunables=start), CPU).tunables
+    plain = execute(task(built, tunables=start), Execution()).tunables
     mask = torch.ones_like(start[name])
     mask[1] = 0
-    masked = execute(task(built, tunables=start, rank_mask={name: mask}), CPU).tunables[name]
+    masked = execute(task(built, tunables=start, rank_mask={name: mask}), Execution()).tunables[name]
     assert not masked[1].any()
     assert masked[0].any()
     # A gradient far larger than any loss's fixes the direction of every AdamW step.
-    pushed = execute(task(built, tunables=start, gradient_offset={name: torch.full_like(mask, 1e6)}), CPU).tunables
+    pushed = execute(
+        task(built, tunables=start, gradient_offset={name: torch.full_like(mask, 1e6)}), Execution()
+    ).tunables
     assert (pushed[name] < start[name]).all()
 
     def pull(now: dict[str, torch.Tensor], received: dict[str, torch.Tensor]) -> torch.Tensor:
         return 1e6 * torch.stack([(v - received[n]).square().sum() for n, v in now.items()]).sum()
 
-    held = execute(task(built, tunables=start, penalty=pull), CPU).tunables
+    held = execute(task(built, tunables=start, penalty=pull), Execution()).tunables
     moved = [sum((t[n] - start[n]).square().sum() for n in start) for t in (held, plain)]
     assert moved[0] < moved[1]
 
@@ -193,7 +194,7 @@ def test_clipping_bounds_the_whole_gradient() -> None:
 
     torch.optim.AdamW.step = spy  # type: ignore[method-assign,assignment]
     try:
-        execute(task(built, tunables=start, gradient_offset=offset, clip_norm=0.5), CPU)
+        execute(task(built, tunables=start, gradient_offset=offset, clip_norm=0.5), Execution())
     finally:
         torch.optim.AdamW.step = original  # type: ignore[method-assign]
     assert seen == pytest.approx([0.5] * 3, rel=1e-4)
@@ -203,20 +204,20 @@ def test_a_diverged_client_is_an_error_not_an_average() -> None:
     built = model(torch.float32)
     bad = {n: torch.full_like(t, float("nan")) for n, t in get_tensors(built, tunable_names(built)).items()}
     with pytest.raises(FedbenchError, match="the loss of step 0 is nan; lower lr"):
-        execute(task(built, tunables=bad), CPU)
+        execute(task(built, tunables=bad), Execution())
 
 
 def test_unknown_or_misshapen_tunables_are_named() -> None:
     built = model(torch.float32)
     with pytest.raises(FedbenchError, match="'nothing' is no parameter"):
-        execute(task(built, tunables={"nothing": torch.zeros(1)}), CPU)
+        execute(task(built, tunables={"nothing": torch.zeros(1)}), Execution())
     with pytest.raises(FedbenchError, match="classifier.bias"):
-        execute(task(built, tunables={"classifier.bias": torch.zeros(9)}), CPU)
+        execute(task(built, tunables={"classifier.bias": torch.zeros(9)}), Execution())
 
 
 def test_evaluation_by_hand() -> None:
     built, rows = model(torch.float32), train_rows(10)
-    found = evaluate(built, rows, 4, CPU)
+    found = evaluate(built, rows, 4, Execution())
     answers = []
     for i in range(10):
         with torch.no_grad():

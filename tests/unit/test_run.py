@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +15,11 @@ from fedbench.api.local import AdamW, LocalResult, LocalTask
 from fedbench.api.messages import Message
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError, FedbenchError
+from fedbench.machine.device import Execution
 from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.measures.cost import most_tokens
 from fedbench.methods.fedavg_lora import AdapterClient, FedAvgLora, LoraMethod, cross_entropy
 from fedbench.models.cache import Frozen
-from fedbench.models.linear import stock
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.records.store import pack_correct
@@ -40,12 +39,14 @@ def prepared(folder: Path, method: str = "fedavg-lora", **settings: str) -> Prep
 
 def test_logits_that_are_not_finite_are_never_scored() -> None:
     model, rows = tiny_fm().build(None, CPU), train_rows(6)
-    assert evaluate(model, rows, 4, CPU).predicted.tolist() == [0] * 6, "of equal logits the first is the largest"
+    assert evaluate(model, rows, 4, Execution()).predicted.tolist() == [0] * 6, (
+        "of equal logits the first is the largest"
+    )
     with torch.no_grad():
         model.get_parameter("classifier.bias")[1] = float("nan")
     for workers in (1, 2):
         with pytest.raises(DivergedError, match="6 of 6 rows have logits that are not finite"):
-            evaluate(model, rows, 4, CPU, workers=workers)
+            evaluate(model, rows, 4, Execution(workers=workers))
 
 
 @pytest.mark.parametrize("method", ["fedavg-lora", "fedpft"])
@@ -177,7 +178,7 @@ def test_the_best_round_is_the_best_of_all_by_what_a_deployment_could_see(tmp_pa
     best = scores.index(max(scores))
     assert record.accuracy["selection"] == {"rule": "best", "round": best}
     assert record.accuracy["validation"]["proxy" if method == "fedpft" else "plug_in"] == pytest.approx(max(scores))
-    own = evaluate(this.server.plug_in(), this.p.loaded.validation, 64, CPU).accuracy
+    own = evaluate(this.server.plug_in(), this.p.loaded.validation, 64, Execution()).accuracy
     assert record.accuracy["validation"]["plug_in"] == pytest.approx(own)
 
 
@@ -187,12 +188,14 @@ def test_plug_in_and_proxy_are_scored_as_what_they_are(tmp_path: Path) -> None:
     record, rows = this.finish(), this.p.loaded.test
     proxy = this.server.proxy()
     assert proxy is not None
-    plug_in = evaluate(this.server.plug_in(), rows, 64, CPU)
+    plug_in = evaluate(this.server.plug_in(), rows, 64, Execution())
     assert record.accuracy["plug_in"]["loss"] == pytest.approx(plug_in.loss, rel=1e-6)
     assert record.accuracy["plug_in"]["correct"] == pack_correct(plug_in.correct)
-    assert record.accuracy["proxy"]["loss"] == pytest.approx(evaluate(proxy, rows, 64, CPU).loss, rel=1e-6)
+    assert record.accuracy["proxy"]["loss"] == pytest.approx(evaluate(proxy, rows, 64, Execution()).loss, rel=1e-6)
     assert record.accuracy["proxy"]["loss"] != pytest.approx(plug_in.loss, rel=1e-5)
-    validation = [evaluate(m, this.p.loaded.validation, 64, CPU).accuracy for m in (this.server.plug_in(), proxy)]
+    validation = [
+        evaluate(m, this.p.loaded.validation, 64, Execution()).accuracy for m in (this.server.plug_in(), proxy)
+    ]
     assert [this.rounds[0]["plug_in_validation"], this.rounds[0]["proxy_validation"]] == validation
 
 
@@ -218,8 +221,8 @@ def test_what_observers_see_is_never_more_than_the_bound(family: str, tmp_path: 
         cross_entropy,
         observers={path: lambda a: a.sum(0)},
     )
-    seen = execute(task, CPU).observed_tokens
-    padded = execute(replace(task, observe_padding=True), CPU).observed_tokens
+    seen = execute(task, Execution()).observed_tokens
+    padded = execute(replace(task, observe_padding=True), Execution()).observed_tokens
     # An image of 8 x 8 in patches of 4 x 4 has 4 patches and a class token.
     assert most_tokens(task) == (padded if family == "bert" else 6 * 5)
     assert seen <= padded == most_tokens(task)
@@ -243,9 +246,9 @@ def test_fedavg_lora_says_its_dropout() -> None:
 def test_clients_are_trained_as_the_record_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str) -> None:
     asked: list[tuple[bool, bool]] = []
 
-    def watched(tasks: Sequence[LocalTask], *rest: Any) -> Iterator[tuple[int, LocalResult]]:
-        asked.append((rest[3], stock.get()))
-        return execute_all(tasks, *rest)
+    def watched(tasks: Sequence[LocalTask], execution: Execution) -> Iterator[tuple[int, LocalResult]]:
+        asked.append((execution.fused, not execution.packed))
+        return execute_all(tasks, execution)
 
     monkeypatch.setattr("fedbench.run.loop.execute_all", watched)
     record = run(prepare(replace(prepared(tmp_path).request, executor=executor)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import context, public_rows, save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
+from helpers import context, layer_outputs, public_rows, save_tiny, save_tiny_bert, smoke_request, tiny_fm, train_rows
 
 from fedbench.api.context import ClientContext
 from fedbench.api.local import LocalTask
@@ -16,8 +16,8 @@ from fedbench.api.messages import Message
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
+from fedbench.machine.device import Execution
 from fedbench.methods import fedpft
-from fedbench.methods._distillation import layer_outputs
 from fedbench.methods.fedot import FedOT, FedOTServer
 from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest
 from fedbench.methods.fedpft_b import FedPFTB
@@ -157,12 +157,12 @@ def test_2_padding_is_counted(tmp_path: Path, padding: bool) -> None:
     server = official(tmp_path, "count_padding", count_padding=padding, zero_rule="non-positive")
     task = first_task(server, train_rows(6))
     assert len(set(task.data.lengths)) > 1
-    result = execute(task, CPU)
+    result = execute(task, Execution())
     padded = sum(len(rows) * int(task.data.lengths[rows].max()) for rows in task.batches)
     assert result.observed_tokens == (padded if padding else int(task.data.lengths.sum()))
     # The observers' sums cover the same positions: a constant statistic counts them.
     task.observers = {path: lambda a: torch.ones_like(a).sum(0) for path in task.observers}
-    assert {v for t in execute(task, CPU).observed.values() for v in t.tolist()} == {result.observed_tokens}
+    assert {v for t in execute(task, Execution()).observed.values() for v in t.tolist()} == {result.observed_tokens}
 
 
 def first_task(server: FedPFTServer, rows: Examples) -> LocalTask:
@@ -288,7 +288,7 @@ def test_an_images_tokens_are_its_patches_and_class_token(tmp_path: Path) -> Non
         server = kind(r=R, distil_steps=0, t=1).server(fm, image_rows(), context(tmp_path))
         assert isinstance(server, FedPFTServer)
         task = first_task(server, image_rows())
-        result = execute(task, CPU)
+        result = execute(task, Execution())
         assert result.observed_tokens == 12 * (4 + 1)
         counts = {f"zeros.{i}": result.observed[server.parts.ffn_activation_path(i)] for i in server.aligned}
         server.accept(0, [Message("statistics", counts, {"tokens": result.observed_tokens})])

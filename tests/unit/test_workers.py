@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from fedbench.api.local import AdamW, LocalTask
 from fedbench.errors import FedbenchError
+from fedbench.machine.device import Execution
 from fedbench.machine.memory import own_peak, peak_memory, reset_peak
 from fedbench.machine.workers import can_fork, choose_workers, fork_map
 from fedbench.measures.accuracy import evaluate
@@ -183,7 +184,7 @@ def test_training_evaluation_and_gradients_are_equal_to_the_bit(tmp_path: Path) 
         return LocalTask(Frozen("k", model), start, rows, batches, AdamW(1e-2), cross_entropy, 1.0, observers=observers)
 
     tasks = [task(k) for k in range(5)]
-    alone, spread = (dict(execute_all(tasks, CPU, workers=n)) for n in (1, 3))
+    alone, spread = (dict(execute_all(tasks, Execution(workers=n))) for n in (1, 3))
     for k in range(5):
         assert (alone[k].steps, alone[k].loss, alone[k].observed_tokens) == (
             spread[k].steps, spread[k].loss, spread[k].observed_tokens,
@@ -191,10 +192,10 @@ def test_training_evaluation_and_gradients_are_equal_to_the_bit(tmp_path: Path) 
         for mine, theirs in ((alone[k].tunables, spread[k].tunables), (alone[k].observed, spread[k].observed)):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[n], theirs[n]) for n in mine)
-    one, two = (evaluate(model, rows, 5, CPU, workers=n) for n in (1, 2))
+    one, two = (evaluate(model, rows, 5, Execution(workers=n)) for n in (1, 2))
     assert one.loss == two.loss
     assert np.array_equal(one.predicted, two.predicted)
-    one_g, two_g = (gradients(model, names, rows, CPU, 5, workers=n) for n in (1, 2))
+    one_g, two_g = (gradients(model, names, rows, Execution(workers=n), 5) for n in (1, 2))
     assert all(torch.equal(one_g[n], two_g[n]) for n in names)
 
 
