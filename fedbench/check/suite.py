@@ -37,7 +37,8 @@ from fedbench.measures.accuracy import evaluate
 from fedbench.models.cache import ModuleCache
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
-from fedbench.records.store import Record, comparable, differences
+from fedbench.records.differences import comparable, differences
+from fedbench.records.record import Record
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.run.loop import Run, run

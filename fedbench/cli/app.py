@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from fedbench.records.store import Record
+    from fedbench.records.record import Record
     from fedbench.registry import Registry
     from fedbench.run.request import RunRequest
 
@@ -257,7 +257,8 @@ def run_command(
     console = _console()
     with console.status("loading") if console.is_terminal else _nothing():
         from fedbench.cli.progress import ConsoleProgress
-        from fedbench.records import store as records
+        from fedbench.records.differences import differences
+        from fedbench.records.store import load, record_path
         from fedbench.run import loop as engine
         from fedbench.run.prepare import prepare
         from fedbench.tables import report
@@ -270,8 +271,8 @@ def run_command(
         prepared = prepare(request)
     for note in prepared.notes:
         console.print(printable(note), style="dim", highlight=False, markup=False)
-    path = records.record_path(results / "records", prepared.scenario.name, method, seed, prepared.key)
-    before = records.load(path) if path.exists() else None
+    path = record_path(results / "records", prepared.scenario.name, method, seed, prepared.key)
+    before = load(path) if path.exists() else None
     try:
         with ConsoleProgress(console) as progress:
             record = engine.run(prepared, progress)
@@ -281,7 +282,7 @@ def run_command(
     console.print(report.summary(record))
     console.print(printable(f"record: {path}"), highlight=False, markup=False, soft_wrap=True)
     if before is not None and before.status == "complete":
-        different = records.differences(before, record)
+        different = differences(before, record)
         if different:
             console.print("differs from the record that was there before in: " + ", ".join(different), soft_wrap=True)
             raise typer.Exit(1)
@@ -453,12 +454,12 @@ def table_command(
     cells = chosen.cells() if chosen else None
     found = load_all(folder / "records")
     if fm:
-        known = {*FMS, *(str(record.identity.get("fm")) for record in found)}
+        known = {*FMS, *(str(record.identity.fm) for record in found)}
         found = of_fm(found, fm)
         if not found and fm not in FMS:
             raise FedbenchError(f"--fm {fm}: {folder} has no records of it; {nearest(fm, known)}")
     if scenario:
-        found = [record for record in found if record.identity["scenario"] in scenario]
+        found = [record for record in found if record.identity.scenario in scenario]
         cells = [cell for cell in cells if cell.scenario in scenario] if cells is not None else None
     if not found and not cells:
         only = [*(scenario or ()), *([fm] if fm else ())]
@@ -716,11 +717,11 @@ def _names(text: str | None) -> list[str]:
 def _score(record: Record) -> str:
     """What came of a grid's cell, in a few words."""
     if record.error:
-        return one_line(f": {record.error['type']}: {record.error['message']}")
-    plug_in = record.accuracy.get("plug_in")
-    if plug_in:
-        return f": accuracy {plug_in['accuracy']:.4f}"
-    return f": not available: {record.accuracy.get('unavailable')}"
+        return one_line(f": {record.error.type}: {record.error.message}")
+    plug_in = record.accuracy.plug_in
+    if plug_in is None:
+        return f": not available: {record.accuracy.unavailable}"
+    return ": diverged" if plug_in.accuracy is None else f": accuracy {plug_in.accuracy:.4f}"
 
 
 def _show_method(

@@ -17,7 +17,7 @@ from fedbench.errors import DivergedError
 from fedbench.forward.feed import forward
 from fedbench.machine.device import Execution
 from fedbench.machine.workers import fork_map
-from fedbench.records.store import pack_correct
+from fedbench.records.text import pack_correct
 
 
 @dataclass(frozen=True)

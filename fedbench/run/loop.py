@@ -37,7 +37,9 @@ from fedbench.models.cache import ModuleCache
 from fedbench.models.parts import Parts
 from fedbench.models.weights import frozen_state, tunable_names
 from fedbench.records import provenance
-from fedbench.records.store import SCHEMA, Record, complaint_of, save
+from fedbench.records.record import Record, complaint_of
+from fedbench.records.schema import SCHEMA
+from fedbench.records.store import save
 from fedbench.rng import Streams
 from fedbench.run.checkpoint import Checkpoint, read_checkpoint
 from fedbench.run.claims import claim

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedbench.errors import FedbenchError
 from fedbench.models.zoo.names import fm_label
-from fedbench.records.store import Record
+from fedbench.records.record import Record
 
 if TYPE_CHECKING:
     from fedbench.grid.cells import Cell, Reported
@@ -69,7 +69,7 @@ def _tests(scenario: str, rows: Sequence[Row], figures: Sequence[Mapping[str, fl
     """
     runs = [run for row in rows for run in row.scored.values()]
     have = list(dict.fromkeys(test for row in rows for test in extra_tests(row)))
-    have = [str(runs[0].accuracy["test_name"]), *have] if have else [""]
+    have = [str(runs[0].accuracy.test_name), *have] if have else [""]
     named = list(dict.fromkeys(test for figure in figures for test in figure))
     for test in named:
         if runs and test and test not in have:
@@ -94,7 +94,7 @@ def _scale_notes(fm: str, theirs: str, shown: Mapping[tuple[str, str], Row]) -> 
         for departure in shown[place].departures:
             departures[departure].append(place)
     notes = [f"ours: {fm}, {scale}{_where(places, runs)}" for scale, places in scales.items()]
-    seeds = seed_names(sorted({run.identity["seed"] for found in runs.values() for run in found}))
+    seeds = seed_names(sorted({run.identity.seed for found in runs.values() for run in found}))
     trained = ", ".join(f"{name} {' or '.join(f'{n:,}' for n in sorted(sizes))}" for name, sizes in rows.items())
     notes.append(f"ours: {seeds}; training rows: {trained}")
     told: dict[str, list[str]] = defaultdict(list)
@@ -107,13 +107,14 @@ def _scale_notes(fm: str, theirs: str, shown: Mapping[tuple[str, str], Row]) -> 
 
 def _scale(run: Record) -> str:
     """Clients, share sampled, rounds and local work of a run; what a record does not say is left out."""
-    split, federation = run.scenario.get("split", {}), run.scenario.get("federation", {})
-    epochs, steps = federation.get("local_epochs"), federation.get("max_steps")
-    parts = [f"{split['clients']} clients" if "clients" in split else ""]
-    parts.append(f"{federation['fraction']:.0%} of them a round" if "fraction" in federation else "")
-    parts.append(f"{federation['rounds']} rounds" if "rounds" in federation else "")
-    parts.append(f"{epochs} local epoch{'' if epochs == 1 else 's'}" if epochs else "")
-    parts.append(f"of at most {steps} steps" if steps else "")
+    split, federation = run.scenario.split, run.scenario.federation
+    parts = [f"{split.clients} clients"] if split else []
+    if federation:
+        epochs, steps = federation.local_epochs, federation.max_steps
+        parts.append("" if federation.fraction is None else f"{federation.fraction:.0%} of them a round")
+        parts.append(f"{federation.rounds} rounds")
+        parts.append(f"{epochs} local epoch{'' if epochs == 1 else 's'}" if epochs else "")
+        parts.append(f"of at most {steps} steps" if steps else "")
     return ", ".join(filter(None, parts)).replace(", of at most", " of at most")
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedbench.records.store import Record
+from fedbench.records.record import Record
 
 if TYPE_CHECKING:
     from fedbench.grid.cells import Cell, Reported
@@ -42,8 +42,8 @@ def compare(
     if cells is not None:
         records = [record for record in records if any(belongs(record, cell, names) for cell in cells)]
     by_section: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda r: (r.identity["scenario"], str(r.identity.get("fm")), r.key)):
-        by_section[record.identity["scenario"], fm_of(record, records, names)].append(record)
+    for record in sorted(records, key=lambda r: (r.identity.scenario, str(r.identity.fm), r.key)):
+        by_section[record.identity.scenario, fm_of(record, records, names)].append(record)
     order: dict[tuple[str, str | None], int] = {}
     for cell in cells or ():
         asked = asked_fm(cell)
@@ -73,8 +73,8 @@ def _section(
     # What a grid asks for, or what is there: name of the row -> method, variant, records, seeds expected.
     asked: dict[str, tuple[str, str, list[Record], int | None]] = {}
     if cells is None:
-        for method in sorted({r.identity["method"] for r in records}, key=roles.place):
-            asked[method] = method, "", [r for r in records if r.identity["method"] == method], None
+        for method in sorted({r.identity.method for r in records}, key=roles.place):
+            asked[method] = method, "", [r for r in records if r.identity.method == method], None
     else:
         for name in dict.fromkeys(cell.row for cell in cells):
             group = [cell for cell in cells if cell.row == name]
@@ -83,15 +83,15 @@ def _section(
     twice: list[str] = []
     for name, (method, variant, own, expected) in asked.items():
         complete = [r for r in own if r.status == "complete"]
-        done = {r.identity["seed"] for r in complete}
-        failed = {r.identity["seed"] for r in own if r.status == "failed"} - done
+        done = {r.identity.seed for r in complete}
+        failed = {r.identity.seed for r in own if r.status == "failed"} - done
         groups = _variants(complete, conditions)
         for told, runs in groups or [("", [])]:
             label = ", ".join(filter(None, (variant, told)))
             row = Row(method, f"{method} [{label}]" if label else method, name, expected=expected)
-            row.runs = {r.identity["seed"]: r for r in runs}
+            row.runs = {r.identity.seed: r for r in runs}
             if len(row.runs) < len(runs):
-                seeds = [r.identity["seed"] for r in runs]
+                seeds = [r.identity.seed for r in runs]
                 twice.append(
                     f"{row.label}: several records of {seed_names(sorted({s for s in seeds if seeds.count(s) > 1}))} "
                     "with the same settings; one of each is shown"
@@ -121,8 +121,8 @@ def _variants(records: Sequence[Record], conditions: Mapping[str, Mapping[str, A
     for record in records:
         about = {
             **conditions[record.key],
-            **flat(record.method.get("settings", {})),
-            "version": record.identity.get("method_version"),
+            **flat(record.method.settings),
+            "version": record.identity.method_version,
         }
         name = repr(sorted((path, repr(value)) for path, value in about.items()))
         groups[name].append(record)

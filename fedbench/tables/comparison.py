@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from fedbench.tables.measures import MEASURES, train_rows
+from fedbench.tables.rows import Row, accuracy_in, extra_tests
 from fedbench.tables.statistics import (
     Difference,
 )
-
-if TYPE_CHECKING:
-    pass
-
-from fedbench.tables.measures import MEASURES, at, train_rows
-from fedbench.tables.rows import Row, extra_tests, test_path
 
 
 @dataclass
@@ -78,12 +74,12 @@ class Comparison:
                     "failed": row.failed,
                     "not_comparable": row.flag,
                 }
-                for name, path, scale in MEASURES:
-                    found = row.summary(*path, scale=scale)
-                    line[name] = found.mean if found else None
-                    line[f"{name}_std"] = found.std if found else None
+                for measure in MEASURES:
+                    found = row.summary(measure.read, measure.scale)
+                    line[measure.name] = found.mean if found else None
+                    line[f"{measure.name}_std"] = found.std if found else None
                 for test in extra_tests(row):
-                    extra = row.summary(*test_path(row, test))
+                    extra = row.summary(accuracy_in(row, test))
                     line[f"accuracy_{test}"] = extra.mean if extra else None
                     line[f"accuracy_{test}_std"] = extra.std if extra else None
                 if self.beside:
@@ -98,10 +94,11 @@ class Comparison:
     def _reported(self, section: Section, row: Row) -> dict[str, Any]:
         """The figures beside a row, as shares by the FM and test set they were reported of, and the row's scale."""
         run = next(iter(row.runs.values()), None)
+        split, federation = (run.scenario.split, run.scenario.federation) if run else (None, None)
         line: dict[str, Any] = {
-            "clients": run and at(run, ("scenario", "split", "clients")),
-            "fraction": run and at(run, ("scenario", "federation", "fraction")),
-            "rounds": run and at(run, ("scenario", "federation", "rounds")),
+            "clients": split and split.clients,
+            "fraction": federation and federation.fraction,
+            "rounds": federation and federation.rounds,
             "train_rows": run and train_rows(run),
             "not_as_reported": "; ".join(row.departures),
         }

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedbench.records.store import Record
-
-if TYPE_CHECKING:
-    pass
-
+from fedbench.records.record import Record
 from fedbench.tables.comparison import Section
 from fedbench.tables.matching import flat, value_text
 from fedbench.tables.rows import FLAG
@@ -29,15 +25,15 @@ def conditions_of(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
             continue
         found = {
             path: value
-            for path, value in flat(record.scenario).items()
+            for path, value in flat(record.scenario.to_json()).items()
             if path not in ("title", "name", "fm") and not path.startswith("methods.") and path != "methods"
         }
-        for name in ("data_hash", "fm_hash", "precision"):
-            found[name] = record.identity.get(name)
+        who = record.identity
+        found |= {"data_hash": who.data_hash, "fm_hash": who.fm_hash, "precision": who.precision}
         # Of the tokenizer or image processor; records did not always say it.
-        if inputs := record.identity.get("inputs_hash"):
-            found["inputs_hash"] = inputs
-        for path in record.method.get("planned") or ():
+        if who.inputs_hash:
+            found["inputs_hash"] = who.inputs_hash
+        for path in record.method.planned or ():
             found.pop(path, None)
         out[record.key] = found
     return out

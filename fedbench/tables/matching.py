@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedbench.models.zoo.names import FMS, fm_label, is_called, recorded_label
-from fedbench.records.store import Record
+from fedbench.records.record import Record
 
 if TYPE_CHECKING:
     from fedbench.grid.cells import Cell
@@ -22,9 +22,9 @@ def fm_names(records: Iterable[Record], asked: Sequence[str] = ()) -> dict[str, 
     """
     called: dict[str, set[str]] = defaultdict(set)
     for record in records:
-        digest, name = record.identity.get("fm_hash"), record.identity.get("fm")
+        digest, name = record.identity.fm_hash, record.identity.fm
         if digest and name:
-            called[str(digest)].add(str(name))
+            called[digest].add(name)
     out = {}
     for digest, names in called.items():
         wanted = [fm_label(given) for given in asked if any(is_called(name, given) for name in names)]
@@ -46,18 +46,17 @@ def asked_fm(cell: Cell) -> str | None:
 
 def fm_of(record: Record, records: Sequence[Record], names: Mapping[str, str]) -> str:
     """The record's FM. A run that failed before its FM was known goes with the others of its scenario."""
-    own = record.identity.get("fm")
-    if own:
-        return names.get(str(record.identity.get("fm_hash")), recorded_label(str(own)))
-    scenario = record.identity["scenario"]
-    others = [r for r in records if r.identity["scenario"] == scenario and r.identity.get("fm")]
+    who = record.identity
+    if who.fm:
+        return names.get(who.fm_hash or "", recorded_label(who.fm))
+    others = [r for r in records if r.identity.scenario == who.scenario and r.identity.fm]
     return min((fm_of(other, (), names) for other in others), default="")
 
 
 def belongs(record: Record, cell: Cell, names: Mapping[str, str]) -> bool:
     """Whether the record is of this cell, as far as names and the cell's own settings tell."""
     who = record.identity
-    if (who["method"], who["scenario"], who["seed"]) != (cell.method, cell.scenario, cell.seed):
+    if (who.method, who.scenario, who.seed) != (cell.method, cell.scenario, cell.seed):
         return False
     if cell.fm is not None and not is_called(fm_of(record, (), names), cell.fm):
         return False
@@ -70,8 +69,8 @@ def departures(record: Record, settings: Mapping[str, Any]) -> list[str]:
     One that the record does not have is not compared: it belongs to another method, or the run failed before its
     settings were resolved. Nor is one that the method changes by its nature (`method.planned`).
     """
-    method, planned = record.identity["method"], record.method.get("planned") or ()
-    have = {**flat(record.scenario), **flat(record.method.get("settings", {}))}
+    method, planned = record.identity.method, record.method.planned or ()
+    have = {**flat(record.scenario.to_json()), **flat(record.method.settings)}
     out = []
     for key, value in settings.items():
         name = key.removeprefix("method.").removeprefix(f"methods.{method}.")

@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from fedbench.records.store import Record, no_upload, rounds_without_upload
-from fedbench.tables.formats import seeds_text
-from fedbench.tables.statistics import (
-    Summary,
-    binomial_standard_error,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from fedbench.records.record import Record
+from fedbench.tables import measures
 from fedbench.tables.comparison import Section
-from fedbench.tables.measures import at
+from fedbench.tables.formats import seeds_text
+from fedbench.tables.statistics import Summary, binomial_standard_error
 
 
 def add_notes(section: Section) -> None:
     """Notes on the scenario: test set and its standard error, the FM untouched, reasons, seeds that are not there."""
     scored = [run for row in section.rows for run in row.scored.values()]
-    if scored:
-        best = max(run.accuracy["plug_in"]["accuracy"] for run in scored)
-        rows = scored[0].accuracy["plug_in"]["rows"]
+    scores = [score for row in section.rows for score in row.scores.values()]
+    if scores:
+        best = max(score.accuracy for score in scores if score.accuracy is not None)
+        rows = scores[0].rows
         error = binomial_standard_error(best, rows)
         section.notes.append(
             f"test set: {rows:,} rows; binomial standard error {100 * error:.2f} points at {100 * best:.1f}%"
         )
-        untouched = [u for run in scored if (u := at(run, ("accuracy", "untouched", "accuracy"))) is not None]
+        untouched = [share for run in scored if (share := measures.untouched(run)) is not None]
         text = f"{100 * untouched[0]:.1f}%" if untouched else "not available (no head trained for this task)"
         section.notes.append(f"FM untouched: {text}")
-        if any((run.scenario.get("public") or {}).get("in_domain") for run in scored):
+        if any(run.scenario.public and run.scenario.public.in_domain for run in scored):
             section.notes.append("the public corpus is in-domain, which flatters proxies")
         section.notes += _budget(section)
         section.notes.append(f"made with {', '.join(_sources(scored))}")
     for row in section.rows:
-        reasons = sorted({str(run.accuracy.get("unavailable")) for run in row.runs.values() if not _plug_in(run)})
+        reasons = sorted({str(run.accuracy.unavailable) for run in row.runs.values() if run.accuracy.plug_in is None})
         section.notes += [f"{row.label}: not available: {reason}" for reason in reasons]
         without = {
             seed: f"{n} of {len(run.rounds)} (seed {seed})"
             for seed, run in sorted(row.scored.items())
-            if (n := rounds_without_upload(run)) and not no_upload(run)
+            if (n := run.rounds_without_upload) and not run.no_upload
         }
         if without:
             section.notes.append(f"{row.label}: rounds without any upload: {', '.join(without.values())}")
@@ -54,21 +47,20 @@ def _sources(runs: Sequence[Record]) -> list[str]:
     """What the runs were made with: commits, a changed source told from a clean one, or the version; and not fp32."""
     found = set()
     for run in runs:
-        about = run.provenance
-        git = about.get("git")
-        dirty = " with changes" if git and git["dirty"] else ""
-        code = f"commit {git['commit'][:7]}{dirty}" if git else f"fedbench {about.get('fedbench')}"
-        found.add(f"{code} in {precision}" if (precision := run.identity.get("precision")) != "fp32" else code)
+        git, precision = run.provenance.git, run.identity.precision
+        dirty = " with changes" if git and git.dirty else ""
+        code = f"commit {git.commit[:7]}{dirty}" if git else f"fedbench {run.provenance.fedbench}"
+        found.add(f"{code} in {precision}" if precision != "fp32" else code)
     return sorted(found)
 
 
 def _budget(section: Section) -> list[str]:
     """What is not equal between the proxy methods: parameters held within 2%, local optimiser steps, distillation."""
-    rows = [row for row in section.rows if row.summary("accuracy", "proxy", "accuracy") and not row.flag]
+    rows = [row for row in section.rows if row.summary(measures.proxy) and not row.flag]
     out = []
     for what, tolerance, measure in (
-        ("parameters held at a client", 0.02, lambda run: at(run, ("compute", "resident_parameters"))),
-        ("local steps", 0.0, lambda run: at(run, ("compute", "local_steps"))),
+        ("parameters held at a client", 0.02, measures.held),
+        ("local steps", 0.0, measures.local_steps),
         ("public rows distilled on, alignments included", 0.0, _distilled),
     ):
         each = {row.label: Summary.of(measure(run) for run in row.runs.values()) for row in rows}
@@ -84,14 +76,10 @@ def _distilled(run: Record) -> float | None:
 
     Steps are those of the settings. An alignment follows every t-th round but the last.
     """
-    settings, rounds = run.method.get("settings", {}), at(run, ("scenario", "federation", "rounds"))
-    if not run.distillation or rounds is None or not {"distil_steps", "distil_batch"} <= settings.keys():
+    settings, federation = run.method.settings, run.scenario.federation
+    if not run.distillation or federation is None or not {"distil_steps", "distil_batch"} <= settings.keys():
         return None
     steps, t = settings["distil_steps"], settings.get("t")
     if t:
-        steps += (int(rounds) - 1) // t * settings["align_steps"]
+        steps += (federation.rounds - 1) // t * settings["align_steps"]
     return float(steps * settings["distil_batch"])
-
-
-def _plug_in(run: Record) -> Any:
-    return run.accuracy.get("plug_in")

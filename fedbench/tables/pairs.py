@@ -6,24 +6,19 @@ import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbench.records.store import unpack_correct
+from fedbench.records.text import unpack_correct
+from fedbench.tables.comparison import Section
+from fedbench.tables.roles import CEILING, FLOOR, REFERENCES
 from fedbench.tables.statistics import (
     SEEDS_FOR_TEST,
     Difference,
     holm,
     paired_test,
 )
-
-if TYPE_CHECKING:
-    pass
-
-from fedbench.tables.comparison import Section
-from fedbench.tables.roles import CEILING, FLOOR, REFERENCES
 
 
 def add_differences(section: Section) -> None:
@@ -32,15 +27,14 @@ def add_differences(section: Section) -> None:
     correct: dict[str, dict[int, NDArray[np.bool_]]] = {}
     sizes: dict[int, int] = defaultdict(int)
     for row in rows.values():
-        for run in row.scored.values():
-            sizes[run.accuracy["plug_in"]["rows"]] += 1
+        for score in row.scores.values():
+            sizes[score.rows] += 1
     usual = max(sizes, key=lambda size: sizes[size]) if sizes else 0
     for label, row in rows.items():
-        blocks = {seed: run.accuracy["plug_in"] for seed, run in row.scored.items()}
         correct[label] = {
-            seed: unpack_correct(block["correct"], block["rows"])
-            for seed, block in blocks.items()
-            if block.get("correct") and block["rows"] == usual
+            seed: unpack_correct(score.correct, score.rows)
+            for seed, score in row.scores.items()
+            if score.correct and score.rows == usual
         }
 
     def paired(a: str, b: str) -> bool:

@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from fedbench.records.store import Record, diverged, no_upload
-from fedbench.tables.statistics import (
-    Summary,
-)
-
-if TYPE_CHECKING:
-    pass
-
-from fedbench.tables.measures import at
+from fedbench.records.record import Record
+from fedbench.records.schema import Score
+from fedbench.tables.measures import Reader, accuracy_on, plug_in
+from fedbench.tables.statistics import Summary
 
 FLAG = "†"
 
@@ -42,13 +36,16 @@ class Row:
 
     @property
     def scored(self) -> dict[int, Record]:
-        return {
-            seed: run for seed, run in self.runs.items() if at(run, ("accuracy", "plug_in", "accuracy")) is not None
-        }
+        return {seed: run for seed, run in self.runs.items() if plug_in(run) is not None}
+
+    @property
+    def scores(self) -> dict[int, Score]:
+        """Of the FM plugged in, by seed; none of a run that has no accuracy."""
+        return {seed: score for seed, run in self.scored.items() if (score := run.accuracy.plug_in)}
 
     @property
     def state(self) -> str:
-        if any(diverged(run.accuracy.get("plug_in")) for run in self.runs.values()):
+        if any(run.accuracy.diverged for run in self.runs.values()):
             return "diverged"
         if self.runs:
             return "not available"
@@ -58,17 +55,17 @@ class Row:
     def faults(self) -> tuple[str, ...]:
         seeds: dict[str, list[int]] = defaultdict(list)
         for seed, run in sorted(self.runs.items()):
-            if diverged(run.accuracy.get("plug_in")):
+            if run.accuracy.diverged:
                 seeds["diverged: the loss on the test set is not a finite number, so there is no score"].append(seed)
-            elif run.accuracy.get("plug_in") and (why := no_upload(run)):
+            elif run.accuracy.plug_in and (why := run.no_upload):
                 seeds[why].append(seed)
         return tuple(
             why if len(those) == len(self.runs) else f"{why} ({seed_names(those)})" for why, those in seeds.items()
         )
 
-    def summary(self, *path: str, scale: float = 1.0) -> Summary | None:
-        """Of the value at `path` in each run, times `scale`."""
-        values = [at(run, path) for _, run in sorted(self.runs.items())]
+    def summary(self, read: Reader, scale: float = 1.0) -> Summary | None:
+        """Of what is read from each run, times `scale`."""
+        values = [read(run) for _, run in sorted(self.runs.items())]
         return Summary.of(None if value is None else value * scale for value in values)
 
 
@@ -78,10 +75,9 @@ def seed_names(seeds: Sequence[int]) -> str:
 
 def extra_tests(row: Row) -> list[str]:
     """The names of further test sets that the row's runs were scored on."""
-    return list(dict.fromkeys(test for run in row.scored.values() for test in run.accuracy.get("extra_tests") or ()))
+    return list(dict.fromkeys(test for run in row.scored.values() for test in run.accuracy.extra_tests or ()))
 
 
-def test_path(row: Row, test: str) -> tuple[str, ...]:
-    """Where a record holds the accuracy on a test set; "" is the first one, whatever its name."""
-    extra = ("extra_tests", test) if test in extra_tests(row) else ()
-    return ("accuracy", *extra, "plug_in", "accuracy")
+def accuracy_in(row: Row, test: str) -> Reader:
+    """How the accuracy on a test set is read from the row's runs; "" is the first one, whatever its name."""
+    return accuracy_on(test) if test in extra_tests(row) else plug_in

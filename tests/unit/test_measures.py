@@ -18,7 +18,7 @@ from fedbench.measures.exposure import Exposure
 from fedbench.measures.gradient import aggregation_error, compare, gradient_error, gradients
 from fedbench.methods.fedavg_lora import cross_entropy
 from fedbench.models.cache import Frozen
-from fedbench.records.store import pack_correct
+from fedbench.records.text import pack_correct
 from fedbench.rng import Streams
 
 

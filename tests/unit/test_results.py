@@ -41,4 +41,4 @@ def test_the_readme_quotes_a_table() -> None:
 def test_every_record_was_made_by_a_clean_commit() -> None:
     for record in load_all(ROOT / "results" / "records"):
         assert record.status == "complete"
-        assert record.provenance["git"]["dirty"] is False
+        assert record.provenance.git.dirty is False

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from _records import make_record
+from _records import altered, make_record
 from rich.console import Console, RenderableType
 
 from fedbench.cli import app as cli
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell, Grid, load_grid
-from fedbench.records.store import Record, save
+from fedbench.records.record import Record
+from fedbench.records.store import save
 from fedbench.tables import report
 from fedbench.tables.compare import compare
 from fedbench.tables.comparison import Comparison
@@ -222,8 +223,7 @@ FULL = {**SHORT, "rounds": 100, "max_steps": None}
 
 def with_mismatched(record: Record, accuracy: float) -> Record:
     extra = {"mismatched": {"plug_in": {"accuracy": accuracy, "rows": 10}, "proxy": None}}
-    scores = {**record.accuracy, "test_name": "matched", "extra_tests": extra}
-    return record.model_copy(update={"accuracy": scores})
+    return altered(record, {"accuracy.test_name": "matched", "accuracy.extra_tests": extra})
 
 
 def beside_the_paper(fm: str | None = None) -> Comparison:
@@ -376,7 +376,7 @@ def test_of_several_settings_the_nearest_to_the_reported_one_is_shown() -> None:
 
 def test_a_reported_test_set_that_the_records_do_not_have_is_an_error() -> None:
     record = with_mismatched(make_record("fedpft", 0, 0.7, scenario="mnli-iid", fm="bert-base"), 0.6)
-    record.accuracy["test_name"] = "other"
+    record = altered(record, {"accuracy.test_name": "other"})
     grid = load_grid("paper-iid")
     with pytest.raises(FedbenchError, match="mnli-iid has no test set 'matched'; its records have other, mismatched"):
         compare([record], grid.cells(), "", grid.reported)
@@ -399,9 +399,9 @@ def test_measures_by_hand() -> None:
 def test_unequal_budgets_and_an_in_domain_corpus_are_said() -> None:
     a, b = make_record("fedpft", proxy=0.7), make_record("fedot", proxy=0.7)
     assert not [note for note in compare([a, b]).sections[0].notes if "differ" in note or "in-domain" in note]
-    b = b.model_copy(update={"compute": {**b.compute, "resident_parameters": 16_800_000, "local_steps": 800}})
+    b = altered(b, {"compute.resident_parameters": 16_800_000, "compute.local_steps": 800})
     public = {"name": "tweets", "in_domain": True}
-    a, b = (r.model_copy(update={"scenario": {**r.scenario, "public": public}}) for r in (a, b))
+    a, b = (altered(r, {"scenario.public": public}) for r in (a, b))
     notes = compare([a, b]).sections[0].notes
     assert "the public corpus is in-domain, which flatters proxies" in notes
     assert "budgets of the proxy methods differ: local steps: fedot 800, fedpft 750" in notes
@@ -411,7 +411,7 @@ def test_unequal_budgets_and_an_in_domain_corpus_are_said() -> None:
 def test_the_code_that_made_the_runs_is_named() -> None:
     def made_by(seed: int, git: dict[str, object] | None) -> Record:
         record = make_record("fedot", seed, 0.8)
-        return record.model_copy(update={"provenance": {**record.provenance, "git": git}})
+        return altered(record, {"provenance.git": git})
 
     clean, dirty = ({"commit": c * 40, "dirty": c == "b"} for c in "ab")
     notes = compare([made_by(0, clean), made_by(1, dirty), made_by(2, clean)]).sections[0].notes
@@ -440,7 +440,7 @@ def test_a_run_without_any_upload_is_marked_and_not_ranked() -> None:
         make_record("fedpft", 0, 0.7, rows=100, proxy=0.7),
         make_record("fedpft", 1, 0.2, rows=100, proxy=0.2, arrived=NONE),
     ]
-    records[-1].compute["local_steps"] = 1  # would be said among the budgets
+    records[-1] = altered(records[-1], {"compute.local_steps": 1})  # would be said among the budgets
     comparison = compare(records)
     (section,) = comparison.sections
     why = "no upload ever arrived: the model is as it started"
@@ -523,16 +523,14 @@ def test_a_fault_is_marked_beside_reported_figures() -> None:
 
 
 def test_several_records_of_one_seed_and_settings_are_said() -> None:
-    again = make_record("fedpft", 0, 0.9)
-    again.identity["key"] = "0" * 64
+    again = altered(make_record("fedpft", 0, 0.9), {"identity.key": "0" * 64})
     (section,) = compare([make_record("fedpft", 0, 0.8), again]).sections
     assert "fedpft: several records of seed 0 with the same settings; one of each is shown" in section.notes
 
 
 def test_other_inputs_are_another_condition() -> None:
     records = [make_record(method, 0, 0.8) for method in ("fedot", "fedpft", "head-only")]
-    for record, inputs in zip(records[:2], "ab", strict=True):
-        record.identity["inputs_hash"] = inputs * 64
+    records[:2] = [altered(r, {"identity.inputs_hash": x * 64}) for r, x in zip(records[:2], "ab", strict=True)]
     (section,) = compare(records).sections
     # What an older record does not say is not held against it.
     assert sorted(row.flag for row in section.rows) == ["", "", "inputs_hash bbbbbbbb instead of aaaaaaaa"]
@@ -661,8 +659,8 @@ def hostile_records() -> list[Record]:
         out.append(make_record("fedpft", i, 0.8, fm="same", settings=settings))
         out.append(make_record("fedot", i, None, fm=text, unavailable=text))
         other = make_record("fedavg-lora", i, 0.8, fm="same")
-        other.provenance["git"] = {"commit": text, "dirty": True}
-        out.append(other.model_copy(update={"scenario": {**other.scenario, text: text}}))
+        git = {"commit": text, "dirty": True}
+        out.append(altered(other, {"provenance.git": git, "scenario": {**other.scenario.to_json(), text: text}}))
     return out
 
 
@@ -717,9 +715,7 @@ def test_markdown_shows_a_text_as_it_is() -> None:
 
 
 def test_the_panel_of_a_run_shows_control_characters_as_text() -> None:
-    failed = make_record(accuracy=None, status="failed")
-    assert failed.error is not None
-    failed.error["message"] = "a\x1b[2J\nb"
+    failed = altered(make_record(accuracy=None, status="failed"), {"error.message": "a\x1b[2J\nb"})
     assert "a\\x1b[2J b" in shown(report.summary(failed))
     record = make_record("zero-shot", accuracy=None, unavailable="\x1b]0;x\x07", fm="\x9b31m")
     text = shown(report.summary(record))
@@ -794,7 +790,7 @@ def test_the_panel_says_that_no_upload_arrived() -> None:
 
 def test_the_panel_of_a_diverged_run_has_no_score() -> None:
     record = make_record(proxy=0.7, accuracy=0.48, rows=100, loss=None)
-    record = record.model_copy(update={"gradient_error": {"points": [], "start": 0.5, "mean": None, "final": None}})
+    record = altered(record, {"gradient_error": {"points": [], "start": 0.5, "mean": None, "final": None}})
     text = shown(report.summary(record))
     assert "none: the model diverged" in text
     assert "48.0%" not in text
@@ -812,8 +808,7 @@ def test_summary_of_a_failed_and_of_an_unavailable_run() -> None:
 
 def of(record: Record, fm: str, digest: str = "h") -> Record:
     """The record as one of an FM called `fm` whose hash is `digest`."""
-    identity = {**record.identity, "fm": fm, "fm_hash": digest}
-    return record.model_copy(update={"identity": identity, "scenario": {**record.scenario, "fm": fm}})
+    return altered(record, {"identity.fm": fm, "identity.fm_hash": digest, "scenario.fm": fm})
 
 
 def test_records_of_one_hash_share_a_section_whatever_the_folder_was_called() -> None:
@@ -834,9 +829,7 @@ def test_another_fm_of_the_same_name_is_told_apart() -> None:
 
 def test_runs_that_read_other_inputs_are_told_apart() -> None:
     a, b = make_record(seed=0), make_record(seed=1)
-    runs = [
-        r.model_copy(update={"identity": {**r.identity, "inputs_hash": digest}}) for r, digest in ((a, "1"), (b, "2"))
-    ]
+    runs = [altered(a, {"identity.inputs_hash": "1"}), altered(b, {"identity.inputs_hash": "2"})]
     [section] = compare(runs).sections
     assert {row.label for row in section.rows} == {"fedpft [inputs_hash 1]", "fedpft [inputs_hash 2]"}
 
@@ -853,8 +846,8 @@ def test_a_cell_takes_records_by_the_folders_own_name_and_by_hash(
         assert section.fm == "tiny"
         [row] = section.rows
         assert (sorted(row.runs), row.expected) == ([0, 1], 3)
-    assert [r.identity["seed"] for r in of_fm(runs, "tiny/")] == [0, 1]
-    assert [r.identity["seed"] for r in of_fm(runs, "renamed")] == [0, 1]
+    assert [r.identity.seed for r in of_fm(runs, "tiny/")] == [0, 1]
+    assert [r.identity.seed for r in of_fm(runs, "renamed")] == [0, 1]
     assert of_fm(runs, "absent") == []
 
 

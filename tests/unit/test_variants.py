@@ -394,8 +394,8 @@ def test_fedot_finds_the_emulator_nearest_to_fedpfts_parameters(
 def test_the_matched_shape_is_said_in_the_record(tmp_path: Path) -> None:
     checkpoint = save_tiny_bert(tmp_path / "bert", 5)
     record = run(prepare(smoke_request(tmp_path, "fedot", "tweets-noniid", checkpoint, emulator="fedpft")))
-    assert record.method["settings"]["emulator"] == "fedpft"
-    assert sum(note.startswith("fedot 1-") for note in record.provenance["notes"]) == 1
+    assert record.method.settings["emulator"] == "fedpft"
+    assert sum(note.startswith("fedot 1-") for note in record.provenance.notes) == 1
 
 
 @pytest.mark.parametrize("emulator", [0, -1, "half", 1.5])

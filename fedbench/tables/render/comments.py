@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fedbench.tables.comparison import Section
 from fedbench.tables.roles import CEILING, FLOOR
 from fedbench.tables.statistics import SEEDS_FOR_TEST, half_width, seeds_needed, variances
-
-if TYPE_CHECKING:
-    pass
 
 
 def comments(section: Section) -> list[str]:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fedbench.errors import one_line
 from fedbench.tables.comparison import Comparison
-
-if TYPE_CHECKING:
-    pass
-
 
 _FORMULA = ("=", "+", "-", "@")
 """A spreadsheet takes a cell that begins so for a formula."""

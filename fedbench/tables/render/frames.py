@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from fedbench.errors import one_line
+from fedbench.tables import measures
 from fedbench.tables.comparison import Beside, Comparison, Section
 from fedbench.tables.formats import MEGA, signed, three_digits
-from fedbench.tables.rows import FLAG, Row, test_path
-
-if TYPE_CHECKING:
-    pass
-
 from fedbench.tables.render.comments import comments
+from fedbench.tables.rows import FLAG, Row, accuracy_in
 
 _HEADERS = (
     "method", "accuracy %", "proxy %", "gap", "MB up", "MB down", "MB set-up", "grad. error", "exposed %",
@@ -35,9 +31,9 @@ LEGEND = (
 def _columns() -> list[tuple[str, Callable[[Row], str]]]:
     """Headers with how each is written, after the method and its accuracy."""
 
-    def value(*path: str, scale: float = 1.0, form: Callable[[float], str]) -> Callable[[Row], str]:
+    def value(read: measures.Reader, form: Callable[[float], str], scale: float = 1.0) -> Callable[[Row], str]:
         def text(row: Row) -> str:
-            found = row.summary(*path, scale=scale)
+            found = row.summary(read, scale)
             return form(found.mean) if found else "–"
 
         return text
@@ -50,18 +46,15 @@ def _columns() -> list[tuple[str, Callable[[Row], str]]]:
 
     one, two = "{:.1f}".format, "{:.2f}".format
     writers = (
-        value("accuracy", "proxy", "accuracy", scale=100, form=one),
-        value("accuracy", "gap", scale=100, form=signed),
-        value("communication", "up", "bytes", scale=1 / MEGA, form=three_digits),
-        value("communication", "down_after_setup", scale=1 / MEGA, form=three_digits),
-        value("communication", "setup_bytes", scale=1 / MEGA, form=three_digits),
-        both(value("gradient_error", "start", form=two), value("gradient_error", "mean", form=two)),
-        both(
-            value("exposure", "verbatim", "all", scale=100, form=one),
-            value("exposure", "within_1_percent", "all", scale=100, form=one),
-        ),
-        value("compute", "trainable_parameters", scale=1 / MEGA, form=three_digits),
-        value("compute", "resident_parameters", scale=1 / MEGA, form=three_digits),
+        value(measures.proxy, one, 100),
+        value(measures.gap, signed, 100),
+        value(measures.up, three_digits, 1 / MEGA),
+        value(measures.down_after_setup, three_digits, 1 / MEGA),
+        value(measures.setup, three_digits, 1 / MEGA),
+        both(value(measures.gradient_error_start, two), value(measures.gradient_error_mean, two)),
+        both(value(measures.verbatim, one, 100), value(measures.near, one, 100)),
+        value(measures.trained, three_digits, 1 / MEGA),
+        value(measures.held, three_digits, 1 / MEGA),
     )
     return list(zip(_HEADERS[2:], writers, strict=True))
 
@@ -91,7 +84,7 @@ def overview_frame(comparison: Comparison) -> pd.DataFrame:
 
 def accuracy_text(row: Row, tests: Sequence[str] = ("",)) -> str:
     """87.3 ± 0.4 (3), in per cent; (2/3) where a grid expects more; or why there is none. Several test sets: a / b."""
-    found = [summary for test in tests if (summary := row.summary(*test_path(row, test), scale=100))]
+    found = [summary for test in tests if (summary := row.summary(accuracy_in(row, test), scale=100))]
     if not found:
         return row.state
     scores = (f"{each.mean:.1f}" + ("" if each.std is None else f" ± {each.std:.1f}") for each in found)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from fedbench.tables.comparison import Comparison
-from fedbench.tables.rows import FLAG
-
-if TYPE_CHECKING:
-    pass
-
 from fedbench.tables.render.frames import LEGEND, pieces_of, printed
+from fedbench.tables.rows import FLAG
 
 _TEXT_WIDTH = 345.0
 """Of LaTeX's article at 10pt, in points."""

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from fedbench.errors import one_line
 from fedbench.tables.comparison import Comparison
-
-if TYPE_CHECKING:
-    pass
-
 from fedbench.tables.render.frames import LEGEND, printed
 
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*|~$"} | {"<": "&lt;"})
