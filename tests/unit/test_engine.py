@@ -360,7 +360,7 @@ def test_a_record_says_what_was_run_and_what_it_took(request_of: RunRequest) -> 
         "fm_hash": p.loaded.fm.content_hash,
         "precision": "fp32",
     }
-    assert identity.items() <= record.identity.items()
+    assert identity.items() <= record.identity.to_json().items()
     assert record.scenario.title == p.scenario.title
     assert record.compute.local_steps == sum(result.steps for result in seen) > 0
     assert record.compute.trainable_parameters == sum(tensor.numel() for tensor in one.server.state().tensors.values())
@@ -483,5 +483,5 @@ def test_a_method_that_cannot_run_leaves_a_record_that_says_why(request_of: RunR
     why = f"{asked.loaded.fm.name} has no head trained for this task"
     assert asked.unavailable == why
     record = engine.run(asked)
-    assert record.accuracy == {"plug_in": None, "proxy": None, "unavailable": why}
+    assert record.accuracy.to_json() == {"plug_in": None, "proxy": None, "unavailable": why}
     assert record.compute.trainable_parameters is None
