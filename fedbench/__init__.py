@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedbench.api.sides import Client, Method, Server
     from fedbench.errors import FedbenchError
     from fedbench.grid.cells import Outcome
-    from fedbench.records.store import Record
+    from fedbench.records.record import Record
     from fedbench.run.progress import Progress
     from fedbench.run.request import RunRequest
 
@@ -61,7 +61,7 @@ _HOMES = {
     "LocalTask": "fedbench.api.local",
     "Message": "fedbench.api.messages",
     "Method": "fedbench.api.sides",
-    "Record": "fedbench.records.store",
+    "Record": "fedbench.records.record",
     "RunRequest": "fedbench.run.request",
     "Server": "fedbench.api.sides",
 }
@@ -213,7 +213,7 @@ def make_table(
     """
     from fedbench.errors import FedbenchError
     from fedbench.tables.folder import compare_folder
-    from fedbench.tables.render import render
+    from fedbench.tables.render.forms import render
 
     if format not in ("markdown", "latex", "csv"):
         raise FedbenchError(f"format {format!r}: no such format; use markdown, latex or csv")

@@ -29,7 +29,7 @@ from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
 from fedbench.models.weights import checkpoint_name, frozen_state, load_frozen, set_tensors
-from fedbench.records.store import canonical_json
+from fedbench.records.text import canonical_json
 
 
 def required(method: Method, public: Examples | None) -> Examples:

@@ -120,7 +120,7 @@ def run(request: RunRequest, device: torch.device | None) -> dict[str, list[floa
         "loss": [r["loss"] for r in again.rounds],
         "plug-in": [r["plug_in_validation"] for r in again.rounds if "plug_in_validation" in r],
         "gradient error": [p["zero_filled"]["error"] for p in points_of(again)],
-        "score": [finish(again).accuracy["plug_in"]["accuracy"]],
+        "score": [finish(again).accuracy.plug_in.accuracy],
     }
 
 

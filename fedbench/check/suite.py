@@ -30,7 +30,8 @@ from fedbench.errors import FedbenchError
 from fedbench.machine.device import Execution
 from fedbench.machine.workers import can_fork
 from fedbench.measures.accuracy import evaluate
-from fedbench.records.store import Record, comparable, differences
+from fedbench.records.differences import comparable, differences
+from fedbench.records.record import Record
 from fedbench.run.hosts.apart import Apart
 from fedbench.run.hosts.here import Here
 from fedbench.run.hosts.side import ClientSide, Trained

@@ -25,7 +25,7 @@ from fedbench.cli.options import (
 from fedbench.errors import one_line, printable
 
 if TYPE_CHECKING:
-    from fedbench.records.store import Record
+    from fedbench.records.record import Record
 
 
 def grid_command(
@@ -86,8 +86,8 @@ def grid_command(
 def _score(record: Record) -> str:
     """What came of a cell, in a few words."""
     if record.error:
-        return one_line(f": {record.error['type']}: {record.error['message']}")
-    plug_in = record.accuracy.get("plug_in")
+        return one_line(f": {record.error.type}: {record.error.message}")
+    plug_in = record.accuracy.plug_in
     if plug_in:
-        return f": accuracy {plug_in['accuracy']:.4f}"
-    return f": not available: {record.accuracy.get('unavailable')}"
+        return f": accuracy {plug_in.accuracy:.4f}"
+    return f": not available: {record.accuracy.unavailable}"

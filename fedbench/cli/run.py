@@ -70,6 +70,7 @@ def run_command(
     with loading(console):
         from fedbench.cli.progress import ConsoleProgress
         from fedbench.records import store
+        from fedbench.records.differences import differences
         from fedbench.run.prepare import prepare
         from fedbench.run.run import run
         from fedbench.tables import report
@@ -90,7 +91,7 @@ def run_command(
     console.print(report.summary(record))
     console.print(printable(f"record: {path}"), highlight=False, markup=False, soft_wrap=True)
     if before is not None and before.status == "complete":
-        different = store.differences(before, record)
+        different = differences(before, record)
         if different:
             console.print("differs from the record that was there before in: " + ", ".join(different), soft_wrap=True)
             raise typer.Exit(1)

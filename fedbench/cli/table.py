@@ -44,7 +44,8 @@ def table_command(
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
     from fedbench.tables.folder import compare_folder
-    from fedbench.tables.render import render, terminal
+    from fedbench.tables.render.forms import render
+    from fedbench.tables.render.terminal import terminal
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():

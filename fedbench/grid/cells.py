@@ -18,7 +18,9 @@ from typing import Any, Literal, Protocol
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.files import try_folder
 from fedbench.models.zoo.names import fm_label
-from fedbench.records.store import SCHEMA, Record, load, record_key, record_path, save
+from fedbench.records.record import Record
+from fedbench.records.schema import SCHEMA
+from fedbench.records.store import load, record_key, record_path, save
 from fedbench.run.claims import claim
 
 Status = Literal["skipped", "complete", "failed"]
@@ -155,23 +157,25 @@ def failure(cell: Cell, prepared: Prepared | None, error: BaseException) -> Reco
     """The record of a cell that ended in `error`; `prepared` is None where it did so before its key was known."""
     identity = prepared.identity if prepared else {}
     method = dict(identity.get("method", {"name": cell.method, "version": None, "settings": dict(cell.settings)}))
-    return Record(
-        schema=SCHEMA,
-        status="failed",
-        error={"type": type(error).__name__, "message": str(error), "traceback": _traceback(error)},
-        identity={
-            "key": prepared.key if prepared else cell.key,
-            "method": cell.method,
-            "method_version": method.get("version"),
-            "scenario": cell.scenario,
-            "seed": cell.seed,
-            "fm": prepared.fm_name if prepared else cell.fm and fm_label(cell.fm),
-            "data_hash": identity.get("data_hash"),
-            "fm_hash": identity.get("fm_hash"),
-            "precision": identity.get("precision"),
-        },
-        scenario=dict(identity.get("scenario", {})),
-        method=method,
+    return Record.model_validate(
+        {
+            "schema": SCHEMA,
+            "status": "failed",
+            "error": {"type": type(error).__name__, "message": str(error), "traceback": _traceback(error)},
+            "identity": {
+                "key": prepared.key if prepared else cell.key,
+                "method": cell.method,
+                "method_version": method.get("version"),
+                "scenario": cell.scenario,
+                "seed": cell.seed,
+                "fm": prepared.fm_name if prepared else cell.fm and fm_label(cell.fm),
+                "data_hash": identity.get("data_hash"),
+                "fm_hash": identity.get("fm_hash"),
+                "precision": identity.get("precision"),
+            },
+            "scenario": dict(identity.get("scenario", {})),
+            "method": method,
+        }
     )
 
 

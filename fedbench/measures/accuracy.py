@@ -17,7 +17,7 @@ from fedbench.machine.device import Execution
 from fedbench.machine.workers import fork_map
 from fedbench.objectives.base import Objective
 from fedbench.objectives.named import CLASSIFICATION, objective_of
-from fedbench.records.store import pack_correct
+from fedbench.records.text import pack_correct
 
 
 @dataclass(frozen=True)

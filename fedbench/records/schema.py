@@ -1,92 +1,100 @@
-"""What the blocks of a record have to hold: types and ranges of everything that tables and panels read.
+"""The blocks of a record: what each field holds, its type and its range.
 
-These classes only check; a record keeps its blocks as the plain mappings they are. Fields that are not named here are
-let through, so that a record made by a later version is not refused for what it says in addition.
+Shares are from 0 to 1, sizes in bytes, losses in nats, times in seconds. A number that does not exist, or was not
+finite, is null.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-ROWS = 10_000_000
-"""The most test rows a record can have: an interval over more of them would take hours."""
+from fedbench.records.fields import ROWS, Block, Count, Finite, Gap, Key, Name, Positive, Share, Size
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[int, Field(ge=1, lt=2**63)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Key = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-_NOT_IN_NAMES = r"/\\\x00-\x1f\x7f"
-Name = Annotated[
-    str, StringConstraints(max_length=200, pattern=rf"^[^{_NOT_IN_NAMES}]*[^.{_NOT_IN_NAMES}][^{_NOT_IN_NAMES}]*$")
-]
-"""The name of a method or scenario, which is also the name of a folder."""
+SCHEMA = 2
+"""The schema of records that are made now."""
+
+READABLE = (1, 2)
+"""Schemas that are read: of the first, keys hold the FM as it was given, a path perhaps, and no `inputs_hash`."""
 
 
-class Block(BaseModel):
-    """A table of a record: numbers are numbers, not texts or truth values."""
+class Failure(Block):
+    """Why a run failed."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    type: str  # of the exception
+    message: str
+    traceback: str | None = None  # files from their import folder on
 
 
 class Identity(Block):
-    key: Key
+    """What was run, by names and hashes."""
+
+    key: Key  # SHA-256 of everything that decides the result
     method: Name
     scenario: Name
     seed: Annotated[int, Field(ge=0)]
     method_version: int | str | None = None
-    fm: Annotated[str, StringConstraints(max_length=4096)] | None = None
+    fm: Annotated[str, StringConstraints(max_length=4096)] | None = None  # what it is called
     data_hash: str | None = None
     fm_hash: str | None = None
+    inputs_hash: str | None = None  # of what the FM's tokenizer or image settings made of the data; since schema 2
     precision: str | None = None
 
 
 class Split(Block):
+    """How rows were divided over clients; holds all settings of the scenario's split."""
+
     clients: Positive
 
 
 class Federation(Block):
+    """The schedule; holds all settings of the scenario's federation."""
+
     rounds: Count
-    fraction: Share = 1.0
+    fraction: Share | None = None
     local_epochs: Positive | None = None
     max_steps: Positive | None = None
 
 
 class Public(Block):
+    """The public corpus; holds all settings of the scenario's public rows."""
+
     in_domain: bool = False
 
 
 class Scenario(Block):
+    """The settings of the scenario as they were resolved. Further tables of settings are kept as they are."""
+
     name: Name | None = None
     title: str = ""
-    split: Split = Split(clients=1)
-    federation: Federation = Federation(rounds=0)
+    fm: str | None = None
+    dataset: dict[str, Any] | None = None
+    split: Split | None = None
+    federation: Federation | None = None
+    evaluation: dict[str, Any] | None = None
     public: Public | None = None
 
 
 class Method(Block):
-    name: Name
+    """The method and its settings."""
+
+    needed: ClassVar[tuple[str, ...]] = ("name",)
+
+    name: Name | None = None
     version: int | str | None = None
     settings: dict[str, Any] = {}
-    planned: list[str] | None = None
-
-
-class Error(Block):
-    type: str
-    message: str
+    planned: list[str] | None = None  # dotted settings of the scenario that the method changes by its nature
 
 
 class Score(Block):
-    """A model's answers to a test set. A loss of null is one that is not finite: the model diverged."""
+    """A model's answers to a test set."""
 
     accuracy: Share | None
     macro_f1: Share | None = None
-    loss: Finite | None = None
+    loss: Finite | None = None  # null where it was not finite
     rows: Annotated[int, Field(ge=1, le=ROWS)]
-    correct: str | None = None
+    correct: str | None = None  # which rows were answered rightly: packed bits in base64
 
     @model_validator(mode="after")
     def _scored(self) -> Score:
@@ -94,38 +102,60 @@ class Score(Block):
             raise ValueError("accuracy is null, but the loss is a number")
         return self
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the model's loss was not a finite number: its answers are then no answers."""
+        return "loss" in self.model_fields_set and self.loss is None
+
 
 class ExtraTest(Block):
+    """Scores on a further test set."""
+
     plug_in: Score
     proxy: Score | None = None
 
 
 class Selection(Block):
-    rule: str
-    round: Annotated[int, Field(ge=-1)]
+    """Which round was scored on the test set."""
+
+    rule: str  # "last" or "best"
+    round: Annotated[int, Field(ge=-1)]  # -1: the model as it started
+
+
+class Validation(Block):
+    """Accuracy on the validation rows after the round that was scored."""
+
+    plug_in: Share | None = None
+    proxy: Share | None = None
 
 
 class PerClient(Block):
+    """The test accuracy as clients of their label shares would see it."""
+
     mean: Share
     std: Share
-    worst_tenth: Share
-    values: list[Share] = []
+    worst_tenth: Share  # mean of the lowest tenth of the clients
+    values: list[Share] = []  # by client, to six digits
 
 
 class Accuracy(Block):
-    plug_in: Score | None = None
-    proxy: Score | None = None
-    untouched: Score | None = None
-    gap: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """What came out."""
+
     selection: Selection | None = None
-    validation: dict[str, Share | None] = {}
+    plug_in: Score | None = None  # the FM with the tuned parameters plugged in
+    proxy: Score | None = None  # the model that clients train, where that is not the FM
+    untouched: Score | None = None  # the FM as it came, where it has a head for the task
+    gap: Gap | None = None  # plug_in minus proxy
+    validation: Validation = Validation()
     per_client: PerClient | None = None
-    unavailable: str | None = None
-    test_name: str | None = None
-    extra_tests: dict[str, ExtraTest] | None = None
+    unavailable: str | None = None  # why there is nothing to score
+    test_name: str | None = None  # of the first test set, where there are several
+    extra_tests: dict[str, ExtraTest] | None = None  # by name of the test set
 
     @model_validator(mode="after")
     def _named(self) -> Accuracy:
+        if self.empty:
+            return self
         if self.plug_in is None and not self.unavailable:
             raise ValueError("neither plug_in has a score nor unavailable a reason why there is none")
         if self.plug_in is not None and self.selection is None:
@@ -134,119 +164,178 @@ class Accuracy(Block):
             raise ValueError("test_name is missing beside extra_tests")
         return self
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the FM with the tuned parameters plugged in diverged."""
+        return self.plug_in is not None and self.plug_in.diverged
+
 
 class Kind(Block):
+    """Messages of one kind in one direction."""
+
     bytes: Count
+    elements: Count | None = None
+    messages: Count | None = None
 
 
 class Direction(Block):
+    """What crossed in one direction, over all clients and rounds."""
+
     bytes: Count
     by_kind: dict[str, Kind]
 
 
 class RoundBytes(Block):
+    """Bytes of one round."""
+
     round: Count
     up: Count
     down: Count
 
 
 class Communication(Block):
-    up: Direction
-    down: Direction
-    setup_bytes: Count
-    refused: list[Any] = []
-    per_round: list[RoundBytes]
+    """What crossed between server and clients, in bytes of payload."""
+
+    needed: ClassVar[tuple[str, ...]] = ("up", "down", "setup_bytes", "per_round")
+
+    up: Direction | None = None
+    down: Direction | None = None  # set-up included
+    setup_bytes: Count | None = None  # first download of a model by each client
+    refused: list[Any] = []  # uploads the server did not take: round, client, reason
+    per_round: list[RoundBytes] | None = None
 
 
-class Errors(Block):
+class Gradient(Block):
+    """A gradient on the proxy against the FM's: relative norm of the difference, and cosine."""
+
     error: Size | None
+    cosine: Finite | None = None
+
+
+class LayerGradient(Gradient):
+    """Of one layer of the FM."""
+
+    layer: Count
 
 
 class Point(Block):
-    zero_filled: Errors
+    """Gradient error at one moment of a run."""
+
+    round: Annotated[int, Field(ge=-1)] | None = None  # -1: before the first
+    phase: str | None = None  # "start", "round", "before_alignment", "after_alignment"
+    zero_filled: Gradient  # over all of the FM's tunables; those the proxy lacks count as zero
+    restricted: Gradient | None = None  # over the proxy's tunables
+    lora: Gradient | None = None
+    head: Gradient | None = None
+    layers: list[LayerGradient] = []
 
 
 class GradientError(Block):
+    """How far the gradient that clients compute on the proxy is from the FM's; the three numbers are zero-filled."""
+
     points: list[Point]
     start: Size | None
     mean: Size | None
     final: Size | None
 
 
+class Residual(Block):
+    """What distillation left between a layer of the FM and the proxy's, and what was there before it."""
+
+    layer: Count | None = None
+    hidden: Finite | None = None  # of hidden states
+    weight: Finite | None = None  # of weights
+    hidden_before: Finite | None = None
+    weight_before: Finite | None = None
+
+
 class Shares(Block):
+    """Of the FM's frozen weights."""
+
     all: Share
     without_embeddings: Share
 
 
 class Exposure(Block):
+    """What share of the FM's weights a client ends up with."""
+
     verbatim: Shares
     within_1_percent: Shares
 
 
 class Compute(Block):
-    trainable_parameters: Count | None = None
-    resident_parameters: Count | None = None
-    local_steps: Count | None = None
+    """What the run cost."""
+
+    trainable_parameters: Count | None = None  # at a client, head included
+    resident_parameters: Count | None = None  # held at a client, frozen ones included
+    local_steps: Count | None = None  # of all clients and rounds
     step_flops: Count | None = None
     peak_memory_bytes: Count | None = None
-    seconds: dict[str, Size] = {}
+    seconds: dict[str, Size] = {}  # by phase
 
 
 class Refused(Block):
+    """A client of a cohort whose upload was not taken."""
+
     client: int
     reason: str
 
 
 class Round(Block):
+    """One round: who took part, and what was measured after it."""
+
     round: Count
-    cohort: list[Count]
-    arrived: list[Count]
+    cohort: list[Count]  # clients sampled
+    arrived: list[Count]  # those whose upload was taken
     refused: list[Refused]
-    loss: Finite | None = None
+    loss: Finite | None = None  # mean training loss of those that arrived
     bytes_up: Count | None = None
     bytes_down: Count | None = None
     plug_in_validation: Share | None = None
     proxy_validation: Share | None = None
 
 
-class Rounds(Block):
-    rounds: list[Round]
-
-
 class Skew(Block):
-    mean_total_variation: Share
-    gini: Size
+    """How unlike the clients are."""
+
+    mean_total_variation: Share  # of a client's label shares from those of all
+    gini: Size  # of the clients' sizes
 
 
 class Partition(Block):
-    sizes: Annotated[list[Count], Field(min_length=1)]
-    label_counts: list[list[Count]] = []
+    """Which clients hold how many rows."""
+
+    needed: ClassVar[tuple[str, ...]] = ("sizes",)
+
+    hash: str | None = None
+    sizes: Annotated[list[Count], Field(min_length=1)] | None = None  # rows by client
+    label_counts: list[list[Count]] = []  # by client, then by class
     skew: Skew | None = None
+    attempts: Count | None = None  # draws until every client had enough rows
 
 
 class Git(Block):
+    """The commit that fedbench's source was at."""
+
     commit: str
-    dirty: bool
+    dirty: bool  # whether it was changed since
 
 
 class Provenance(Block):
-    fedbench: str | None = None
+    """The environment the record was made in. Nothing of it enters the key."""
+
+    fedbench: str | None = None  # version
     git: Git | None = None
-    notes: list[str] = []
-    fm: dict[str, Any] = {}
-
-
-BLOCKS: dict[str, type[Block]] = {
-    "error": Error,
-    "identity": Identity,
-    "scenario": Scenario,
-    "method": Method,
-    "accuracy": Accuracy,
-    "communication": Communication,
-    "gradient_error": GradientError,
-    "exposure": Exposure,
-    "compute": Compute,
-    "partition": Partition,
-    "provenance": Provenance,
-}
-"""By name of the field of a record; its rounds are `Round`s."""
+    packages: dict[str, Any] = {}  # versions
+    python: str | None = None
+    platform: str | None = None
+    device: str | None = None
+    hardware: dict[str, Any] = {}
+    threads: int | None = None
+    deterministic_algorithms: bool | None = None
+    executor: str | None = None
+    host: str | None = None  # that held the two sides
+    workers: int | None = None
+    finished: str | None = None  # time in ISO 8601
+    notes: list[str] = []  # on data, FM and what the server chose
+    fm: dict[str, Any] = {}  # where it came from

@@ -23,7 +23,8 @@ from fedbench.models.families.known import family_called
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import MINILM_HUB, load_fm
 from fedbench.models.zoo.names import fm_folder
-from fedbench.records.store import Record, load
+from fedbench.records.record import Record
+from fedbench.records.store import load
 
 
 def adapter_path(results: Path, key: str) -> Path:
@@ -98,7 +99,7 @@ def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = Non
         raise FedbenchError(f"{path}: belongs to another run than {record}; make the run again with `fedbench run`")
     lora: Mapping[str, Any] = about["lora"]
     if not lora:
-        raise FedbenchError(f"{record}: {run.identity['method']} tunes no LoRA, so there is no adapter to export")
+        raise FedbenchError(f"{record}: {run.identity.method} tunes no LoRA, so there is no adapter to export")
     family = family_called(about["model_type"])
     base, revision = _base(run, about["num_labels"], folder, cache, fm)
     ranks, alphas = ({name: pair[i] for name, pair in lora.items()} for i in (0, 1))
@@ -124,14 +125,14 @@ def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = Non
 
 def _base(run: Record, num_labels: int, folder: Path, cache: Path, given: str | None) -> tuple[str, str | None]:
     """Hub id or folder of the checkpoint the adapter belongs to, and its revision."""
-    name, origin = str(run.identity["fm"]), run.provenance.get("fm", {})
+    name, origin = str(run.identity.fm), run.provenance.fm
     if given is not None:
         path = fm_folder(given)
         if path is None:
             raise FedbenchError(f"--fm {given}: no such folder; give the folder of the checkpoint of {name}")
         # A head that was trained for the run's classes, which are not in the record, is part of what its hash is of.
         found = (load_fm(given, num_labels, cache, names).content_hash for names in ((), own_labels(path)))
-        if run.identity["fm_hash"] not in found:
+        if (run.identity.fm_hash or "") not in found:
             raise FedbenchError(f"--fm {given}: not the checkpoint of this run, by its hash; give that of {name}")
         return str(path.resolve()), None
     if name == "minilm-l6":
@@ -143,7 +144,7 @@ def _base(run: Record, num_labels: int, folder: Path, cache: Path, given: str | 
             f"the FM {name} was given as a folder, and a record does not say where that lies; give --fm PATH"
         )
     fm = load_fm(name, num_labels, cache)
-    if fm.content_hash != run.identity["fm_hash"]:
+    if fm.content_hash != run.identity.fm_hash:
         raise FedbenchError(f"the {name} in {cache} is another than that of this run; give --cache with the run's")
     plain: Any = fm.build(None, torch.device("cpu"))
     plain.save_pretrained(folder / "base")

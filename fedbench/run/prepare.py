@@ -29,7 +29,8 @@ from fedbench.models.reading import encode, inputs_hash, unknown_tokens
 from fedbench.models.zoo.load import load_fm
 from fedbench.names import nearest
 from fedbench.records import provenance
-from fedbench.records.store import SCHEMA, record_key
+from fedbench.records.schema import SCHEMA
+from fedbench.records.store import record_key
 from fedbench.registry import Registry
 from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import Host

@@ -11,7 +11,8 @@ from fedbench.api.messages import SETUP_KINDS
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
 from fedbench.records import provenance
-from fedbench.records.store import SCHEMA, Record, complaint_of
+from fedbench.records.record import Record, complaint_of
+from fedbench.records.schema import SCHEMA
 from fedbench.run.loop import Run
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fedbench.errors import DamagedFileError
 from fedbench.machine.memory import reset_peak
-from fedbench.records.store import Record, save
+from fedbench.records.record import Record
+from fedbench.records.store import save
 from fedbench.run.claims import claim
 from fedbench.run.export import adapter_path, keep_adapter
 from fedbench.run.loop import Run

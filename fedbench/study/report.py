@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fedbench.files import write_text
-from fedbench.records.store import dumps, plain
+from fedbench.records.text import dumps, plain
 from fedbench.study.study import Block, Study
 
 if TYPE_CHECKING:

@@ -10,7 +10,9 @@ from fedbench.grid.file import load_grid
 from fedbench.models.zoo.names import FMS
 from fedbench.names import nearest
 from fedbench.records.store import load_all
-from fedbench.tables.compare import Comparison, compare, of_fm
+from fedbench.tables.compare import compare
+from fedbench.tables.comparison import Comparison
+from fedbench.tables.matching import of_fm
 
 
 def compare_folder(
@@ -26,12 +28,12 @@ def compare_folder(
     cells = chosen.cells() if chosen else None
     found = load_all(folder / "records")
     if fm:
-        known = {*FMS, *(str(record.identity.get("fm")) for record in found)}
+        known = {*FMS, *(str(record.identity.fm) for record in found)}
         found = of_fm(found, fm)
         if not found and fm not in FMS:
             raise FedbenchError(f"--fm {fm}: {folder} has no records of it; {nearest(fm, known)}")
     if scenarios:
-        found = [record for record in found if record.identity["scenario"] in scenarios]
+        found = [record for record in found if record.identity.scenario in scenarios]
         cells = [cell for cell in cells if cell.scenario in scenarios] if cells is not None else None
     if not found and not cells:
         only = [*scenarios, *([fm] if fm else ())]

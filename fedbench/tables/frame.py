@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from fedbench.errors import FedbenchError, one_line
-from fedbench.records.store import Record, diverged, load_all, no_upload, record_key
-from fedbench.tables.compare import _MEASURES as MEASURES
-from fedbench.tables.compare import _at as at
-from fedbench.tables.compare import _conditions as conditions_of
+from fedbench.records.record import Record
+from fedbench.records.store import load_all, record_key
+from fedbench.tables.conditions import conditions_of
+from fedbench.tables.measures import MEASURES, accuracy_on
 
 WHOLE = ("seed", "clients", "rounds", "trainable_parameters", "resident_parameters", "local_steps")
 """Columns of whole numbers, some of which may be missing."""
@@ -55,41 +55,41 @@ def frame_of(records: Iterable[Record]) -> pd.DataFrame:
 
 def _row(record: Record, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
     who, scenario = record.identity, record.scenario
-    settings = record.method.get("settings") or {}
-    decides = {"scenario": who["scenario"], "method": who["method"], "version": who.get("method_version")}
+    settings = record.method.settings
+    decides = {"scenario": who.scenario, "method": who.method, "version": who.method_version}
     configuration = record_key(decides | {"settings": settings, "conditions": conditions}) if conditions else ""
-    seconds = record.compute.get("seconds") or {}
+    seconds = record.compute.seconds or {}
     row: dict[str, Any] = {
-        "scenario": who["scenario"],
-        "fm": who.get("fm"),
-        "method": who["method"],
-        "seed": who["seed"],
+        "scenario": who.scenario,
+        "fm": who.fm,
+        "method": who.method,
+        "seed": who.seed,
         "status": record.status,
         "fault": _fault(record),
         "configuration": configuration[:12],
         "settings": json.dumps(settings, sort_keys=True),
-        "clients": scenario.get("split", {}).get("clients"),
-        "fraction": scenario.get("federation", {}).get("fraction"),
-        "rounds": scenario.get("federation", {}).get("rounds"),
-        "precision": who.get("precision"),
+        "clients": scenario.split.clients if scenario.split else None,
+        "fraction": scenario.federation.fraction if scenario.federation else None,
+        "rounds": scenario.federation.rounds if scenario.federation else None,
+        "precision": who.precision,
     }
-    for name, path, scale in MEASURES:
-        value = at(record, path)
-        row[name] = value if value is None or scale == 1.0 else value * scale
-    for test in record.accuracy.get("extra_tests") or ():
-        row[f"accuracy_{test}"] = at(record, ("accuracy", "extra_tests", test, "plug_in", "accuracy"))
+    for measure in MEASURES:
+        value = measure.read(record)
+        row[measure.name] = value if value is None or measure.scale == 1.0 else value * measure.scale
+    for test in record.accuracy.extra_tests or ():
+        row[f"accuracy_{test}"] = accuracy_on(test)(record)
     row["seconds"] = sum(seconds.values()) if seconds else None
     row |= {f"seconds_{phase}": value for phase, value in sorted(seconds.items())}
-    return row | {name: who.get(name) for name in ("key", "method_version", "data_hash", "fm_hash")}
+    return row | {name: getattr(who, name) for name in ("key", "method_version", "data_hash", "fm_hash")}
 
 
 def _fault(record: Record) -> str:
     """Why there is no accuracy, or one that is not to be ranked; nothing for a sound run."""
     if record.error:
-        return one_line(f"{record.error['type']}: {record.error['message']}")
-    plug_in = record.accuracy.get("plug_in")
+        return one_line(f"{record.error.type}: {record.error.message}")
+    plug_in = record.accuracy.plug_in
     if not plug_in:
-        return one_line(record.accuracy.get("unavailable"))
-    if diverged(plug_in):
+        return one_line(record.accuracy.unavailable)
+    if plug_in.diverged:
         return "diverged: the loss on the test set is not a finite number, so there is no score"
-    return no_upload(record)
+    return record.no_upload

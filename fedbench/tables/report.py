@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from fedbench.errors import one_line
-from fedbench.records.store import Record, diverged, no_upload, rounds_without_upload
+from fedbench.records.record import Record
+from fedbench.records.schema import Accuracy, Compute
 from fedbench.tables.formats import MEGA, megabytes, signed
 from fedbench.tables.statistics import binomial_standard_error
 
@@ -19,10 +17,9 @@ from fedbench.tables.statistics import binomial_standard_error
 def summary(record: Record) -> RenderableType:
     """The panel of one record, complete or failed."""
     who = record.identity
-    title = Text(one_line(f"{who['method']} on {who['scenario']}, {who.get('fm') or 'FM unknown'}, seed {who['seed']}"))
-    if record.status == "failed":
-        error = record.error or {}
-        reason = Text(one_line(f"failed: {error.get('type')}: {error.get('message')}"))
+    title = Text(one_line(f"{who.method} on {who.scenario}, {who.fm or 'FM unknown'}, seed {who.seed}"))
+    if record.error:
+        reason = Text(one_line(f"failed: {record.error.type}: {record.error.message}"))
         return Panel(reason, title=title, title_align="left", border_style="red", expand=False)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -34,96 +31,93 @@ def summary(record: Record) -> RenderableType:
 
 def _lines(record: Record) -> list[tuple[str, str]]:
     lines = [*_accuracy(record.accuracy), *_uploads(record), ("traffic", _traffic(record))]
-    if setup := record.communication.get("setup_bytes"):
-        clients = len({c for r in record.rounds for c in r.get("cohort", ())})
+    if setup := record.communication.setup_bytes:
+        clients = len({c for r in record.rounds for c in r.cohort})
         lines.append(("", f"of it set-up {_mb(setup)}, once for each of {clients} clients"))
-    if refused := record.communication.get("refused"):
+    if refused := record.communication.refused:
         lines.append(("", f"{len(refused)} uploads refused; the reasons are in the record"))
     if error := record.gradient_error:
-        start, mean, final = (_two_digits(error[name]) for name in ("start", "mean", "final"))
+        start, mean, final = map(_two_digits, (error.start, error.mean, error.final))
         lines.append(("gradient error", f"{start} at the start, {mean} on average, {final} at the end"))
     if exposure := record.exposure:
-        verbatim, near = exposure["verbatim"], exposure["within_1_percent"]
+        verbatim, near = exposure.verbatim, exposure.within_1_percent
         text = (
-            f"{_percent(verbatim['all'])} of the FM's weights at a client verbatim, {_percent(near['all'])} within 1% "
-            f"(without embeddings {_percent(verbatim['without_embeddings'])}, {_percent(near['without_embeddings'])})"
+            f"{_percent(verbatim.all)} of the FM's weights at a client verbatim, {_percent(near.all)} within 1% "
+            f"(without embeddings {_percent(verbatim.without_embeddings)}, {_percent(near.without_embeddings)})"
         )
         lines.append(("exposure", text))
     lines += _cost(record.compute)
-    if skew := record.partition.get("skew"):
-        sizes = record.partition["sizes"]
+    sizes, skew = record.partition.sizes, record.partition.skew
+    if sizes and skew:
         text = (
             f"{len(sizes)} clients of {min(sizes)} to {max(sizes)} rows; mean total variation "
-            f"{skew['mean_total_variation']:.2f}, Gini of sizes {skew['gini']:.2f}"
+            f"{skew.mean_total_variation:.2f}, Gini of sizes {skew.gini:.2f}"
         )
         lines.append(("split", text))
     return lines
 
 
-def _accuracy(accuracy: Mapping[str, Any]) -> list[tuple[str, str]]:
-    plug_in, proxy = accuracy.get("plug_in"), accuracy.get("proxy")
-    if not plug_in:
-        return [("accuracy", f"not available: {accuracy.get('unavailable')}")]
-    if diverged(plug_in):
+def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
+    plug_in, proxy, chosen = accuracy.plug_in, accuracy.proxy, accuracy.selection
+    if plug_in is None or chosen is None:
+        return [("accuracy", f"not available: {accuracy.unavailable}")]
+    if plug_in.accuracy is None or plug_in.diverged:
         return [("accuracy", "none: the model diverged, its loss on the test set is not a finite number")]
-    error = binomial_standard_error(plug_in["accuracy"], plug_in["rows"])
-    chosen = accuracy["selection"]
-    when = f"best round on validation ({chosen['round'] + 1})" if chosen["rule"] == "best" else "last round"
+    error = binomial_standard_error(plug_in.accuracy, plug_in.rows)
+    when = f"best round on validation ({chosen.round + 1})" if chosen.rule == "best" else "last round"
     lines = [
         (
             "accuracy",
-            f"{_percent(plug_in['accuracy'])} plug-in, macro-F1 {_percent(plug_in.get('macro_f1'))}  "
-            f"({plug_in['rows']:,} test rows, standard error {100 * error:.2f} points; {when})",
+            f"{_percent(plug_in.accuracy)} plug-in, macro-F1 {_percent(plug_in.macro_f1)}  "
+            f"({plug_in.rows:,} test rows, standard error {100 * error:.2f} points; {when})",
         )
     ]
-    if diverged(proxy):
+    if proxy and proxy.diverged:
         lines.append(("", "none of the proxy: it diverged, its loss on the test set is not a finite number"))
     elif proxy:
-        gap = "–" if accuracy.get("gap") is None else signed(100 * accuracy["gap"])
-        text = f"{_percent(proxy['accuracy'])} proxy; plug-in minus proxy {gap} points"
+        gap = "–" if accuracy.gap is None else signed(100 * accuracy.gap)
+        text = f"{_percent(proxy.accuracy)} proxy; plug-in minus proxy {gap} points"
         lines.append(("", text))
-    if (untouched := accuracy.get("untouched")) and not diverged(untouched):
-        lines.append(("", f"{_percent(untouched['accuracy'])} FM untouched"))
-    if clients := accuracy.get("per_client"):
-        text = (
-            f"mean {_percent(clients['mean'])} ± {100 * clients['std']:.1f}, "
-            f"worst tenth {_percent(clients['worst_tenth'])}"
-        )
+    if (untouched := accuracy.untouched) and not untouched.diverged:
+        lines.append(("", f"{_percent(untouched.accuracy)} FM untouched"))
+    if clients := accuracy.per_client:
+        text = f"mean {_percent(clients.mean)} ± {100 * clients.std:.1f}, worst tenth {_percent(clients.worst_tenth)}"
         lines.append(("per client", text))
     return lines
 
 
 def _uploads(record: Record) -> list[tuple[str, str]]:
     """What has to be said where not every round had an upload."""
-    if not (without := rounds_without_upload(record)):
+    if not (without := record.rounds_without_upload):
         return []
-    return [("uploads", no_upload(record) or f"none in {without} of {len(record.rounds)} rounds")]
+    return [("uploads", record.no_upload or f"none in {without} of {len(record.rounds)} rounds")]
 
 
 def _traffic(record: Record) -> str:
     """Both directions, by kind where there is more than one."""
     parts = []
-    for way in ("up", "down"):
-        block = record.communication[way]
-        kinds = block["by_kind"]
-        split = ", ".join(f"{kind} {_mb(kinds[kind]['bytes'])}" for kind in sorted(kinds)) if len(kinds) > 1 else ""
-        parts.append(f"{way} {_mb(block['bytes'])}" + (f" ({split})" if split else ""))
+    for way, side in (("up", record.communication.up), ("down", record.communication.down)):
+        if side is None:
+            continue
+        kinds = side.by_kind
+        split = ", ".join(f"{kind} {_mb(kinds[kind].bytes)}" for kind in sorted(kinds)) if len(kinds) > 1 else ""
+        parts.append(f"{way} {_mb(side.bytes)}" + (f" ({split})" if split else ""))
     return "; ".join(parts)
 
 
-def _cost(compute: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _cost(compute: Compute) -> list[tuple[str, str]]:
     lines = []
-    trained, held = compute.get("trainable_parameters"), compute.get("resident_parameters")
+    trained, held = compute.trainable_parameters, compute.resident_parameters
     if held:
-        steps = f"{compute.get('local_steps') or 0:,} steps"
-        if flops := compute.get("step_flops"):
+        steps = f"{compute.local_steps or 0:,} steps"
+        if flops := compute.step_flops:
             steps += f" of {flops / 1e9:.1f} GFLOP"
         lines.append(("client", f"{held / MEGA:.2f} M parameters, {(trained or 0) / MEGA:.3f} M trained; {steps}"))
-    seconds = compute.get("seconds") or {}
+    seconds = compute.seconds
     longest = sorted(seconds.items(), key=lambda item: -item[1])[:4]
     split = ", ".join(f"{name} {value:.0f}" for name, value in longest if value >= 0.5)
     text = f"{sum(seconds.values()):.0f} s" + (f" ({split})" if split else "")
-    if peak := compute.get("peak_memory_bytes"):
+    if peak := compute.peak_memory_bytes:
         text += f"; peak memory {_mb(peak)}"
     lines.append(("time", text))
     return lines

@@ -20,7 +20,9 @@ from fedbench.api.local import LocalResult
 from fedbench.api.messages import Message
 from fedbench.check.suite import check_method
 from fedbench.methods.fedavg_lora import AdapterClient
-from fedbench.records.store import comparable, load, record_path
+from fedbench.records.differences import comparable
+from fedbench.records.schema import Selection
+from fedbench.records.store import load, record_path
 from fedbench.registry import Registry
 from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, prepare
@@ -65,22 +67,20 @@ def prepared(fm: str, tmp_path: Path, method: str = "fedpft", **settings: str) -
 def test_a_record_has_all_its_blocks(fm: str, tmp_path: Path) -> None:
     record = run(prepared(fm, tmp_path))
     assert record.status == "complete"
-    up, down = record.communication["up"]["by_kind"], record.communication["down"]["by_kind"]
+    up, down = record.communication.up.by_kind, record.communication.down.by_kind
     assert set(up) == {"adapter", "statistics"}
     assert set(down) == {"sub_fm", "adapter", "alignment"}
-    assert {p["phase"] for p in record.gradient_error["points"]} == {
+    assert {p.phase for p in record.gradient_error.points} == {
         "start",
         "before_alignment",
         "after_alignment",
         "round",
     }
-    assert record.communication["up"]["bytes"] == sum(r["bytes_up"] for r in record.rounds)
-    assert 0 < record.exposure["verbatim"]["all"] < 1
-    assert record.accuracy["gap"] == pytest.approx(
-        record.accuracy["plug_in"]["accuracy"] - record.accuracy["proxy"]["accuracy"]
-    )
+    assert record.communication.up.bytes == sum(r.bytes_up for r in record.rounds)
+    assert 0 < record.exposure.verbatim.all < 1
+    assert record.accuracy.gap == pytest.approx(record.accuracy.plug_in.accuracy - record.accuracy.proxy.accuracy)
     [entry] = record.distillation
-    assert entry["hidden"] > 0
+    assert entry.hidden > 0
 
 
 def test_setup_is_charged_once_to_each_client_when_first_sampled(fm: str, tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_a_bad_upload_is_refused_and_the_round_goes_on(
     monkeypatch.setattr(AdapterClient, "upload", upload)
     record = run(prepared(fm, tmp_path, "fedavg-lora", **{"federation.fraction": "1.0"}))
     for entry in record.rounds:
-        assert entry["arrived"] == [0, 2, 3]
-        assert [r["client"] for r in entry["refused"]] == [1]
-    assert "not finite" in record.communication["refused"][0][2]
+        assert entry.arrived == [0, 2, 3]
+        assert [r.client for r in entry.refused] == [1]
+    assert "not finite" in record.communication.refused[0][2]
 
 
 @pytest.mark.parametrize(
@@ -166,17 +166,17 @@ def test_an_upload_that_looks_different_is_refused_and_the_round_goes_on(
 def test_best_selects_on_the_proxys_validation_score_and_never_on_test(fm: str, tmp_path: Path) -> None:
     settings = {"evaluation.selection": "best", "evaluation.every": "1", "lr": "0.05"}
     record = run(prepared(fm, tmp_path, **settings))
-    scores = [r["proxy_validation"] for r in record.rounds]
-    assert record.accuracy["selection"] == {"rule": "best", "round": scores.index(max(scores))}
+    scores = [r.proxy_validation for r in record.rounds]
+    assert record.accuracy.selection == Selection(rule="best", round=scores.index(max(scores)))
 
 
 def test_packed_and_reference_executor_agree_and_share_a_key(fm: str, tmp_path: Path) -> None:
     packed, reference = (prepare(request(fm, tmp_path / e, executor=e)) for e in ("packed", "reference"))
     assert packed.key == reference.key
     a, b = run(packed), run(reference)
-    assert a.provenance["executor"] != b.provenance["executor"]
+    assert a.provenance.executor != b.provenance.executor
     for x, y in zip(a.rounds, b.rounds, strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+        assert x.loss == pytest.approx(y.loss, rel=1e-4)
     assert a.partition == b.partition
 
 

@@ -9,7 +9,8 @@ import pytest
 from helpers import save_tiny_bert, smoke_request
 
 from fedbench.errors import FedbenchError
-from fedbench.records.store import Record, comparable, differences
+from fedbench.records.differences import comparable, differences
+from fedbench.records.record import Record
 from fedbench.run.hosts.apart import Apart
 from fedbench.run.hosts.here import Here
 from fedbench.run.loop import Run
@@ -57,7 +58,7 @@ def test_the_record_is_the_same_with_the_sides_apart(tmp_path: Path, method: str
     here, apart = run(asked), run(replace(asked, host=Apart))
     same(here, apart)
     if method == "fedavg-lora":
-        assert here.communication["refused"], "bounds hold on both hosts"
+        assert here.communication.refused, "bounds hold on both hosts"
 
 
 def test_a_run_stopped_on_one_host_goes_on_on_another(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_the_host_of_the_page_carries_payloads_through_files(tmp_path: Path) -> 
     asked = prepared(tmp_path, "fedavg-lora")
     spooled = prepare(replace(asked.request, host="spool", plugins=(str(plugin),)))
     found = run(spooled)
-    assert found.provenance["host"] == "spool"
+    assert found.provenance.host == "spool"
     same(found, run(asked))
 
 

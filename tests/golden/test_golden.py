@@ -49,20 +49,20 @@ def summary(method: str, folder: Path, executor: str = "auto") -> dict[str, Any]
     error = record.gradient_error
     return {
         "exact": {
-            "version": record.identity["method_version"],
-            "partition": record.partition["hash"],
-            "cohorts": [r["cohort"] for r in record.rounds],
-            "up": record.communication["up"],
-            "down": record.communication["down"],
-            "trainable": record.compute["trainable_parameters"],
-            "resident": record.compute["resident_parameters"],
+            "version": record.identity.method_version,
+            "partition": record.partition.hash,
+            "cohorts": [r.cohort for r in record.rounds],
+            "up": record.communication.up.to_json(),
+            "down": record.communication.down.to_json(),
+            "trainable": record.compute.trainable_parameters,
+            "resident": record.compute.resident_parameters,
         },
         "close": {
-            "losses": [r["loss"] for r in record.rounds],
-            "test_loss": record.accuracy["plug_in"]["loss"],
-            "gradient_error": [p["zero_filled"]["error"] for p in error["points"]] if error else [],
-            "residuals": [r["hidden"] for r in record.distillation],
-            "exposure": record.exposure["verbatim"]["all"],
+            "losses": [r.loss for r in record.rounds],
+            "test_loss": record.accuracy.plug_in.loss,
+            "gradient_error": [p.zero_filled.error for p in error.points] if error else [],
+            "residuals": [r.hidden for r in record.distillation],
+            "exposure": record.exposure.verbatim.all,
         },
     }
 

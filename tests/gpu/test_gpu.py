@@ -36,7 +36,7 @@ def test_a_run_on_cuda_follows_the_run_on_the_cpu(method: str, tmp_path: Path) -
     cpu = records[0]
     for cuda in records[1:]:
         assert cpu.partition == cuda.partition
-        assert cpu.communication["up"] == cuda.communication["up"]
+        assert cpu.communication.up == cuda.communication.up
         # bf16 keeps 8 bits of mantissa: losses agree to about a percent over these few steps.
         for a, b in zip(cpu.rounds, cuda.rounds, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
+            assert a.loss == pytest.approx(b.loss, rel=0.03)

@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbench.records.store import load_all, unpack_correct
-from fedbench.tables.compare import CEILING, FLOOR, REFERENCES
+from fedbench.records.store import load_all
+from fedbench.records.text import unpack_correct
+from fedbench.tables.roles import CEILING, FLOOR, REFERENCES
 from fedbench.tables.statistics import LEVEL, Difference, half_width
 
 RECORDS = Path(__file__).parents[2] / "results" / "records"
@@ -122,10 +123,10 @@ def observed(scenario: str) -> tuple[tuple[str, ...], NDArray[np.float32]]:
     """Methods that a table compares, and their answers as 0 or 1, [methods, seeds, rows]."""
     answers: dict[str, dict[int, NDArray[np.bool_]]] = {}
     for record in load_all(RECORDS):
-        block, who = record.accuracy["plug_in"], record.identity
-        if who["scenario"] == scenario and (who["method"] not in REFERENCES or who["method"] == FLOOR):
-            correct = unpack_correct(block["correct"], block["rows"])
-            answers.setdefault(who["method"], {})[who["seed"]] = correct
+        score, who = record.accuracy.plug_in, record.identity
+        if who.scenario == scenario and (who.method not in REFERENCES or who.method == FLOOR):
+            correct = unpack_correct(score.correct, score.rows)
+            answers.setdefault(who.method, {})[who.seed] = correct
     methods = tuple(sorted(answers))
     stacked = np.stack([[answers[m][s] for s in sorted(answers[m])] for m in methods])
     return methods, stacked.astype(np.float32)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fedbench.records.store import Record, pack_correct, record_key
+from fedbench.records.record import Record
+from fedbench.records.store import record_key
+from fedbench.records.text import pack_correct
 
 
 def make_record(
@@ -60,18 +63,18 @@ def make_record(
     method_block: dict[str, Any] = {"name": method, "version": 1, "settings": settings}
     if planned:
         method_block["planned"] = planned
-    return Record(
-        schema=1,
-        status=status,
-        error={"type": "ValueError", "message": "no", "traceback": "..."} if status == "failed" else None,
-        identity={
+    content = {
+        "schema": 1,
+        "status": status,
+        "error": {"type": "ValueError", "message": "no", "traceback": "..."} if status == "failed" else None,
+        "identity": {
             "key": record_key([method, seed, scenario, settings, federation, data_hash, fm]),
             "method": method, "method_version": 1, "scenario": scenario, "seed": seed, "fm": fm,
             "data_hash": data_hash, "fm_hash": record_key(fm), "precision": "fp32",
         },
-        scenario={"name": scenario, "title": "A title", "federation": federation, "split": {"clients": 50}},
-        method=method_block,
-        accuracy={} if status == "failed" else {
+        "scenario": {"name": scenario, "title": "A title", "federation": federation, "split": {"clients": 50}},
+        "method": method_block,
+        "accuracy": {} if status == "failed" else {
             "plug_in": block,
             "proxy": second,
             "untouched": None,
@@ -81,7 +84,7 @@ def make_record(
             "per_client": {"mean": 0.79, "std": 0.03, "worst_tenth": 0.7, "values": [0.7, *[0.8] * 9]},
             "unavailable": unavailable,
         },
-        communication={
+        "communication": {
             "up": {
                 "bytes": totals["up"],
                 "by_kind": {"adapter": {"bytes": totals["up"], "elements": 9, "messages": 4}},
@@ -97,22 +100,35 @@ def make_record(
             "refused": [],
             "per_round": per_round,
         },
-        gradient_error={"points": points, "start": 0.5, "mean": 0.75, "final": 0.9} if proxy is not None else None,
-        exposure={
+        "gradient_error": {"points": points, "start": 0.5, "mean": 0.75, "final": 0.9} if proxy is not None else None,
+        "exposure": {
             "verbatim": {"all": 0.7, "without_embeddings": 0.5},
             "within_1_percent": {"all": 0.72, "without_embeddings": 0.52},
         },
-        compute={
+        "compute": {
             "trainable_parameters": 150_000, "resident_parameters": 16_400_000, "local_steps": 750,
             "peak_memory_bytes": 900_000_000, "seconds": {"local": 61.5, "evaluate": 12.25, "setup": 30.0},
         },
-        rounds=[
+        "rounds": [
             {"round": i, "cohort": [1, 2, 3, 4], "arrived": those, "refused": refused if those else []}
             for i, those in enumerate(arrivals)
         ],
-        partition={
+        "partition": {
             "hash": "p" * 64, "sizes": [10, 20], "label_counts": [[5, 5], [10, 10]],
             "skew": {"mean_total_variation": 0.45, "gini": 0.3}, "attempts": 1,
         },
-        provenance={"fedbench": "0.1.0", "device": "cpu", "finished": "2026-01-01T00:00:00+00:00"},
-    )  # fmt: skip
+        "provenance": {"fedbench": "0.1.0", "device": "cpu", "finished": "2026-01-01T00:00:00+00:00"},
+    }  # fmt: skip
+    return Record.model_validate(content)
+
+
+def altered(record: Record, changes: Mapping[str, Any]) -> Record:
+    """The record with other values at dotted fields, a place in a list being a number."""
+    content = record.to_json()
+    for field, value in changes.items():
+        *parents, last = field.split(".")
+        block: Any = content
+        for parent in parents:
+            block = block[int(parent)] if isinstance(block, list) else block.setdefault(parent, {})
+        block[int(last) if isinstance(block, list) else last] = value
+    return Record.model_validate(content)

@@ -23,7 +23,7 @@ from fedbench.measures.accuracy import Evaluation
 from fedbench.measures.exposure import Exposure, Exposures
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer
 from fedbench.models.weights import frozen_state
-from fedbench.records.store import comparable
+from fedbench.records.differences import comparable
 from fedbench.run.checkpoint import INDEX, read_checkpoint
 from fedbench.run.loop import Run
 from fedbench.run.prepare import prepare

@@ -20,7 +20,8 @@ from helpers import save_tiny_bert, smoke_request
 
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.grid.cells import Cell, Outcome, run_cells
-from fedbench.records.store import Record, save
+from fedbench.records.record import Record
+from fedbench.records.store import save
 from fedbench.run.claims import claim
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
@@ -113,7 +114,7 @@ class Made:
         return Prepared()
 
     def run(self, prepared: Any) -> Record:
-        self.made.append(prepared.made.identity["seed"])
+        self.made.append(prepared.made.identity.seed)
         save(prepared.made, self.root)
         return prepared.made  # type: ignore[no-any-return]
 

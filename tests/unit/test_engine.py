@@ -23,6 +23,7 @@ from fedbench.measures.accuracy import Evaluation, evaluate
 from fedbench.measures.cost import most_tokens
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, FedAvgLora
 from fedbench.methods.fedpft import FedPFT
+from fedbench.records.schema import RoundBytes, Selection, Validation
 from fedbench.records.store import load_all
 from fedbench.run import prepare as preparing
 from fedbench.run.gate import Bounds, let_in
@@ -369,22 +370,22 @@ def test_a_record_says_what_was_run_and_what_it_took(request_of: RunRequest) -> 
         "fm_hash": p.loaded.fm.content_hash,
         "precision": "fp32",
     }
-    assert identity.items() <= record.identity.items()
-    assert record.scenario["title"] == p.scenario.title
-    assert record.compute["local_steps"] == sum(result.steps for result in seen) > 0
-    assert record.compute["trainable_parameters"] == sum(
+    assert identity.items() <= record.identity.to_json().items()
+    assert record.scenario.title == p.scenario.title
+    assert record.compute.local_steps == sum(result.steps for result in seen) > 0
+    assert record.compute.trainable_parameters == sum(
         tensor.numel() for tensor in server_of(one).state().tensors.values()
     )
-    assert set(record.compute["seconds"]) >= {"setup", "broadcast", "local", "upload", "aggregate", "evaluate", "test"}
+    assert set(record.compute.seconds) >= {"setup", "broadcast", "local", "upload", "aggregate", "evaluate", "test"}
     # Scored are every second round and the last.
     assert ["plug_in_validation" in entry for entry in one.rounds] == [False, True, True]
-    assert record.accuracy["selection"] == {"rule": one.evaluation.selection, "round": 2}
-    assert record.accuracy["validation"] == {"plug_in": one.rounds[2]["plug_in_validation"], "proxy": None}
-    assert record.partition["sizes"] == [len(rows) for rows in one.rows]
-    assert record.provenance["executor"] == p.execution.executor
-    assert record.provenance["notes"][: len(p.notes)] == list(p.notes)
-    assert record.communication["per_round"] == [
-        {"round": r, "up": e["bytes_up"], "down": e["bytes_down"]} for r, e in enumerate(one.rounds)
+    assert record.accuracy.selection == Selection(rule=one.evaluation.selection, round=2)
+    assert record.accuracy.validation == Validation(plug_in=one.rounds[2]["plug_in_validation"], proxy=None)
+    assert record.partition.sizes == [len(rows) for rows in one.rows]
+    assert record.provenance.executor == p.execution.executor
+    assert record.provenance.notes[: len(p.notes)] == list(p.notes)
+    assert record.communication.per_round == [
+        RoundBytes(round=r, up=e["bytes_up"], down=e["bytes_down"]) for r, e in enumerate(one.rounds)
     ]
 
 
@@ -409,18 +410,18 @@ def test_every_model_is_scored_on_every_test_set(request_of: RunRequest) -> None
     untouched.load_state_dict(head, strict=False)
     size = one.evaluation.batch_size
     for block, model, rows in (
-        (found["plug_in"], server_of(one).plug_in(), loaded.test),
-        (found["proxy"], proxy, loaded.test),
-        (found["untouched"], untouched, loaded.test),
-        (found["extra_tests"]["mismatched"]["plug_in"], server_of(one).plug_in(), loaded.validation),
-        (found["extra_tests"]["mismatched"]["proxy"], proxy, loaded.validation),
+        (found.plug_in, server_of(one).plug_in(), loaded.test),
+        (found.proxy, proxy, loaded.test),
+        (found.untouched, untouched, loaded.test),
+        (found.extra_tests["mismatched"].plug_in, server_of(one).plug_in(), loaded.validation),
+        (found.extra_tests["mismatched"].proxy, proxy, loaded.validation),
     ):
         score = evaluate(model, rows, size, Execution())
-        assert (block["rows"], block["accuracy"]) == (len(rows), pytest.approx(score.accuracy))
-        assert block["loss"] == pytest.approx(score.loss, rel=1e-5)
-    assert found["test_name"] == "matched"
-    assert found["gap"] == pytest.approx(found["plug_in"]["accuracy"] - found["proxy"]["accuracy"])
-    assert found["validation"]["proxy"] == one.rounds[0]["proxy_validation"]
+        assert (block.rows, block.accuracy) == (len(rows), pytest.approx(score.accuracy))
+        assert block.loss == pytest.approx(score.loss, rel=1e-5)
+    assert found.test_name == "matched"
+    assert found.gap == pytest.approx(found.plug_in.accuracy - found.proxy.accuracy)
+    assert found.validation.proxy == one.rounds[0]["proxy_validation"]
 
 
 def test_of_rounds_with_equal_scores_the_first_is_kept(request_of: RunRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,7 +463,7 @@ def test_a_servers_own_check_is_asked(request_of: RunRequest, monkeypatch: pytes
     one.loop(None)
     assert one.rounds[0]["arrived"] == []
     assert one.rounds[0]["refused"] == [{"client": c, "reason": "not today"} for c in one.rounds[0]["cohort"]]
-    assert finish(one).communication["refused"] == [[0, c, "not today"] for c in one.rounds[0]["cohort"]]
+    assert finish(one).communication.refused == [[0, c, "not today"] for c in one.rounds[0]["cohort"]]
 
 
 def test_no_checkpoint_is_written_after_the_last_round(request_of: RunRequest, tmp_path: Path) -> None:
@@ -494,5 +495,5 @@ def test_a_method_that_cannot_run_leaves_a_record_that_says_why(request_of: RunR
     why = f"{asked.loaded.fm.name} has no head trained for this task"
     assert asked.unavailable == why
     record = run(asked)
-    assert record.accuracy == {"plug_in": None, "proxy": None, "unavailable": why}
-    assert record.compute["trainable_parameters"] is None
+    assert record.accuracy.to_json() == {"plug_in": None, "proxy": None, "unavailable": why}
+    assert record.compute.trainable_parameters is None

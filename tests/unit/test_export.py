@@ -20,7 +20,9 @@ from fedbench.errors import FedbenchError
 from fedbench.files import save_tensors
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import set_tensors
-from fedbench.records.store import Record, path_of, unpack_correct
+from fedbench.records.record import Record
+from fedbench.records.store import path_of
+from fedbench.records.text import unpack_correct
 from fedbench.run.export import adapter_path, export_adapter
 from fedbench.run.prepare import Prepared, prepare
 from fedbench.run.run import run
@@ -70,9 +72,9 @@ def test_plain_transformers_and_peft_give_the_runs_logits_and_accuracy(family: s
     set_tensors(tuned, kept)
     assert torch.allclose(found, logits(tuned, rows), atol=1e-5)
     assert not torch.allclose(found, untuned, atol=1e-2)
-    scores = done.record.accuracy["plug_in"]
-    assert np.array_equal((found.argmax(-1) == rows.labels).numpy(), unpack_correct(scores["correct"], scores["rows"]))
-    assert F.cross_entropy(found, rows.labels).item() == pytest.approx(scores["loss"], rel=1e-4)
+    scores = done.record.accuracy.plug_in
+    assert np.array_equal((found.argmax(-1) == rows.labels).numpy(), unpack_correct(scores.correct, scores.rows))
+    assert F.cross_entropy(found, rows.labels).item() == pytest.approx(scores.loss, rel=1e-4)
 
     # Both parts are needed: LoRA is not zero, and the head is the run's.
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -99,9 +101,7 @@ def test_an_fm_without_a_checkpoint_is_exported_with_the_adapter(
     base = AutoModelForImageClassification.from_pretrained(made.base)
     rows = done.prepared.loaded.test
     found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)
-    assert F.cross_entropy(found, rows.labels).item() == pytest.approx(
-        done.record.accuracy["plug_in"]["loss"], rel=1e-4
-    )
+    assert F.cross_entropy(found, rows.labels).item() == pytest.approx(done.record.accuracy.plug_in.loss, rel=1e-4)
 
 
 def test_the_command_line_prints_code_that_runs(
@@ -118,7 +118,7 @@ def test_the_command_line_prints_code_that_runs(
     exec(code, scope)
     rows = done.prepared.loaded.test
     share = (logits(scope["model"].eval(), rows).argmax(-1) == rows.labels).double().mean().item()
-    assert share == pytest.approx(done.record.accuracy["plug_in"]["accuracy"])
+    assert share == pytest.approx(done.record.accuracy.plug_in.accuracy)
 
 
 def test_an_fm_given_as_a_folder_is_asked_for_and_checked(tmp_path: Path) -> None:

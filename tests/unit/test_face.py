@@ -20,7 +20,8 @@ from helpers import save_tiny_bert
 import fedbench
 from fedbench.api import local, messages, sides
 from fedbench.errors import FedbenchError
-from fedbench.records.store import Record, load, save
+from fedbench.records.record import Record
+from fedbench.records.store import load, save
 from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
 from fedbench.tables.compare import compare

@@ -224,13 +224,13 @@ def test_a_whole_run(checkpoint: Path, tmp_path: Path, method: str) -> None:
     asked = smoke_request(tmp_path, method, scenario, checkpoint, lr="1e-2", **settings)
     record = run(prepare(asked))
     assert record.status == "complete"
-    assert record.accuracy["plug_in"]["rows"] == 60
+    assert record.accuracy.plug_in.rows == 60
     assert record.gradient_error is not None
-    layers = record.gradient_error["points"][-1]["layers"]
-    assert [entry["layer"] for entry in layers] == [0, 1, 2]
-    assert all(entry["hidden"] > 0 for entry in record.distillation)
+    layers = record.gradient_error.points[-1].layers
+    assert [entry.layer for entry in layers] == [0, 1, 2]
+    assert all(entry.hidden > 0 for entry in record.distillation)
     assert record.exposure is not None
-    assert 0 < record.exposure["verbatim"]["without_embeddings"] < 1
+    assert 0 < record.exposure.verbatim.without_embeddings < 1
 
 
 def test_a_target_that_matches_nothing_is_an_error(fm: FoundationModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _records import make_record
+from _records import altered, make_record
 
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell, Outcome, run_cells
 from fedbench.grid.file import Grid, grid_names, load_grid
 from fedbench.models.zoo.names import FMS
-from fedbench.records.store import Record, load, load_all, record_key, save
+from fedbench.records.record import Record
+from fedbench.records.store import load, load_all, record_key, save
 from fedbench.registry import Registry
 from fedbench.scenario.load import load_scenario
 
@@ -326,7 +327,7 @@ class FakeRunner:
         cell = prepared.cell
         self._maybe(cell, "run")
         made = make_record(cell.method, cell.seed, scenario=cell.scenario)
-        record = made.model_copy(update={"identity": {**made.identity, "key": prepared.key}})
+        record = altered(made, {"identity.key": prepared.key})
         save(record, self.root)
         self.ran.append((cell.method, cell.seed))
         return record
@@ -366,11 +367,11 @@ def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path:
     record = outcomes[1].record
     assert load(tmp_path / "agnews-noniid" / "fedpft" / f"s0-{record.key[:12]}.json") == record
     assert record.error is not None
-    assert (record.error["type"], record.error["message"]) == ("ValueError", "loss is not finite")
-    assert "in _maybe" in record.error["traceback"]
-    assert 'File "fedbench/grid/cells.py"' in record.error["traceback"]  # from the import folder on, not from the root
-    assert record.identity["fm"] == "minilm-l6"
-    assert record.identity["method_version"] == 2
+    assert (record.error.type, record.error.message) == ("ValueError", "loss is not finite")
+    assert "in _maybe" in record.error.traceback
+    assert 'File "fedbench/grid/cells.py"' in record.error.traceback  # from the import folder on, not from the root
+    assert record.identity.fm == "minilm-l6"
+    assert record.identity.method_version == 2
     # Tried again, made good, and the failure is gone.
     runner.trouble.clear()
     assert statuses(run_cells(cells, runner, tmp_path)) == ["skipped", "complete", "skipped", "skipped"]
@@ -381,8 +382,8 @@ def test_a_failure_before_the_key_is_known(tmp_path: Path, cells: list[Cell]) ->
     runner = FakeRunner(tmp_path, {("fedpft", 1): ("prepare", FedbenchError("agnews: no data"))})
     assert statuses(run_cells(cells, runner, tmp_path)) == ["complete", "complete", "complete", "failed"]
     (failed,) = [r for r in load_all(tmp_path) if r.status == "failed"]
-    assert failed.identity["key"] == cells[3].key
-    assert failed.identity["data_hash"] is None
+    assert failed.identity.key == cells[3].key
+    assert failed.identity.data_hash is None
     runner.trouble.clear()
     run_cells(cells, runner, tmp_path)
     assert len(load_all(tmp_path)) == 4

@@ -18,7 +18,7 @@ from fedbench.measures.exposure import Exposure
 from fedbench.measures.gradient import aggregation_error, compare, gradient_error, gradients
 from fedbench.models.cache import Frozen
 from fedbench.objectives.classification import cross_entropy
-from fedbench.records.store import pack_correct
+from fedbench.records.text import pack_correct
 from fedbench.rng import Streams
 
 

@@ -8,32 +8,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
-from _records import make_record
+from _records import altered, make_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedbench.errors import FedbenchError
 from fedbench.records import provenance
-from fedbench.records import store as records
-from fedbench.records.store import (
-    Record,
-    canonical_json,
-    comparable,
-    differences,
-    dumps,
-    load,
-    load_all,
-    pack_correct,
-    path_of,
-    plain,
-    record_key,
-    save,
-    unpack_correct,
-)
+from fedbench.records.differences import comparable, differences
+from fedbench.records.fields import Block
+from fedbench.records.record import Record
+from fedbench.records.schema import READABLE, SCHEMA, Score
+from fedbench.records.store import load, load_all, path_of, record_key, save
+from fedbench.records.text import WIDTH, canonical_json, dumps, pack_correct, plain, unpack_correct
 
 scalars = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | st.text(max_size=8)
 values = st.recursive(
@@ -53,7 +43,7 @@ def test_record_in_memory_equals_the_record_read_back(tmp_path: Path) -> None:
 @given(block=st.dictionaries(st.text(max_size=5), values, max_size=4))
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_block_survives_the_file(tmp_path: Path, block: dict[str, Any]) -> None:
-    record = make_record().model_copy(update={"provenance": {"block": plain(block)}})
+    record = altered(make_record(), {"provenance": {"block": block}, "method.settings": block, "scenario.other": block})
     path = save(record, tmp_path)
     first = path.read_bytes()
     again = load(path)
@@ -112,8 +102,9 @@ def test_packed_bits_by_hand() -> None:
 
 
 def test_a_model_without_a_finite_loss_has_diverged() -> None:
-    assert records.diverged({"loss": None, "accuracy": None})
-    assert not any(map(records.diverged, (None, {}, {"loss": 0.0})))
+    assert Score(accuracy=None, loss=None, rows=1).diverged
+    assert not Score(accuracy=0.5, loss=0.0, rows=1).diverged
+    assert not Score(accuracy=0.5, rows=1).diverged, "a loss that was not measured says nothing"
 
 
 def test_a_failed_write_leaves_the_old_record_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +127,9 @@ def test_killed_between_write_and_rename(tmp_path: Path) -> None:
     before = load(path)
     script = (
         "import os, sys, signal; from pathlib import Path; from fedbench.records import store as records\n"
+        "from fedbench.records.schema import Residual\n"
         "record = records.load(Path(sys.argv[1]))\n"
-        "changed = record.model_copy(update={'distillation': [{'layer': 0}]})\n"
+        "changed = record.model_copy(update={'distillation': [Residual(layer=0)]})\n"
         "os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL)\n"
         "records.save(changed, Path(sys.argv[2]))\n"
     )
@@ -169,7 +161,7 @@ def test_layout_of_the_file() -> None:
         ' "c": {}',
         "}",
     ]
-    assert max(map(len, text.splitlines())) <= records.WIDTH
+    assert max(map(len, text.splitlines())) <= WIDTH
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -197,31 +189,35 @@ def test_a_line_of_a_list_is_120_characters_at_most(last: int, fits: bool) -> No
 
 def test_comparable_leaves_out_times_memory_and_provenance() -> None:
     a = make_record()
-    compute = {**a.compute, "seconds": {"local": 1.0}, "peak_memory_bytes": 1}
-    b = a.model_copy(update={"compute": compute, "provenance": {"device": "cuda"}})
+    changes = {"compute.seconds": {"local": 1.0}, "compute.peak_memory_bytes": 1, "provenance": {"device": "cuda"}}
+    b = altered(a, changes)
     assert differences(a, b) == []
     assert canonical_json(comparable(a)) == canonical_json(comparable(b))
-    assert "peak_memory_bytes" in a.compute  # the record itself is left as it was
+    assert a.compute.peak_memory_bytes is not None  # the record itself is left as it was
 
 
 def test_differences_names_the_places() -> None:
     a = make_record(accuracy=0.8)
-    b = make_record(accuracy=0.9).model_copy(
-        update={"rounds": [{**a.rounds[0], "cohort": [1, 2, 3, 5]}, *a.rounds[1:]]}
-    )
+    b = altered(make_record(accuracy=0.9), {"rounds.0.cohort": [1, 2, 3, 5], "rounds.0.refused": []})
+    a = altered(a, {"rounds.0.refused": []})
     assert differences(a, b) == [
         "accuracy.plug_in.accuracy",
         "accuracy.plug_in.correct",
         "accuracy.plug_in.macro_f1",
         "rounds.0.cohort.3",
     ]
-    c = a.model_copy(update={"rounds": [], "exposure": None, "compute": {**a.compute, "local_steps": 750.0}})
-    assert differences(a, c) == ["compute.local_steps", "exposure", "rounds"]
-    fewer = {name: value for name, value in a.compute.items() if name != "local_steps"}
-    d = a.model_copy(update={"compute": {**fewer, "steps": 750}})
+    c = altered(a, {"exposure": None, "partition.label_counts": []})
+    assert differences(a, c) == ["exposure", "partition.label_counts"]
+    fewer = a.compute.to_json()
+    fewer["steps"] = fewer.pop("local_steps")
+    d = altered(a, {"compute": fewer})
     assert differences(a, d) == differences(d, a) == ["compute.local_steps", "compute.steps"]
+    # A whole float is other bytes than an int.
+    e, f = (altered(a, {"compute.seconds": {}, "compute.rate": rate}) for rate in (1, 1.0))
+    assert differences(e, f) == ["compute.rate"]
     # A failed run may have measured nothing.
-    assert differences(a.model_copy(update={"compute": {}}), a.model_copy(update={"compute": {}})) == []
+    failed = altered(make_record(status="failed"), {"compute": {}})
+    assert differences(failed, failed) == []
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -382,7 +378,9 @@ def test_every_score_is_held_to_its_bits() -> None:
     content = make_record(proxy=0.7).to_json()
     other = dict(content["accuracy"]["plug_in"])
     content["accuracy"] |= {"test_name": "matched", "extra_tests": {"mismatched": {"plug_in": other, "proxy": None}}}
-    assert Record.model_validate(content).accuracy["extra_tests"]["mismatched"]["plug_in"] == other
+    tests = Record.model_validate(content).accuracy.extra_tests
+    assert tests is not None
+    assert tests["mismatched"].plug_in.to_json() == other
     other["accuracy"] = 0.9
     with pytest.raises(
         ValueError, match=r"accuracy\.extra_tests\.mismatched\.plug_in\.accuracy: 0\.9, but its per-row"
@@ -427,7 +425,7 @@ def test_what_was_not_measured_contradicts_nothing() -> None:
 def test_numbers_that_agree_but_for_their_rounding_are_let_in() -> None:
     # 1/3 and 0.333 are kept to nine digits; so is their gap, which is a thousand times smaller.
     record = make_record(correct=np.arange(3000) < 1000, proxy=0.333)
-    assert record.accuracy["gap"] == 0.000333333333
+    assert record.accuracy.gap == 0.000333333333
     assert Record.model_validate(record.to_json()) == record
 
 
@@ -447,7 +445,7 @@ def test_tables_may_be_32_deep(tmp_path: Path, depth: int, refused: bool) -> Non
         with pytest.raises(FedbenchError, match=r"provenance\.x\.0.*: nested too deeply;"):
             load(path)
     else:
-        assert load(path).provenance["x"] == inner
+        assert load(path).provenance.to_json()["x"] == inner
 
 
 def test_records_behind_a_link_are_found(tmp_path: Path) -> None:
@@ -483,7 +481,7 @@ def test_a_record_says_what_its_path_says(tmp_path: Path, change: dict[str, Any]
     # Elsewhere and under another name there is nothing to compare with.
     copy = tmp_path / "copy.json"
     copy.write_text(dumps(content))
-    assert load(copy).identity == content["identity"]
+    assert load(copy).identity.to_json() == content["identity"]
 
 
 def test_a_record_in_another_place_is_not_left_out_in_silence(tmp_path: Path) -> None:
@@ -498,7 +496,7 @@ def test_a_record_in_another_place_is_not_left_out_in_silence(tmp_path: Path) ->
         place.rename(path)
     hidden = path.with_name(f".{path.name}")
     path.rename(hidden)
-    assert [record.identity["method"] for record in load_all(tmp_path)] == ["fedot"]
+    assert [record.identity.method for record in load_all(tmp_path)] == ["fedot"]
 
 
 def test_the_first_bad_file_is_named_and_the_others_are_counted(tmp_path: Path) -> None:
@@ -556,39 +554,38 @@ def test_fields_of_a_later_version_are_let_through_and_kept(tmp_path: Path) -> N
 
 def test_a_run_without_uploads_is_as_it_started() -> None:
     said = "the model is as it started"
-    assert records.no_upload(make_record()) == ""
-    assert records.no_upload(make_record(arrived=[[]] * 15)) == f"no upload ever arrived: {said}"
-    assert records.no_upload(make_record(arrived=[[]] * 14 + [[1]])) == ""
-    assert records.rounds_without_upload(make_record(arrived=[[]] * 14 + [[1]])) == 14
+    assert make_record().no_upload == ""
+    assert make_record(arrived=[[]] * 15).no_upload == f"no upload ever arrived: {said}"
+    assert make_record(arrived=[[]] * 14 + [[1]]).no_upload == ""
+    assert make_record(arrived=[[]] * 14 + [[1]]).rounds_without_upload == 14
     # The round that is scored decides, not one after it.
     late = make_record(arrived=[[]] * 14 + [[1]])
-    late.accuracy["selection"] |= {"rule": "best", "round": 13}
-    assert records.no_upload(late) == f"no upload had arrived by the round that is scored: {said}"
-    late.accuracy["selection"] |= {"round": 14}
-    assert records.no_upload(late) == ""
-    assert records.no_upload(make_record(status="failed", arrived=[[], [1]])) == "", "without a score, all rounds"
-    refused = make_record(arrived=[[]] * 15)
-    refused.rounds[0]["refused"] = [{"client": 1, "reason": "x"}]
-    assert records.no_upload(refused) == f"every upload was refused: {said}"
+    late = altered(late, {"accuracy.selection": {"rule": "best", "round": 13}})
+    assert late.no_upload == f"no upload had arrived by the round that is scored: {said}"
+    late = altered(late, {"accuracy.selection.round": 14})
+    assert late.no_upload == ""
+    assert make_record(status="failed", arrived=[[], [1]]).no_upload == "", "without a score, all rounds"
+    refused = altered(make_record(arrived=[[]] * 15), {"rounds.0.refused": [{"client": 1, "reason": "x"}]})
+    assert refused.no_upload == f"every upload was refused: {said}"
     # A method without rounds waits for no upload.
-    assert records.no_upload(make_record("zero-shot", federation={"rounds": 0})) == ""
+    assert make_record("zero-shot", federation={"rounds": 0}).no_upload == ""
 
 
 def test_records_of_the_first_schema_stay_readable(tmp_path: Path) -> None:
     old = make_record()
     assert old.schema_version == 1
-    assert "inputs_hash" not in old.identity
-    new = Record.model_validate({**old.to_json(), "schema": records.SCHEMA})
-    assert records.SCHEMA == 2
+    assert old.identity.inputs_hash is None
+    new = Record.model_validate({**old.to_json(), "schema": SCHEMA})
+    assert SCHEMA == 2
     for record in (old, new):
         assert load(save(record, tmp_path)) == record
 
 
 def test_the_name_of_an_fm_is_nothing_that_two_runs_of_one_key_have_to_share() -> None:
     a = make_record()
-    b = a.model_copy(update={"identity": {**a.identity, "fm": "renamed"}, "scenario": {**a.scenario, "fm": "renamed"}})
+    b = altered(a, {"identity.fm": "renamed", "scenario.fm": "renamed"})
     assert differences(a, b) == []
-    c = a.model_copy(update={"identity": {**a.identity, "fm_hash": "another"}})
+    c = altered(a, {"identity.fm_hash": "another"})
     assert differences(a, c) == ["identity.fm_hash"]
 
 
@@ -605,3 +602,87 @@ def test_the_commit_in_a_record_is_the_one_the_process_started_with(monkeypatch:
     assert provenance.source_state() == provenance.source_state() == {"commit": "a", "dirty": False}
     monkeypatch.undo()
     provenance.source_state.cache_clear()
+
+
+# ---------------------------------------------------------------- the schema
+
+
+RESULTS = Path(__file__).parents[2] / "results" / "records"
+
+
+def test_every_committed_record_is_written_again_byte_for_byte() -> None:
+    paths = sorted(RESULTS.rglob("*.json"))
+    assert len(paths) >= 90
+    for path in paths:
+        assert dumps(load(path).to_json()) == path.read_text(encoding="utf-8"), path
+
+
+def test_what_a_file_leaves_out_stays_out_and_null_stays_null(tmp_path: Path) -> None:
+    content = make_record().to_json()
+    for block, field in (("identity", "precision"), ("compute", "step_flops"), ("accuracy", "validation")):
+        content[block].pop(field, None)
+    assert "distillation" not in content
+    content["identity"]["data_hash"] = None
+    record = Record.model_validate(content)
+    assert record.to_json() == content
+    assert load(save(record, tmp_path)).to_json() == content
+
+
+def test_a_whole_number_stays_as_it_was_written() -> None:
+    record = altered(make_record(), {"scenario.federation.fraction": 1, "compute.seconds.local": 61})
+    assert '"fraction": 1,' in dumps(record.to_json())
+    assert '"local": 61,' in dumps(record.to_json())
+
+
+def test_a_block_may_be_given_as_a_model() -> None:
+    record = make_record()
+    rounded = record.compute.model_copy(update={"seconds": {"local": 1 / 3}})
+    given = {name: getattr(record, name) for name in record.model_fields_set if name != "schema_version"}
+    again = Record.model_validate({**given, "schema": 1, "compute": rounded})
+    assert again.compute.seconds == {"local": 0.333333333}
+    assert again.accuracy == record.accuracy
+
+
+def test_nothing_in_a_record_can_be_set_anew() -> None:
+    record = make_record()
+    with pytest.raises(ValueError, match="frozen"):
+        record.compute.local_steps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("block", ["communication", "partition", "method"])
+def test_a_block_is_whole_or_empty(block: str) -> None:
+    content = make_record(status="failed").to_json()
+    assert Record.model_validate({**content, block: {}}).status == "failed"
+    with pytest.raises(ValueError, match="is missing"):
+        Record.model_validate({**content, block: {"more": 1}})
+
+
+def blocks() -> dict[type[Block], list[str]]:
+    """The blocks of a record, each with the fields that hold one."""
+    found: dict[type[Block], list[str]] = {}
+
+    def note(kind: Any, place: str) -> None:
+        if isinstance(kind, type) and issubclass(kind, Block):
+            found.setdefault(kind, []).append(place)
+            if len(found[kind]) == 1:
+                for name, field in kind.model_fields.items():
+                    note(field.annotation, f"{place}.{name}")
+        for inner in get_args(kind):
+            note(inner, place)
+
+    for name, field in Record.model_fields.items():
+        note(field.annotation, name)
+    return found
+
+
+def test_the_documentation_names_every_field_of_the_schema() -> None:
+    about = (Path(__file__).parents[2] / "docs" / "records.md").read_text(encoding="utf-8")
+    wanted = [
+        f"| {', '.join(f'`{place}`' for place in places)} | {', '.join(f'`{name}`' for name in kind.model_fields)} |"
+        for kind, places in blocks().items()
+    ]
+    assert [line for line in about.splitlines() if line.startswith("| `")] == wanted
+    for name in Record.model_fields:
+        assert f"`{name.removesuffix('_version')}`" in about
+    assert f"schema is {SCHEMA}" in about
+    assert f"schemas {' and '.join(map(str, READABLE))}" in about

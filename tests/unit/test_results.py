@@ -8,8 +8,9 @@ import pytest
 
 from fedbench.grid.file import load_grid
 from fedbench.records.store import load_all
-from fedbench.tables.compare import Comparison, compare
-from fedbench.tables.render import render
+from fedbench.tables.compare import compare
+from fedbench.tables.comparison import Comparison
+from fedbench.tables.render.forms import render
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "results" / "tables").glob("*.md"))
@@ -40,4 +41,4 @@ def test_the_readme_quotes_a_table() -> None:
 def test_every_record_was_made_by_a_clean_commit() -> None:
     for record in load_all(ROOT / "results" / "records"):
         assert record.status == "complete"
-        assert record.provenance["git"]["dirty"] is False
+        assert record.provenance.git.dirty is False

@@ -23,7 +23,8 @@ from fedbench.models.cache import Frozen
 from fedbench.models.parts import Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.objectives.classification import cross_entropy
-from fedbench.records.store import pack_correct
+from fedbench.records.schema import Selection
+from fedbench.records.text import pack_correct
 from fedbench.run.loop import Run
 from fedbench.run.prepare import Prepared, prepare
 from fedbench.run.progress import Silent
@@ -129,8 +130,8 @@ def test_an_absurd_update_is_refused_where_a_largest_norm_is_set(
     monkeypatch.setattr(AdapterClient, "upload", upload)
     settings = {"rounds": "2", "federation.max_update_norm": "10"}
     record = run(prepared(tmp_path, **settings))
-    assert [r["arrived"] for r in record.rounds] == [[0, 1, 3]] * 2
-    assert {why.partition(" has norm")[0] for _, _, why in record.communication["refused"]} == {"adapter: its update"}
+    assert [r.arrived for r in record.rounds] == [[0, 1, 3]] * 2
+    assert {why.partition(" has norm")[0] for _, _, why in record.communication.refused} == {"adapter: its update"}
     with pytest.raises(DivergedError, match="federation.max_update_norm|lower lr"):
         run(prepared(tmp_path / "open", rounds="2"))
 
@@ -142,7 +143,7 @@ def test_set_up_is_what_clients_were_sent_first_whatever_its_kind(tmp_path: Path
         this.loop(None)
         sent = [e.bytes for e in this.ledger.entries if e.kind == kind]
         assert len(sent) == 4, "one for each client"
-        assert finish(this).communication["setup_bytes"] == sum(sent) > 4 * 10_000
+        assert finish(this).communication.setup_bytes == sum(sent) > 4 * 10_000
 
 
 def test_no_row_of_a_test_set_is_looked_at_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,10 +182,11 @@ def test_the_best_round_is_the_best_of_all_by_what_a_deployment_could_see(tmp_pa
         assert whole == [3, 4], "the plug-in in rounds of evaluation and the last"
     record = finish(this)
     best = scores.index(max(scores))
-    assert record.accuracy["selection"] == {"rule": "best", "round": best}
-    assert record.accuracy["validation"]["proxy" if method == "fedpft" else "plug_in"] == pytest.approx(max(scores))
+    assert record.accuracy.selection == Selection(rule="best", round=best)
+    chosen = record.accuracy.validation
+    assert (chosen.proxy if method == "fedpft" else chosen.plug_in) == pytest.approx(max(scores))
     own = evaluate(server_of(this).plug_in(), this.p.loaded.validation, 64, Execution()).accuracy
-    assert record.accuracy["validation"]["plug_in"] == pytest.approx(own)
+    assert record.accuracy.validation.plug_in == pytest.approx(own)
 
 
 def test_plug_in_and_proxy_are_scored_as_what_they_are(tmp_path: Path) -> None:
@@ -194,10 +196,10 @@ def test_plug_in_and_proxy_are_scored_as_what_they_are(tmp_path: Path) -> None:
     proxy = server_of(this).proxy()
     assert proxy is not None
     plug_in = evaluate(server_of(this).plug_in(), rows, 64, Execution())
-    assert record.accuracy["plug_in"]["loss"] == pytest.approx(plug_in.loss, rel=1e-6)
-    assert record.accuracy["plug_in"]["correct"] == pack_correct(plug_in.correct)
-    assert record.accuracy["proxy"]["loss"] == pytest.approx(evaluate(proxy, rows, 64, Execution()).loss, rel=1e-6)
-    assert record.accuracy["proxy"]["loss"] != pytest.approx(plug_in.loss, rel=1e-5)
+    assert record.accuracy.plug_in.loss == pytest.approx(plug_in.loss, rel=1e-6)
+    assert record.accuracy.plug_in.correct == pack_correct(plug_in.correct)
+    assert record.accuracy.proxy.loss == pytest.approx(evaluate(proxy, rows, 64, Execution()).loss, rel=1e-6)
+    assert record.accuracy.proxy.loss != pytest.approx(plug_in.loss, rel=1e-5)
     validation = [
         evaluate(m, this.p.loaded.validation, 64, Execution()).accuracy for m in (server_of(this).plug_in(), proxy)
     ]
@@ -257,5 +259,5 @@ def test_clients_are_trained_as_the_record_says(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("fedbench.run.hosts.side.execute_all", watched)
     record = run(prepare(replace(prepared(tmp_path).request, executor=executor)))
-    assert record.provenance["executor"] == executor
+    assert record.provenance.executor == executor
     assert asked == [(executor == "fused", executor == "reference")]

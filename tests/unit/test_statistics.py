@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from _records import make_record
+from _records import altered, make_record
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from studies.coverage import SCENARIOS, SEEDS, simulate
 
-from fedbench.records.store import Record
-from fedbench.tables.compare import Section, compare
-from fedbench.tables.render import comments
+from fedbench.records.record import Record
+from fedbench.tables.compare import compare
+from fedbench.tables.comparison import Section
+from fedbench.tables.render.comments import comments
 from fedbench.tables.statistics import Difference, half_width, holm, paired_test, seeds_needed, variances
 
 T2, T1, NORMAL = 4.3026527, 12.7062047, 1.9599640
@@ -224,7 +225,7 @@ def test_the_mean_variance_is_weighted_and_the_rows_part_is_the_largest() -> Non
 
 def proxy(method: str, rounds: int = 12, residuals: bool = True, **settings: int) -> Record:
     record = make_record(method, proxy=0.7, settings=dict(settings), federation={"rounds": rounds})
-    return record.model_copy(update={"distillation": [{"layer": 1}] if residuals else []})
+    return altered(record, {"distillation": [{"layer": 1}] if residuals else []})
 
 
 def test_unequal_distillation_is_said() -> None:

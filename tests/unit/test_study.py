@@ -16,7 +16,7 @@ from fedbench.cli.app import app
 from fedbench.errors import FedbenchError
 from fedbench.methods.fedot import FedOT
 from fedbench.methods.fedpft import FedPFT
-from fedbench.records.store import plain
+from fedbench.records.text import plain
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
 from fedbench.study.report import layers_frame, markdown, points_frame, save, terminal

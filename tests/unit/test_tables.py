@@ -14,19 +14,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from _records import make_record
+from _records import altered, make_record
 from rich.console import Console, RenderableType
 
 from fedbench.cli import app as cli
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell
 from fedbench.grid.file import Grid, load_grid
-from fedbench.records.store import Record, save
-from fedbench.tables import compare as tables
-from fedbench.tables import render as render_module
+from fedbench.records.record import Record
+from fedbench.records.store import save
 from fedbench.tables import report
-from fedbench.tables.compare import compare, of_fm
-from fedbench.tables.render import accuracy_text, beside_frame, comments, overview_frame, render, terminal
+from fedbench.tables.compare import compare
+from fedbench.tables.comparison import Comparison
+from fedbench.tables.matching import of_fm
+from fedbench.tables.render import latex, markdown
+from fedbench.tables.render.comments import comments
+from fedbench.tables.render.forms import render
+from fedbench.tables.render.frames import accuracy_text, beside_frame, overview_frame
+from fedbench.tables.render.terminal import terminal
 from fedbench.tables.statistics import Summary, binomial_standard_error, holm, paired_test
 
 
@@ -219,11 +224,10 @@ FULL = {**SHORT, "rounds": 100, "max_steps": None}
 
 def with_mismatched(record: Record, accuracy: float) -> Record:
     extra = {"mismatched": {"plug_in": {"accuracy": accuracy, "rows": 10}, "proxy": None}}
-    scores = {**record.accuracy, "test_name": "matched", "extra_tests": extra}
-    return record.model_copy(update={"accuracy": scores})
+    return altered(record, {"accuracy.test_name": "matched", "accuracy.extra_tests": extra})
 
 
-def beside_the_paper(fm: str | None = None) -> tables.Comparison:
+def beside_the_paper(fm: str | None = None) -> Comparison:
     """paper-iid with records of BERT in full and of MiniLM in small, and most cells missing."""
     bert = {"lr": 8e-4, "t": 10, "p": 0.5}
     records = [
@@ -373,7 +377,7 @@ def test_of_several_settings_the_nearest_to_the_reported_one_is_shown() -> None:
 
 def test_a_reported_test_set_that_the_records_do_not_have_is_an_error() -> None:
     record = with_mismatched(make_record("fedpft", 0, 0.7, scenario="mnli-iid", fm="bert-base"), 0.6)
-    record.accuracy["test_name"] = "other"
+    record = altered(record, {"accuracy.test_name": "other"})
     grid = load_grid("paper-iid")
     with pytest.raises(FedbenchError, match="mnli-iid has no test set 'matched'; its records have other, mismatched"):
         compare([record], grid.cells(), "", grid.reported)
@@ -396,9 +400,9 @@ def test_measures_by_hand() -> None:
 def test_unequal_budgets_and_an_in_domain_corpus_are_said() -> None:
     a, b = make_record("fedpft", proxy=0.7), make_record("fedot", proxy=0.7)
     assert not [note for note in compare([a, b]).sections[0].notes if "differ" in note or "in-domain" in note]
-    b = b.model_copy(update={"compute": {**b.compute, "resident_parameters": 16_800_000, "local_steps": 800}})
+    b = altered(b, {"compute.resident_parameters": 16_800_000, "compute.local_steps": 800})
     public = {"name": "tweets", "in_domain": True}
-    a, b = (r.model_copy(update={"scenario": {**r.scenario, "public": public}}) for r in (a, b))
+    a, b = (altered(r, {"scenario.public": public}) for r in (a, b))
     notes = compare([a, b]).sections[0].notes
     assert "the public corpus is in-domain, which flatters proxies" in notes
     assert "budgets of the proxy methods differ: local steps: fedot 800, fedpft 750" in notes
@@ -408,7 +412,7 @@ def test_unequal_budgets_and_an_in_domain_corpus_are_said() -> None:
 def test_the_code_that_made_the_runs_is_named() -> None:
     def made_by(seed: int, git: dict[str, object] | None) -> Record:
         record = make_record("fedot", seed, 0.8)
-        return record.model_copy(update={"provenance": {**record.provenance, "git": git}})
+        return altered(record, {"provenance.git": git})
 
     clean, dirty = ({"commit": c * 40, "dirty": c == "b"} for c in "ab")
     notes = compare([made_by(0, clean), made_by(1, dirty), made_by(2, clean)]).sections[0].notes
@@ -437,7 +441,7 @@ def test_a_run_without_any_upload_is_marked_and_not_ranked() -> None:
         make_record("fedpft", 0, 0.7, rows=100, proxy=0.7),
         make_record("fedpft", 1, 0.2, rows=100, proxy=0.2, arrived=NONE),
     ]
-    records[-1].compute["local_steps"] = 1  # would be said among the budgets
+    records[-1] = altered(records[-1], {"compute.local_steps": 1})  # would be said among the budgets
     comparison = compare(records)
     (section,) = comparison.sections
     why = "no upload ever arrived: the model is as it started"
@@ -520,16 +524,14 @@ def test_a_fault_is_marked_beside_reported_figures() -> None:
 
 
 def test_several_records_of_one_seed_and_settings_are_said() -> None:
-    again = make_record("fedpft", 0, 0.9)
-    again.identity["key"] = "0" * 64
+    again = altered(make_record("fedpft", 0, 0.9), {"identity.key": "0" * 64})
     (section,) = compare([make_record("fedpft", 0, 0.8), again]).sections
     assert "fedpft: several records of seed 0 with the same settings; one of each is shown" in section.notes
 
 
 def test_other_inputs_are_another_condition() -> None:
     records = [make_record(method, 0, 0.8) for method in ("fedot", "fedpft", "head-only")]
-    for record, inputs in zip(records[:2], "ab", strict=True):
-        record.identity["inputs_hash"] = inputs * 64
+    records[:2] = [altered(r, {"identity.inputs_hash": x * 64}) for r, x in zip(records[:2], "ab", strict=True)]
     (section,) = compare(records).sections
     # What an older record does not say is not held against it.
     assert sorted(row.flag for row in section.rows) == ["", "", "inputs_hash bbbbbbbb instead of aaaaaaaa"]
@@ -610,7 +612,7 @@ def test_latex_labels_are_unique() -> None:
 def test_points_are_those_of_computer_modern_or_more() -> None:
     # Widths in cmr8.tfm, in points: of "0" 4.25, "a" 4.25, "m" 7.08, "W" 8.73, "i" 2.36, a blank 2.83.
     for text, width in (("0000000000", 42.5), ("mmmm", 28.3), ("WWWW", 34.9), ("aaaa", 17.0), ("iiii", 9.4)):
-        assert width * 0.98 <= render_module._points(text) <= 1.45 * width
+        assert width * 0.98 <= latex.points(text) <= 1.45 * width
 
 
 def compiled(text: str, folder: Path) -> str:
@@ -658,8 +660,8 @@ def hostile_records() -> list[Record]:
         out.append(make_record("fedpft", i, 0.8, fm="same", settings=settings))
         out.append(make_record("fedot", i, None, fm=text, unavailable=text))
         other = make_record("fedavg-lora", i, 0.8, fm="same")
-        other.provenance["git"] = {"commit": text, "dirty": True}
-        out.append(other.model_copy(update={"scenario": {**other.scenario, text: text}}))
+        git = {"commit": text, "dirty": True}
+        out.append(altered(other, {"provenance.git": git, "scenario": {**other.scenario.to_json(), text: text}}))
     return out
 
 
@@ -708,15 +710,13 @@ def test_nothing_in_a_record_acts_on_what_shows_it() -> None:
 
 
 def test_markdown_shows_a_text_as_it_is() -> None:
-    shows = render_module._markdown_text
+    shows = markdown.markdown_text
     assert shows("fedpft [t 5], p < 0.001, max_steps 10") == "fedpft [t 5], p &lt; 0.001, max_steps 10"
     assert shows("_a_ a_b |x| &amp; Q&A") == "\\_a\\_ a_b \\|x\\| &amp;amp; Q&A"
 
 
 def test_the_panel_of_a_run_shows_control_characters_as_text() -> None:
-    failed = make_record(accuracy=None, status="failed")
-    assert failed.error is not None
-    failed.error["message"] = "a\x1b[2J\nb"
+    failed = altered(make_record(accuracy=None, status="failed"), {"error.message": "a\x1b[2J\nb"})
     assert "a\\x1b[2J b" in shown(report.summary(failed))
     record = make_record("zero-shot", accuracy=None, unavailable="\x1b]0;x\x07", fm="\x9b31m")
     text = shown(report.summary(record))
@@ -751,15 +751,16 @@ def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
         save(record, tmp_path)
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from fedbench.tables import render, report; from fedbench.tables import compare as tables\n"
+        "from fedbench.tables import report; from fedbench.tables import compare as tables\n"
+        "from fedbench.tables.render.forms import render; from fedbench.tables.render.terminal import terminal\n"
         "from fedbench.grid import file as grid; from fedbench.records import store as records\n"
         "found = records.load_all(Path(sys.argv[1]))\n"
         "chosen = grid.load_grid('paper-iid')\n"
         "comparison = tables.compare(found, chosen.cells(), '', chosen.reported)\n"
-        "[render.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
+        "[render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
         "comparison = tables.compare(found, grid.load_grid('agnews').cells())\n"
-        "[render.render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
-        "Console().print(render.terminal(comparison), report.summary(found[0]))\n"
+        "[render(comparison, form) for form in ('markdown', 'latex', 'csv')]\n"
+        "Console().print(terminal(comparison), report.summary(found[0]))\n"
         "sys.exit(','.join(sorted({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))) or None)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -790,7 +791,7 @@ def test_the_panel_says_that_no_upload_arrived() -> None:
 
 def test_the_panel_of_a_diverged_run_has_no_score() -> None:
     record = make_record(proxy=0.7, accuracy=0.48, rows=100, loss=None)
-    record = record.model_copy(update={"gradient_error": {"points": [], "start": 0.5, "mean": None, "final": None}})
+    record = altered(record, {"gradient_error": {"points": [], "start": 0.5, "mean": None, "final": None}})
     text = shown(report.summary(record))
     assert "none: the model diverged" in text
     assert "48.0%" not in text
@@ -808,8 +809,7 @@ def test_summary_of_a_failed_and_of_an_unavailable_run() -> None:
 
 def of(record: Record, fm: str, digest: str = "h") -> Record:
     """The record as one of an FM called `fm` whose hash is `digest`."""
-    identity = {**record.identity, "fm": fm, "fm_hash": digest}
-    return record.model_copy(update={"identity": identity, "scenario": {**record.scenario, "fm": fm}})
+    return altered(record, {"identity.fm": fm, "identity.fm_hash": digest, "scenario.fm": fm})
 
 
 def test_records_of_one_hash_share_a_section_whatever_the_folder_was_called() -> None:
@@ -830,9 +830,7 @@ def test_another_fm_of_the_same_name_is_told_apart() -> None:
 
 def test_runs_that_read_other_inputs_are_told_apart() -> None:
     a, b = make_record(seed=0), make_record(seed=1)
-    runs = [
-        r.model_copy(update={"identity": {**r.identity, "inputs_hash": digest}}) for r, digest in ((a, "1"), (b, "2"))
-    ]
+    runs = [altered(a, {"identity.inputs_hash": "1"}), altered(b, {"identity.inputs_hash": "2"})]
     [section] = compare(runs).sections
     assert {row.label for row in section.rows} == {"fedpft [inputs_hash 1]", "fedpft [inputs_hash 2]"}
 
@@ -849,8 +847,8 @@ def test_a_cell_takes_records_by_the_folders_own_name_and_by_hash(
         assert section.fm == "tiny"
         [row] = section.rows
         assert (sorted(row.runs), row.expected) == ([0, 1], 3)
-    assert [r.identity["seed"] for r in of_fm(runs, "tiny/")] == [0, 1]
-    assert [r.identity["seed"] for r in of_fm(runs, "renamed")] == [0, 1]
+    assert [r.identity.seed for r in of_fm(runs, "tiny/")] == [0, 1]
+    assert [r.identity.seed for r in of_fm(runs, "renamed")] == [0, 1]
     assert of_fm(runs, "absent") == []
 
 

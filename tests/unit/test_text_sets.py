@@ -563,6 +563,6 @@ def test_a_run_from_official_files(tmp_path: Path, name: str, scenario: str) -> 
     prepared = prepare(smoke_request(tmp_path, "fedpft", scenario, save_tiny_bert(tmp_path / "bert")))
     assert (prepared.loaded.train.segments is not None) == (name in ("qnli", "qqp"))
     record = run(prepared)
-    assert (record.status, record.accuracy["plug_in"]["rows"]) == ("complete", 8)
-    assert sum(record.partition["sizes"]) == 60, "40 of the 100 rows are for validation"
+    assert (record.status, record.accuracy.plug_in.rows) == ("complete", 8)
+    assert sum(record.partition.sizes) == 60, "40 of the 100 rows are for validation"
     assert record.gradient_error is not None

@@ -30,7 +30,7 @@ from fedbench.models.parts import Parts
 from fedbench.models.spec import ModelSpec
 from fedbench.models.weights import frozen_state, get_tensors
 from fedbench.models.zoo.load import load_fm
-from fedbench.records.store import Record
+from fedbench.records.record import Record
 from fedbench.registry import Registry
 from fedbench.rng import Streams
 from fedbench.run.prepare import make_method, prepare, scenario_settings
@@ -394,8 +394,8 @@ def test_fedot_finds_the_emulator_nearest_to_fedpfts_parameters(
 def test_the_matched_shape_is_said_in_the_record(tmp_path: Path) -> None:
     checkpoint = save_tiny_bert(tmp_path / "bert", 5)
     record = run(prepare(smoke_request(tmp_path, "fedot", "tweets-noniid", checkpoint, emulator="fedpft")))
-    assert record.method["settings"]["emulator"] == "fedpft"
-    assert sum(note.startswith("fedot 1-") for note in record.provenance["notes"]) == 1
+    assert record.method.settings["emulator"] == "fedpft"
+    assert sum(note.startswith("fedot 1-") for note in record.provenance.notes) == 1
 
 
 @pytest.mark.parametrize("emulator", [0, -1, "half", 1.5])

@@ -1,0 +1,176 @@
+"""What tables measure of a run: each a number that is read from its record, or None where there is none.
+
+A model that diverged has no measure of accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedbench.records.record import Record
+from fedbench.records.schema import Direction, Score
+from fedbench.tables.formats import MEGA
+
+Reader = Callable[[Record], float | None]
+
+
+def score_of(score: Score | None) -> float | None:
+    """The accuracy of a model that was scored and did not diverge."""
+    return None if score is None or score.diverged else score.accuracy
+
+
+def macro_f1(run: Record) -> float | None:
+    score = run.accuracy.plug_in
+    return None if score is None or score.diverged else score.macro_f1
+
+
+def plug_in(run: Record) -> float | None:
+    return score_of(run.accuracy.plug_in)
+
+
+def proxy(run: Record) -> float | None:
+    return score_of(run.accuracy.proxy)
+
+
+def untouched(run: Record) -> float | None:
+    return score_of(run.accuracy.untouched)
+
+
+def gap(run: Record) -> float | None:
+    scores = run.accuracy.plug_in, run.accuracy.proxy
+    return None if any(score is not None and score.diverged for score in scores) else run.accuracy.gap
+
+
+def client_mean(run: Record) -> float | None:
+    clients = run.accuracy.per_client
+    return None if clients is None or run.accuracy.diverged else clients.mean
+
+
+def worst_tenth(run: Record) -> float | None:
+    clients = run.accuracy.per_client
+    return None if clients is None or run.accuracy.diverged else clients.worst_tenth
+
+
+def accuracy_on(test: str) -> Reader:
+    """The accuracy of the FM plugged in on one of the further test sets."""
+
+    def read(run: Record) -> float | None:
+        scores = (run.accuracy.extra_tests or {}).get(test)
+        return None if scores is None else score_of(scores.plug_in)
+
+    return read
+
+
+def _bytes(side: Direction | None) -> int | None:
+    return None if side is None else side.bytes
+
+
+def up(run: Record) -> float | None:
+    return _bytes(run.communication.up)
+
+
+def down_after_setup(run: Record) -> float | None:
+    down, first = _bytes(run.communication.down), run.communication.setup_bytes
+    return None if down is None or first is None else down - first
+
+
+def setup(run: Record) -> float | None:
+    return run.communication.setup_bytes
+
+
+def up_per_client_round(run: Record) -> float | None:
+    """Bytes of one upload, taken or refused, on average."""
+    total = _bytes(run.communication.up)
+    uploads = sum(len(entry.arrived) + len(entry.refused) for entry in run.rounds)
+    return None if total is None or not uploads else total / uploads
+
+
+def gradient_error_start(run: Record) -> float | None:
+    return None if run.gradient_error is None else run.gradient_error.start
+
+
+def gradient_error_mean(run: Record) -> float | None:
+    return None if run.gradient_error is None else run.gradient_error.mean
+
+
+def gradient_error_final(run: Record) -> float | None:
+    return None if run.gradient_error is None else run.gradient_error.final
+
+
+def verbatim(run: Record) -> float | None:
+    return None if run.exposure is None else run.exposure.verbatim.all
+
+
+def verbatim_without_embeddings(run: Record) -> float | None:
+    return None if run.exposure is None else run.exposure.verbatim.without_embeddings
+
+
+def near(run: Record) -> float | None:
+    return None if run.exposure is None else run.exposure.within_1_percent.all
+
+
+def near_without_embeddings(run: Record) -> float | None:
+    return None if run.exposure is None else run.exposure.within_1_percent.without_embeddings
+
+
+def trained(run: Record) -> float | None:
+    return run.compute.trainable_parameters
+
+
+def held(run: Record) -> float | None:
+    return run.compute.resident_parameters
+
+
+def local_steps(run: Record) -> float | None:
+    return run.compute.local_steps
+
+
+def step_flops(run: Record) -> float | None:
+    return run.compute.step_flops
+
+
+def peak_memory(run: Record) -> float | None:
+    return run.compute.peak_memory_bytes
+
+
+def train_rows(run: Record) -> int:
+    """Training rows over all clients."""
+    return sum(run.partition.sizes or ())
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table of plain numbers: its name, how it is read, and what it is multiplied by."""
+
+    name: str
+    read: Reader
+    scale: float = 1.0
+
+
+MEASURES = (
+    Measure("accuracy", plug_in),
+    Measure("macro_f1", macro_f1),
+    Measure("proxy_accuracy", proxy),
+    Measure("gap", gap),
+    Measure("untouched_accuracy", untouched),
+    Measure("client_accuracy_mean", client_mean),
+    Measure("client_accuracy_worst_tenth", worst_tenth),
+    Measure("mb_up", up, 1 / MEGA),
+    Measure("mb_down", down_after_setup, 1 / MEGA),
+    Measure("mb_setup", setup, 1 / MEGA),
+    Measure("mb_up_per_client_round", up_per_client_round, 1 / MEGA),
+    Measure("gradient_error_start", gradient_error_start),
+    Measure("gradient_error_mean", gradient_error_mean),
+    Measure("gradient_error_final", gradient_error_final),
+    Measure("exposed_verbatim", verbatim),
+    Measure("exposed_verbatim_without_embeddings", verbatim_without_embeddings),
+    Measure("exposed_within_1_percent", near),
+    Measure("exposed_within_1_percent_without_embeddings", near_without_embeddings),
+    Measure("trainable_parameters", trained),
+    Measure("resident_parameters", held),
+    Measure("local_steps", local_steps),
+    Measure("gflop_per_step", step_flops, 1e-9),
+    Measure("peak_memory_mb", peak_memory, 1 / MEGA),
+)
+"""In the order of the columns."""
