@@ -77,7 +77,7 @@ def test_a_plugin_brings_a_data_set(tmp_path: Path, reviews: Path) -> None:
 def test_a_run_on_a_plugins_data_set_is_complete(tmp_path: Path, reviews: Path) -> None:
     record = run(prepare(asked(tmp_path, reviews)))
     assert record.status == "complete"
-    assert record.accuracy["plug_in"]["rows"] == 20
+    assert record.accuracy.plug_in.rows == 20
 
 
 def test_a_data_set_reads_its_own_files_and_sets_rows_aside(tmp_path: Path, tickets: Path) -> None:

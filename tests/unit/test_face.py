@@ -132,7 +132,7 @@ def test_a_run_by_keyword_arguments_returns_the_record_it_saved(made: Made, fm: 
     results, record = made.results, made.record
     (path,) = results.glob("records/tweets-noniid/head-only/s0-*.json")
     assert load(path) == record
-    assert record.status == "complete" and record.scenario["federation"]["rounds"] == 1
+    assert record.status == "complete" and record.scenario.federation.rounds == 1
     assert "set-up" in made.phases
 
 
@@ -152,7 +152,7 @@ def test_settings_may_be_numbers_and_mean_what_their_texts_mean(fm: Path, tmp_pa
     numbers = fedbench.run_method(method="head-only", fm=fm, results=str(tmp_path / "a"), **ASKED | {"settings": given})
     texts = {"lr": "0.002", "federation.max_steps": "none", "federation.rounds": "0", "federation.fraction": "1"}
     again = fedbench.run_method(method="head-only", fm=str(fm), results=tmp_path / "b", **ASKED | {"settings": texts})
-    assert numbers.method["settings"]["lr"] == 2e-3 and numbers.scenario["federation"]["max_steps"] is None
+    assert numbers.method.settings["lr"] == 2e-3 and numbers.scenario.federation.max_steps is None
     assert numbers.key == again.key
 
 
@@ -183,7 +183,7 @@ def test_a_plugin_given_as_one_path_is_found(tmp_path: Path, fm: Path) -> None:
     plugin.write_text("from fedbench.methods.head_only import HeadOnly\n\n\nclass Mine(HeadOnly):\n    name = 'mine'\n")
     asked = ASKED | {"settings": {"rounds": 0}}
     record = fedbench.run_method(method="mine", fm=fm, plugins=plugin, results=tmp_path, **asked)
-    assert record.identity["method"] == "mine"
+    assert record.identity.method == "mine"
 
 
 def test_a_grid_returns_what_became_of_every_cell_and_skips_what_is_finished(tmp_path: Path, fm: Path) -> None:
@@ -248,14 +248,14 @@ def test_a_frame_has_one_row_a_record_with_what_the_record_says(made: Made) -> N
     row = frame.iloc[0]
     assert (row["method"], row["scenario"], row["seed"]) == ("head-only", "tweets-noniid", 0)
     assert (row["key"], row["status"], row["fault"]) == (record.key, "complete", "")
-    assert row["accuracy"] == record.accuracy["plug_in"]["accuracy"]
-    assert row["rounds"] == 1 and row["clients"] == record.scenario["split"]["clients"]
-    assert json.loads(row["settings"]) == record.method["settings"]
-    up, down = (record.communication[way]["bytes"] for way in ("up", "down"))
+    assert row["accuracy"] == record.accuracy.plug_in.accuracy
+    assert row["rounds"] == 1 and row["clients"] == record.scenario.split.clients
+    assert json.loads(row["settings"]) == record.method.settings
+    up, down = record.communication.up.bytes, record.communication.down.bytes
     assert row["mb_up"] * 1e6 == pytest.approx(up)
     assert (row["mb_down"] + row["mb_setup"]) * 1e6 == pytest.approx(down)
-    assert row["seconds"] == pytest.approx(sum(record.compute["seconds"].values()))
-    assert row["seconds_local"] == record.compute["seconds"]["local"]
+    assert row["seconds"] == pytest.approx(sum(record.compute.seconds.values()))
+    assert row["seconds_local"] == record.compute.seconds["local"]
 
 
 def test_measures_of_a_frame_are_those_of_the_table(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_run_on_a_plugins_family_is_complete(tmp_path: Path, plugin: Path, che
     asked = smoke_request(tmp_path, method, "tweets-noniid", checkpoint, **settings)
     record = run(prepare(replace(asked, plugins=(str(plugin),), workers=2)))
     assert record.status == "complete"
-    assert record.accuracy["plug_in"]["rows"] == 60
+    assert record.accuracy.plug_in.rows == 60
 
 
 def test_a_process_that_is_given_only_the_plugins_knows_their_families(plugin: Path, checkpoint: Path) -> None:

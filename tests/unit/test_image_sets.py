@@ -508,5 +508,5 @@ def test_a_run_on_colour_images(tmp_path: Path, name: str) -> None:
     train, test = {"cifar10": (60, 10), "cifar100": (400, 60), "flowers102": (164, 60)}[name]
     assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (train, 3, 8, 8))
     accuracy = run(prepared).accuracy
-    assert accuracy["plug_in"]["rows"] == test
-    assert "extra_tests" not in accuracy
+    assert accuracy.plug_in.rows == test
+    assert "extra_tests" not in accuracy.to_json()

@@ -76,7 +76,7 @@ def test_the_run_that_is_studied_is_an_ordinary_run() -> None:
         own = [{name: value for name, value in point.items() if name != "common"} for point in found.points]
         ordinary = run(prepare(request)).gradient_error
         assert ordinary is not None
-        assert plain(own) == ordinary["points"]
+        assert plain(own) == [point.to_json() for point in ordinary.points]
 
 
 def test_at_the_start_own_path_and_common_values_are_the_same() -> None:

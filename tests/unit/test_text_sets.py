@@ -529,12 +529,12 @@ def test_both_test_sets_reach_the_record(tmp_path: Path, method: str) -> None:
     prepared = prepare(asked)
     assert prepared.loaded.train.segments is not None, "BERT is told which segment is which"
     accuracy = run(prepared).accuracy
-    assert (accuracy["test_name"], accuracy["plug_in"]["rows"]) == ("matched", 3)
-    assert [*accuracy["extra_tests"]] == ["mismatched"]
-    scores = accuracy["extra_tests"]["mismatched"]
-    assert scores["plug_in"]["rows"] == 2
-    assert scores["plug_in"]["accuracy"] in (0, 0.5, 1)
-    assert (scores["proxy"] is None) == (method == "head-only")
+    assert (accuracy.test_name, accuracy.plug_in.rows) == ("matched", 3)
+    assert [*accuracy.extra_tests] == ["mismatched"]
+    scores = accuracy.extra_tests["mismatched"]
+    assert scores.plug_in.rows == 2
+    assert scores.plug_in.accuracy in (0, 0.5, 1)
+    assert (scores.proxy is None) == (method == "head-only")
 
 
 def official(root: Path, name: str) -> None:

@@ -187,11 +187,11 @@ def test_a_documented_trainer_gives_one_result_on_every_executor(tmp_path: Path)
     for executor in ("packed", "fused", "reference"):
         asked = smoke_request(tmp_path / executor, "fedavg-rmsprop", "tweets-noniid", fm, lr="1e-3")
         record = run(prepare(replace(asked, plugins=(str(plugin),), executor=executor)))
-        scores[executor] = [entry["loss"] for entry in record.rounds] + [record.accuracy["plug_in"]["loss"]]
+        scores[executor] = [entry.loss for entry in record.rounds] + [record.accuracy.plug_in.loss]
     assert scores["fused"] == pytest.approx(scores["packed"], rel=1e-6)
     assert scores["reference"] == pytest.approx(scores["packed"], rel=1e-3)
     plain = run(prepare(smoke_request(tmp_path / "plain", "fedavg-lora", "tweets-noniid", fm, lr="1e-3")))
-    assert plain.accuracy["plug_in"]["loss"] != pytest.approx(scores["packed"][-1], rel=1e-3), "trained with AdamW"
+    assert plain.accuracy.plug_in.loss != pytest.approx(scores["packed"][-1], rel=1e-3), "trained with AdamW"
 
 
 @pytest.mark.parametrize(

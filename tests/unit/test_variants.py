@@ -118,7 +118,7 @@ def test_with_every_switch_off_official_is_fedpft(tmp_path: Path) -> None:
     on = made("fedpft-official", {})
     for block in ("rounds", "accuracy", "communication", "gradient_error", "distillation", "exposure"):
         assert getattr(off, block) == getattr(paper, block), block
-    assert [r["loss"] for r in on.rounds] != [r["loss"] for r in paper.rounds]
+    assert [r.loss for r in on.rounds] != [r.loss for r in paper.rounds]
 
 
 @pytest.mark.parametrize("detached", [True, False])
