@@ -81,7 +81,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for one that is ther
         from importlib import import_module
 
         if name == "__version__":
-            found = _version()
+            found = import_module("fedbench.package").own_version()
         elif name in _HOMES:
             found = getattr(import_module(_HOMES[name]), name)
         else:
@@ -91,15 +91,6 @@ if not TYPE_CHECKING:  # a type checker would take any name for one that is ther
 
     def __dir__():
         return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("fedbench")
-    except PackageNotFoundError:  # running from a source tree that was never installed
-        return "0.0.0"
 
 
 @overload

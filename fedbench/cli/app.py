@@ -61,9 +61,9 @@ app.command("doctor")(doctor_command)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from fedbench import __version__
+        from fedbench.package import own_version
 
-        print(f"fedbench {__version__}")
+        print(f"fedbench {own_version()}")
         raise typer.Exit
 
 

@@ -32,10 +32,10 @@ def doctor_command(data_dir: DataDir = None, cache: CacheDir = None) -> None:
 
 def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[tuple[str, str]]:
     """Pairs (what, found), one at a time: the slow ones (torch, the hub) come where they are needed."""
-    from fedbench import __version__
     from fedbench.data.sources import hub_state
+    from fedbench.package import own_version
 
-    yield "fedbench", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield "fedbench", f"{own_version()} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield from _devices()
     for package, purpose in BUNDLED.items():
         try:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fedbench
+from fedbench.package import HOME, own_version
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ def collect(device: torch.device) -> dict[str, Any]:
     import torch
 
     return {
-        "fedbench": fedbench.__version__,
+        "fedbench": own_version(),
         "packages": packages(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -97,7 +97,7 @@ def source_state() -> dict[str, Any] | None:
 
     A process runs the code it loaded then, whatever is committed while it runs.
     """
-    return git_state(Path(fedbench.__file__).parent)
+    return git_state(HOME)
 
 
 def git_state(package: Path) -> dict[str, Any] | None:

@@ -8,9 +8,9 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-import fedbench
 from fedbench.errors import FedbenchError, printable
 from fedbench.names import bad_name, plugin_name
+from fedbench.package import HOME
 from fedbench.registry.entries import DATA_SETS, FAMILIES, HOSTS, METHODS, SCENARIOS, Entry, Kind
 from fedbench.registry.parsing import python_file, scenario_file
 
@@ -21,8 +21,7 @@ def built_in() -> Iterator[Entry]:
     """What comes with fedbench. Raises FedbenchError for a package without its methods or scenarios."""
     for kind in (METHODS, SCENARIOS):
         if not _folders(kind.package):
-            home = Path(fedbench.__path__[0])
-            raise FedbenchError(f"{home} comes without {kind.package}; install fedbench, or use a whole clone")
+            raise FedbenchError(f"{HOME} comes without {kind.package}; install fedbench, or use a whole clone")
     for kind in (METHODS, DATA_SETS, FAMILIES, HOSTS):
         for folder in _folders(kind.package):
             for path in _sources(folder):

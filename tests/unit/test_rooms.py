@@ -57,9 +57,10 @@ def test_a_circle_inside_a_room_is_found(rooms: ModuleType, tmp_path: Path) -> N
 
 
 def test_a_room_that_imports_the_face_is_found(rooms: ModuleType, tmp_path: Path) -> None:
-    house = {"fedbench/data/rows.py": "from fedbench import __version__, run_method\nfrom fedbench import data\n"}
+    house = {"fedbench/data/rows.py": "from fedbench import data, run_method\nimport fedbench\n"}
     assert rooms.complaints(write(tmp_path, house)) == [
-        "fedbench/data/rows.py: data imports run_method of the face, which is above all rooms"
+        f"fedbench/data/rows.py: data imports {taken} of the face, which is above all rooms"
+        for taken in ("run_method", "all")
     ]
 
 
