@@ -198,7 +198,7 @@ def prepare(request: RunRequest) -> Prepared:
     identity = {
         "schema": SCHEMA,
         # Which FM it is its hash says: names and places of folders are not what decides a result.
-        "scenario": {name: value for name, value in scenario.identity(request.method).items() if name != "fm"},
+        "scenario": {name: value for name, value in scenario.identity().items() if name != "fm"},
         "data_hash": data.content_hash,
         "fm_hash": fm.content_hash,
         "inputs_hash": loaded.inputs_hash,

@@ -98,7 +98,7 @@ class Scenario(Settings):
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def identity(self, method: str) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What enters a run's key: everything but the title and the settings of methods, which the method holds."""
         return self.model_dump(mode="json", exclude={"title", "methods"})
 

@@ -190,11 +190,11 @@ def test_a_byte_order_mark_is_read_over_and_another_encoding_named(file: Path) -
 
 
 def test_the_identity_leaves_out_title_and_methods(file: Path) -> None:
-    before = load_scenario(file, "iid").identity("m")
+    before = load_scenario(file, "iid").identity()
     file.write_text(MINIMAL.replace('"T"', '"Another"') + "[methods.m]\nlr = 1.0\n")
-    assert load_scenario(file, "iid").identity("m") == before
+    assert load_scenario(file, "iid").identity() == before
     file.write_text(MINIMAL.replace("rounds = 3", "rounds = 4"))
-    assert load_scenario(file, "iid").identity("m") != before
+    assert load_scenario(file, "iid").identity() != before
 
 
 def test_a_profile_that_is_no_table_is_an_error(file: Path) -> None:
