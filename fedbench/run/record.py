@@ -64,7 +64,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "resident_parameters": clients["resident_parameters"],
             "local_steps": run.steps,
             "step_flops": run.step_flops,
-            "peak_memory_bytes": peak_memory(device),
+            "peak_memory_bytes": peak_memory(device) if run.host.one_process else None,
             "seconds": {name: round(s, 3) for name, s in sorted(run.seconds().items())},
         },
         "rounds": run.rounds,

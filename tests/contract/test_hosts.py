@@ -57,6 +57,7 @@ def test_the_record_is_the_same_with_the_sides_apart(tmp_path: Path, method: str
     asked = prepared(tmp_path, method, **settings)
     here, apart = run(asked), run(replace(asked, host=Apart))
     same(here, apart)
+    assert here.compute.peak_memory_bytes and apart.compute.peak_memory_bytes is None
     if method == "fedavg-lora":
         assert here.communication.refused, "bounds hold on both hosts"
 

@@ -64,6 +64,7 @@ class Apart(Host):
     """Server and clients in a process each. `server_watch`, `client_watch`: look over what they do there."""
 
     name = "apart"
+    one_process = False
 
     def __init__(
         self,

@@ -125,6 +125,8 @@ class Host(ABC):
     """
 
     name: ClassVar[str]
+    one_process: ClassVar[bool] = True
+    """Whether both sides live in this process, whose peak memory is then the run's."""
     server: ServerEnd
     clients: ClientEnd
 
