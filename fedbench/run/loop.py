@@ -125,8 +125,7 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Seconds by phase, of the loop and of both sides."""
         total: dict[str, float] = defaultdict(float)
-        times = [self.host.server.report()["seconds"], self.host.clients.report()["seconds"], self.time.seconds]
-        for found in times:
+        for found in (self.host.server.seconds(), self.host.clients.seconds(), self.time.seconds):
             for phase, seconds in found.items():
                 total[phase] += seconds
         return dict(total)

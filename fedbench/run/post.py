@@ -17,7 +17,7 @@ from fedbench.api.messages import ClientId, Message
 from fedbench.compat import writes
 from fedbench.errors import MessageError
 from fedbench.run.gate import check
-from fedbench.run.payloads import SHARED_FROM_BYTES, Parcel, deserialise
+from fedbench.run.payloads import Parcel
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Post:
     """
 
     bytes_only: bool = False
-    _constant: dict[str, tuple[Message, Parcel]] = field(default_factory=dict, repr=False)
+    _constant: dict[str, Parcel] = field(default_factory=dict, repr=False)
 
     def pack(self, outbox: Mapping[ClientId, Sequence[Message]]) -> dict[ClientId, list[Parcel]]:
         """The parcels of a broadcast, by client; clients who are sent one message share its parcel.
@@ -44,16 +44,14 @@ class Post:
 
     def _parcel(self, message: Message) -> Parcel:
         last = self._constant.get(message.kind)
-        if last is not None and _equal(message, last[0]):
-            return last[1]
+        if last is not None and _equal(message, last.open()):
+            return last
         parcel = Parcel.of(message)
-        assert parcel.payload is not None
-        decoded = deserialise(parcel.payload)
-        check(decoded, None)
-        if parcel.size >= SHARED_FROM_BYTES:
-            self._constant[message.kind] = decoded, parcel
+        check(parcel.open(), None)
+        if parcel.message is not None:  # large enough to be shared
+            self._constant[message.kind] = parcel
             if not self.bytes_only:
-                parcel.message, parcel.payload = decoded, None
+                parcel.payload = None
         return parcel
 
 

@@ -171,6 +171,7 @@ def prepare(request: RunRequest) -> Prepared:
     registry = Registry(request.plugins)
     registry.add_families()
     kind = registry.load_method(request.method)
+    host = registry.load_host(request.host)
     path, split = registry.find_scenario(request.scenario)
     mine, overrides = split_settings(request.settings, list(kind.model_fields), request.method)
     scenario = load_scenario(path, split, request.profile, overrides)
@@ -215,7 +216,7 @@ def prepare(request: RunRequest) -> Prepared:
         scenario=scenario,
         loaded=loaded,
         execution=execution,
-        host=registry.load_host(request.host),
+        host=host,
         identity=identity,
         key=record_key(identity),
         unavailable=method.unavailable(fm),

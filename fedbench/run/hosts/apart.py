@@ -204,6 +204,9 @@ class _RemoteServer:
     def report(self) -> dict[str, Any]:
         return dict(self._ask("report"))
 
+    def seconds(self) -> dict[str, float]:
+        return dict(self._ask("seconds"))
+
     def tuned(self) -> Adapter:
         adapter: Adapter = self._ask("tuned")
         return adapter
@@ -235,6 +238,9 @@ class _RemoteClients:
 
     def report(self) -> dict[str, Any]:
         return dict(self._ask("report"))
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self._ask("seconds"))
 
 
 @dataclass(frozen=True)

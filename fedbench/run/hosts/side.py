@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from fedbench.api.context import ClientContext
 from fedbench.api.local import LocalResult, LocalTask
-from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.messages import ClientId, Message, State, TensorSpec
 from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
@@ -91,7 +91,10 @@ class ServerEnd(Protocol):
         """Score the selected round on the test rows; the block of the record."""
 
     def report(self) -> dict[str, Any]:
-        """The observers' other blocks by name, `residuals`, `notes`, trainable parameters, and seconds by phase."""
+        """The observers' other blocks by name, `residuals`, `notes` and trainable parameters."""
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase so far."""
 
     def tuned(self) -> Adapter:
         """What was tuned of the FM, as it is now."""
@@ -115,7 +118,10 @@ class ClientEnd(Protocol):
         """Become the side whose clients gave these states."""
 
     def report(self) -> dict[str, Any]:
-        """Parameters that a client holds at most, and seconds by phase."""
+        """Parameters that a client holds at most."""
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase so far."""
 
 
 class Host(ABC):
@@ -158,6 +164,7 @@ class ServerSide:
         self.time = time
         self._post, self._lent = Post(bytes_only), Lent()
         self._sent: Mapping[ClientId, Sequence[Message]] = {}
+        self._expected: Mapping[str, Mapping[str, TensorSpec]] = {}
         self._uploads: dict[ClientId, list[Message]] = {}
 
     def start(self) -> None:
@@ -174,6 +181,7 @@ class ServerSide:
         every = {id(m): m for messages in sent.values() for m in messages}
         for observer in self.observers:
             observer.sent(round, self.server, list(every.values()))
+        self._expected = self.server.expected(round)
         return parcels
 
     def receive(self, round: int, client: ClientId, upload: Sequence[Parcel], most: Mapping[str, int]) -> str | None:
@@ -181,9 +189,7 @@ class ServerSide:
         sent = {name: tensor for message in adapters for name, tensor in message.tensors.items()}
         bounds = Bounds(most, sent, self.federation.max_update_norm)
         try:
-            messages = let_in(
-                upload, self.server.expected(round), bounds, lambda arrived: self.server.accept(round, arrived)
-            )
+            messages = let_in(upload, self._expected, bounds, lambda arrived: self.server.accept(round, arrived))
         except MessageError as error:
             return reason(error)
         self._uploads[client] = [self._lent.lend(message) for message in messages]
@@ -230,8 +236,10 @@ class ServerSide:
             "residuals": [dict(r) for r in self.server.residuals()],
             "notes": list(self.server.notes()),
             "trainable_parameters": trainable or None,
-            "seconds": dict(self.time.seconds),
         }
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self.time.seconds)
 
     def tuned(self) -> Adapter:
         return adapter_of(self.server.plug_in())
@@ -331,4 +339,7 @@ class ClientSide:
             self.client(cid).restore(state)
 
     def report(self) -> dict[str, Any]:
-        return {"resident_parameters": self.modules.resident or None, "seconds": dict(self.time.seconds)}
+        return {"resident_parameters": self.modules.resident or None}
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self.time.seconds)
