@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from fedbench.errors import ClaimedError, FedbenchError
 from fedbench.files import try_folder
 from fedbench.models.zoo.names import fm_label
+from fedbench.package import HOME
 from fedbench.records.record import Record
 from fedbench.records.schema import SCHEMA
 from fedbench.records.store import load, record_key, record_path, save
@@ -183,7 +184,7 @@ def _traceback(error: BaseException) -> str:
     """The traceback, with files named from their import folder on: records are shared, home folders are not."""
     text = "".join(traceback.format_exception(error))
     folders = {str(Path(entry or ".").resolve()) for entry in sys.path}
-    folders.add(str(Path(__file__).resolve().parents[2]))
+    folders.add(str(HOME.parent))
     for folder in sorted(folders, key=len, reverse=True):
         if folder != "/":
             text = text.replace(f'File "{folder}/', 'File "')

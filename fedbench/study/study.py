@@ -106,7 +106,7 @@ def study(prepared: Sequence[Prepared], progress: Progress | None = None) -> lis
         reference = matched(p.method)
         key = reference.model_dump_json()
         if key not in traces:
-            traces[key] = _Reference(replace(p, method=reference), progress or Silent()).trace
+            traces[key] = _reference(replace(p, method=reference), progress or Silent())
         studied.follow(traces[key])
         about = {
             "method": p.identity["method"],
@@ -141,22 +141,18 @@ class _NotingHost(Here):
     clients: _NotingClients
 
 
-class _Reference:
-    """A run on the full FM that writes down where it came by."""
-
-    def __init__(self, prepared: Prepared, progress: Progress) -> None:
-        run = Run(prepared, progress, _NotingHost)
-        assert isinstance(run.host, _NotingHost)
-        self.trace = Trace()
-        run.host.clients.updates = self.trace.updates
-        self._note(run.host.server.server)
-        for round in range(run.federation.rounds):
-            run.loop(None, until=round + 1)
-            self._note(run.host.server.server)
-
-    def _note(self, server: Server) -> None:
-        model = server.plug_in()
-        self.trace.values.append(get_tensors(model, tunable_names(model)))
+def _reference(prepared: Prepared, progress: Progress) -> Trace:
+    """What a run on the full FM goes through."""
+    run = Run(prepared, progress, _NotingHost)
+    assert isinstance(run.host, _NotingHost)
+    trace, server = Trace(), run.host.server.server
+    run.host.clients.updates = trace.updates
+    names = tunable_names(server.plug_in())
+    trace.values.append(get_tensors(server.plug_in(), names))
+    for round in range(run.federation.rounds):
+        run.loop(None, until=round + 1)
+        trace.values.append(get_tensors(server.plug_in(), names))
+    return trace
 
 
 class _Comparing:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from fedbench.errors import FedbenchError
+from fedbench.grid.cells import Cell
+from fedbench.grid.file import Reported
 from fedbench.models.zoo.names import fm_label
 from fedbench.records.record import Record
-
-if TYPE_CHECKING:
-    from fedbench.grid.cells import Cell
-    from fedbench.grid.file import Reported
-
 from fedbench.tables.comparison import Beside, Section
 from fedbench.tables.matching import asked_fm, departures
 from fedbench.tables.measures import train_rows

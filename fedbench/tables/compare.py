@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedbench.grid.cells import Cell
+from fedbench.grid.file import Reported
 from fedbench.records.record import Record
-
-if TYPE_CHECKING:
-    from fedbench.grid.cells import Cell
-    from fedbench.grid.file import Reported
-
 from fedbench.tables import roles
 from fedbench.tables.beside import reported_beside
 from fedbench.tables.comparison import Comparison, Section

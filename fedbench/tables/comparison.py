@@ -10,9 +10,7 @@ import pandas as pd
 
 from fedbench.tables.measures import MEASURES, train_rows
 from fedbench.tables.rows import Row, accuracy_in, extra_tests
-from fedbench.tables.statistics import (
-    Difference,
-)
+from fedbench.tables.statistics import Difference
 
 
 @dataclass

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedbench.grid.cells import Cell
 from fedbench.models.zoo.names import FMS, fm_label, is_called, recorded_label
 from fedbench.records.record import Record
-
-if TYPE_CHECKING:
-    from fedbench.grid.cells import Cell
 
 
 def fm_names(records: Iterable[Record], asked: Sequence[str] = ()) -> dict[str, str]:

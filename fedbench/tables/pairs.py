@@ -13,12 +13,7 @@ from numpy.typing import NDArray
 from fedbench.records.text import unpack_correct
 from fedbench.tables.comparison import Section
 from fedbench.tables.roles import CEILING, FLOOR, REFERENCES
-from fedbench.tables.statistics import (
-    SEEDS_FOR_TEST,
-    Difference,
-    holm,
-    paired_test,
-)
+from fedbench.tables.statistics import SEEDS_FOR_TEST, Difference, holm, paired_test
 
 
 def add_differences(section: Section) -> None:
