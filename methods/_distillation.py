@@ -52,7 +52,7 @@ class ProxyServer(AdapterServer):
         self.public = public
         self.distilled: list[dict[str, Any]] = []
 
-    def proxy(self) -> nn.Module:
+    def put_in_proxy(self) -> nn.Module:
         set_tensors(self.model, self.values)
         return self.model
 

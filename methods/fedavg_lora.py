@@ -160,7 +160,7 @@ class AdapterServer(Server):
         """What each upload counts in the mean: its client's sample count (FedAvg)."""
         return [float(count(m, "num_examples")) for m in adapters]
 
-    def plug_in(self) -> nn.Module:
+    def put_in_fm(self) -> nn.Module:
         names = self.fm_names()
         set_tensors(self.full, {names.get(name, name): value for name, value in self.values.items()})
         return self.full

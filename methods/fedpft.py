@@ -259,11 +259,11 @@ class FedPFTServer(ProxyServer):
 
     def teacher(self) -> nn.Module:
         """Whose layer outputs an alignment distils towards: the FM with the aggregated tunables."""
-        return self.plug_in()
+        return self.put_in_fm()
 
     def student(self) -> nn.Module:
         """What an alignment changes: the sub-FM with the aggregated tunables."""
-        return self.proxy()
+        return self.put_in_proxy()
 
     def align(self, round: int) -> None:
         """Neuron-level distillation (section 3.4): the chosen neurons move, the rest keep their values."""

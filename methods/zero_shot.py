@@ -50,7 +50,7 @@ class UntouchedServer(Server):
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
         raise NotImplementedError("zero-shot has no rounds")
 
-    def plug_in(self) -> nn.Module:
+    def put_in_fm(self) -> nn.Module:
         return self.model
 
     def state(self) -> State:

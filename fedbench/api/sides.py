@@ -47,11 +47,11 @@ class Server(ABC):
         return False
 
     @abstractmethod
-    def plug_in(self) -> nn.Module:
-        """The FM with the tuned parameters in their places; the harness evaluates it."""
+    def put_in_fm(self) -> nn.Module:
+        """Write the tuned parameters into the FM and return it, to be evaluated."""
 
-    def proxy(self) -> nn.Module | None:
-        """The model clients train, with the global tunables in it; None where that is the FM itself."""
+    def put_in_proxy(self) -> nn.Module | None:
+        """Write the global tunables into the model that clients train and return it; None where it is the FM."""
         return None
 
     def fm_names(self) -> Mapping[str, str]:

@@ -195,10 +195,10 @@ def resumed_same_record(subject: Subject) -> None:
 def names_bind(subject: Subject) -> None:
     """Every tunable of the proxy has a place of the same shape in the FM; every frozen tensor's source exists."""
     server = Here(subject.prepared, subject.whole.rows, subject.whole.label_counts).server.server
-    proxy = server.proxy()
+    proxy = server.put_in_proxy()
     if proxy is None:
         return
-    inside, outside = dict(proxy.named_parameters()), dict(server.plug_in().named_parameters())
+    inside, outside = dict(proxy.named_parameters()), dict(server.put_in_fm().named_parameters())
     names = server.fm_names()
     require(bool(names), "a server with a proxy has to say where its tunables belong: fm_names() is empty")
     require(len(set(names.values())) == len(names), "fm_names() maps two tunables to one place")
@@ -219,7 +219,7 @@ def tunables_are_trained(subject: Subject) -> str | None:
     longer = p.scenario.federation.model_copy(update={"rounds": max(2, p.scenario.federation.rounds), "dropout": 0.0})
     watch = _Watch()
     run, server = _watched(p, longer, watch, subject.whole.rows)
-    before = _parameters(server.plug_in())
+    before = _parameters(server.put_in_fm())
     run.loop(None)
     if watch.steps:
         without = sorted(watch.declared - watch.gradient)
@@ -230,7 +230,7 @@ def tunables_are_trained(subject: Subject) -> str | None:
         )
     still = sorted(watch.declared - watch.moved)
     require(not still, f"{_few(still)} ends every client's training as it began")
-    after, names = _parameters(server.plug_in()), server.fm_names()
+    after, names = _parameters(server.put_in_fm()), server.fm_names()
     moved = {n for n, tensor in after.items() if n not in before or not torch.equal(tensor, before[n])}
     require(bool(moved), "the tuned FM is after all rounds what it was before the first")
     kept = sorted({names.get(n, n) for n in watch.sent} & set(after) - moved)
@@ -252,8 +252,8 @@ def learns(subject: Subject) -> str | None:
     run, server = _watched(p, federation, watch, [rows] * len(subject.whole.rows), few=True)
 
     def loss() -> float:
-        proxy = server.proxy()
-        return evaluate(server.plug_in() if proxy is None else proxy, rows, len(rows), Execution()).loss
+        proxy = server.put_in_proxy()
+        return evaluate(server.put_in_fm() if proxy is None else proxy, rows, len(rows), Execution()).loss
 
     before = loss()
     run.loop(None)

@@ -101,7 +101,7 @@ class Exposures(Observer):
                 self._last = message
         # Comparing a proxy with the FM takes some percent of a round, and the same alignment is sent for many rounds.
         alignments = {state_digest(m.tensors) for m in messages if m.kind == "alignment"}
-        if not alignments <= self._alignments and (proxy := server.proxy()) is not None:
+        if not alignments <= self._alignments and (proxy := server.put_in_proxy()) is not None:
             self.exposure.observe(frozen_state(proxy), server.fm_sources())
             self._alignments |= alignments
 

@@ -86,9 +86,9 @@ class Scores(Observer):
         rows = self.rows.validation
         found: dict[str, float | None] = {}
         with self.time("evaluate"):
-            proxy = server.proxy()
+            proxy = server.put_in_proxy()
             if due or proxy is None:
-                found["plug_in_validation"] = self.evaluate(server.plug_in(), rows, round).accuracy
+                found["plug_in_validation"] = self.evaluate(server.put_in_fm(), rows, round).accuracy
             found["proxy_validation"] = None if proxy is None else self.evaluate(proxy, rows, round).accuracy
         seen = found["plug_in_validation"] if proxy is None else found["proxy_validation"]
         assert seen is not None
@@ -109,15 +109,15 @@ class Scores(Observer):
         if self.best is not None:
             server.restore(self.best.state)
         with self.time("test"):
-            plug_in = self.evaluate(server.plug_in(), self.rows.test, selected)
-            proxy_model = server.proxy()
+            plug_in = self.evaluate(server.put_in_fm(), self.rows.test, selected)
+            proxy_model = server.put_in_proxy()
             proxy = None if proxy_model is None else self.evaluate(proxy_model, self.rows.test, selected)
             untouched = None
             if self.fm.trained_head:
                 model = self.fm.build(None, self.execution.device)
                 model.load_state_dict(self.fm.trained_head, strict=False)
                 untouched = self.evaluate(model, self.rows.test, selected)
-            models = {"plug_in": server.plug_in(), "proxy": proxy_model}
+            models = {"plug_in": server.put_in_fm(), "proxy": proxy_model}
             extra = {
                 test: {
                     name: None if model is None else self.evaluate(model, rows, selected).block(rows=True)
@@ -128,7 +128,7 @@ class Scores(Observer):
         final = dict(self.validation.get(selected, {}))
         if final and "plug_in_validation" not in final:
             with self.time("evaluate"):
-                final["plug_in_validation"] = self.evaluate(server.plug_in(), self.rows.validation, selected).accuracy
+                final["plug_in_validation"] = self.evaluate(server.put_in_fm(), self.rows.validation, selected).accuracy
         accuracy: dict[str, Any] = {
             "selection": {"rule": self.settings.selection, "round": selected},
             "plug_in": plug_in.block(rows=True),

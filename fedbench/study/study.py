@@ -147,11 +147,11 @@ def _reference(prepared: Prepared, progress: Progress) -> Trace:
     assert isinstance(run.host, _NotingHost)
     trace, server = Trace(), run.host.server.server
     run.host.clients.updates = trace.updates
-    names = tunable_names(server.plug_in())
-    trace.values.append(get_tensors(server.plug_in(), names))
+    names = tunable_names(server.put_in_fm())
+    trace.values.append(get_tensors(server.put_in_fm(), names))
     for round in range(run.federation.rounds):
         run.loop(None, until=round + 1)
-        trace.values.append(get_tensors(server.plug_in(), names))
+        trace.values.append(get_tensors(server.put_in_fm(), names))
     return trace
 
 
@@ -170,7 +170,7 @@ class _Comparing:
 
     def block(self, mine: Tensors, reference: Tensors) -> dict[str, Any]:
         """How far tensors by the FM's names are from the reference's."""
-        parts = Parts(self.server.plug_in())
+        parts = Parts(self.server.put_in_fm())
         own, theirs = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (mine, reference))
         return gradient_error(own, theirs, parts.layer_of, parts.is_head)
 
@@ -227,10 +227,10 @@ class _CommonErrors(GradientErrors):
         compared, trace, names = self.compared, self.compared.trace, server.fm_names()
         values = trace.values[round + 1]
         if round not in trace.gradients:
-            fm = server.plug_in()
+            fm = server.put_in_fm()
             with _holding(fm, values):
                 trace.gradients[round] = gradients(fm, tunable_names(fm), self.probe, self.execution)
-        proxy = server.proxy()
+        proxy = server.put_in_proxy()
         assert proxy is not None
         with _holding(proxy, {name: values[names[name]] for name in names}):
             mine = gradients(proxy, list(names), self.probe, self.execution)
@@ -245,7 +245,7 @@ class _Studied:
         assert isinstance(self.run.host, _StudiedHost)
         self.host = self.run.host
         self.server = self.host.server.server
-        if self.server.proxy() is None:
+        if self.server.put_in_proxy() is None:
             raise FedbenchError(
                 f"{prepared.method.name}: its clients train the FM itself, so its gradients have no error; "
                 "name a method with a proxy, such as fedpft"
@@ -262,7 +262,7 @@ class _Studied:
         start = trace.values[0]
         for round in range(self.run.federation.rounds):
             self.run.loop(None, until=round + 1)
-            now = get_tensors(self.server.plug_in(), list(self.server.fm_names().values()))
+            now = get_tensors(self.server.put_in_fm(), list(self.server.fm_names().values()))
             moved, expected = ({n: v - start[n] for n, v in x.items()} for x in (now, trace.values[round + 1]))
             block = compared.block(moved, expected)
             self.drift.append({"round": round, "aggregation": compared.aggregation, **block})

@@ -75,7 +75,7 @@ def trajectories(data_dir: Path, folder: Path, methods: list[str], seeds: list[i
 
         def score(self) -> dict[str, Any]:
             rows, p = self.p.loaded.validation, self.p
-            models = {"plug_in": self.host.server.server.plug_in(), "proxy": self.host.server.server.proxy()}
+            models = {"plug_in": self.host.server.server.put_in_fm(), "proxy": self.host.server.server.put_in_proxy()}
             return {
                 name: evaluate(model, rows, 64, p.execution).correct.astype(int).tolist()
                 for name, model in models.items()
@@ -84,12 +84,12 @@ def trajectories(data_dir: Path, folder: Path, methods: list[str], seeds: list[i
 
         def round(self, round: int) -> None:
             super().round(round)
-            model = self.host.server.server.plug_in()
+            model = self.host.server.server.put_in_fm()
             self.values.append(get_tensors(model, tunable_names(model)))
             self.seen.append(self.score())
 
         def averaged(self, k: int) -> list[int]:
-            model, p = self.host.server.server.plug_in(), self.p
+            model, p = self.host.server.server.put_in_fm(), self.p
             chosen = self.values[-k:]
             set_tensors(model, {n: sum(v[n] for v in chosen) / k for n in chosen[0]})
             return [int(c) for c in evaluate(model, p.loaded.validation, 64, p.execution).correct]

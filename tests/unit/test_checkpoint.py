@@ -319,7 +319,7 @@ def test_exposure_by_alignments_is_that_of_every_round_though_one_is_compared_on
             observed(reference, message.tensors, server.fm_sources())
         if alignments := {state_digest(m.tensors) for m in messages if m.kind == "alignment"}:
             sent.append(alignments)
-            observed(reference, frozen_state(server.proxy()), server.fm_sources())
+            observed(reference, frozen_state(server.put_in_proxy()), server.fm_sources())
 
     def counted(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         compared.append(True)  # the proxy's own tensors, not those of a message

@@ -404,16 +404,16 @@ def test_every_model_is_scored_on_every_test_set(request_of: RunRequest) -> None
     )
     one = Run(replace(asked, loaded=loaded), Silent())
     one.loop(None)
-    found, proxy = finish(one).accuracy, server_of(one).proxy()
+    found, proxy = finish(one).accuracy, server_of(one).put_in_proxy()
     assert proxy is not None
     untouched = loaded.fm.build(None, CPU)
     untouched.load_state_dict(head, strict=False)
     size = one.evaluation.batch_size
     for block, model, rows in (
-        (found.plug_in, server_of(one).plug_in(), loaded.test),
+        (found.plug_in, server_of(one).put_in_fm(), loaded.test),
         (found.proxy, proxy, loaded.test),
         (found.untouched, untouched, loaded.test),
-        (found.extra_tests["mismatched"].plug_in, server_of(one).plug_in(), loaded.validation),
+        (found.extra_tests["mismatched"].plug_in, server_of(one).put_in_fm(), loaded.validation),
         (found.extra_tests["mismatched"].proxy, proxy, loaded.validation),
     ):
         score = evaluate(model, rows, size, Execution())

@@ -105,7 +105,7 @@ def test_the_plugged_in_fm_is_the_stock_model_with_lora_merged_by_hand(
     kind = fm.spec.model_type
     server = fedpft(fm, context(tmp_path))
     server.values = random_values(server.full)
-    plugged = server.plug_in()
+    plugged = server.put_in_fm()
     auto = "AutoModelForImageClassification" if kind == "vit" else "AutoModelForSequenceClassification"
     stock = getattr(transformers, auto).from_pretrained(checkpoint, num_labels=3, ignore_mismatched_sizes=True).eval()
     used = set()
@@ -184,7 +184,7 @@ def test_compression_takes_the_salient_neurons_of_this_very_ffn(fm: FoundationMo
     whole = fm.state[f"{path_in}.weight"]
     salience = whole.double().square().sum(1) + fm.state[f"{path_out}.weight"].double().square().sum(0)
     kept = salience.topk(6).indices.sort().values
-    state = frozen_state(server.proxy())
+    state = frozen_state(server.put_in_proxy())
     assert torch.equal(state[f"{path_in}.weight"], whole[kept])
     assert torch.equal(state[f"{path_in}.bias"], fm.state[f"{path_in}.bias"][kept])
     assert torch.equal(state[f"{path_out}.weight"], fm.state[f"{path_out}.weight"][:, kept])
@@ -203,7 +203,7 @@ def test_gradient_error_is_zero_at_full_width_and_reaches_every_layer_below_it(
     for r, layers_error in ((24, 0.0), (4, None)):
         server = fedpft(fm, ctx, r=r, distil_steps=0)
         server.values = random_values(server.full)
-        plugged, proxy = server.plug_in(), server.proxy()
+        plugged, proxy = server.put_in_fm(), server.put_in_proxy()
         reference = gradients(plugged, tunable_names(plugged), probe, Execution())
         mine = gradients(proxy, [*server.fm_names()], probe, Execution())
         parts = Parts(plugged)

@@ -59,7 +59,7 @@ def test_fedavg_weights_go_with_their_own_clients_upload(tmp_path: Path) -> None
         for cid, k in ((9, 1), (2, 3))
     }
     server.aggregate(0, uploads)
-    tuned = get_tensors(server.plug_in(), list(names))
+    tuned = get_tensors(server.put_in_fm(), list(names))
     assert all(torch.equal(t, torch.full_like(t, (9 * 1 + 2 * 3) / 4)) for t in tuned.values())
 
 
@@ -172,7 +172,7 @@ def test_highest_apoz_is_the_least_active_share() -> None:
 def test_a_full_width_sub_fm_is_the_fm_and_its_gradient_error_is_zero(tmp_path: Path) -> None:
     server = fedpft(tmp_path, r=tiny_fm().spec.ffn_widths[0])
     batch = train_rows(5).batch(np.arange(5), CPU)
-    proxy, fm = server.proxy(), server.plug_in()
+    proxy, fm = server.put_in_proxy(), server.put_in_fm()
     with torch.no_grad():
         assert torch.equal(proxy(**batch.inputs).logits, fm(**batch.inputs).logits)
     names = tunable_names(fm)
@@ -186,7 +186,7 @@ def test_plug_in_of_an_untrained_adapter_leaves_the_logits_unchanged(tmp_path: P
     fm = tiny_fm()
     batch = train_rows(5).batch(np.arange(5), CPU)
     for server in (fedpft(tmp_path), FedOT(distil_steps=0).server(fm, public_rows(), context(tmp_path))):
-        tuned = server.plug_in()
+        tuned = server.put_in_fm()
         plain = fm.build(None, CPU)
         head = {n: t for n, t in get_tensors(tuned, tunable_names(tuned)).items() if ".lora_" not in n}
         plain.load_state_dict(head, strict=False)
@@ -307,7 +307,7 @@ def test_fedot_plugs_the_last_layers_adapter_into_the_fms_last_layer(tmp_path: P
     assert {names[n].removeprefix(target) == n.removeprefix(last) for n in names if n.startswith(last)} == {True}
     assert not any(n.startswith(server.parts.layer_path(1)) for n in names), "the emulator is not tuned"
     server.values = {n: torch.full_like(t, 0.5) for n, t in server.values.items()}
-    tuned = get_tensors(server.plug_in(), tunable_names(server.full))
+    tuned = get_tensors(server.put_in_fm(), tunable_names(server.full))
     half = {n for n, t in tuned.items() if torch.equal(t, torch.full_like(t, 0.5))}
     assert half == set(names.values())
 
@@ -587,7 +587,7 @@ def test_fedots_emulator_is_distilled_towards_the_layers_it_stands_for(tmp_path:
     changed = {
         name.removeprefix(server.parts.layer_path(1))
         for name, tensor in frozen_state(server.model).items()
-        if not torch.equal(tensor, frozen_state(plain.proxy())[name])  # type: ignore[arg-type]
+        if not torch.equal(tensor, frozen_state(plain.put_in_proxy())[name])  # type: ignore[arg-type]
     }
     assert changed
     assert all(name.startswith(".") for name in changed), "of the emulator alone"

@@ -185,7 +185,7 @@ def test_the_best_round_is_the_best_of_all_by_what_a_deployment_could_see(tmp_pa
     assert record.accuracy.selection == Selection(rule="best", round=best)
     chosen = record.accuracy.validation
     assert (chosen.proxy if method == "fedpft" else chosen.plug_in) == pytest.approx(max(scores))
-    own = evaluate(server_of(this).plug_in(), this.p.loaded.validation, 64, Execution()).accuracy
+    own = evaluate(server_of(this).put_in_fm(), this.p.loaded.validation, 64, Execution()).accuracy
     assert record.accuracy.validation.plug_in == pytest.approx(own)
 
 
@@ -193,15 +193,15 @@ def test_plug_in_and_proxy_are_scored_as_what_they_are(tmp_path: Path) -> None:
     this = Run(prepared(tmp_path, "fedot", emulator="1", lr="3e-2"), Silent())
     this.loop(None)
     record, rows = finish(this), this.p.loaded.test
-    proxy = server_of(this).proxy()
+    proxy = server_of(this).put_in_proxy()
     assert proxy is not None
-    plug_in = evaluate(server_of(this).plug_in(), rows, 64, Execution())
+    plug_in = evaluate(server_of(this).put_in_fm(), rows, 64, Execution())
     assert record.accuracy.plug_in.loss == pytest.approx(plug_in.loss, rel=1e-6)
     assert record.accuracy.plug_in.correct == pack_correct(plug_in.correct)
     assert record.accuracy.proxy.loss == pytest.approx(evaluate(proxy, rows, 64, Execution()).loss, rel=1e-6)
     assert record.accuracy.proxy.loss != pytest.approx(plug_in.loss, rel=1e-5)
     validation = [
-        evaluate(m, this.p.loaded.validation, 64, Execution()).accuracy for m in (server_of(this).plug_in(), proxy)
+        evaluate(m, this.p.loaded.validation, 64, Execution()).accuracy for m in (server_of(this).put_in_fm(), proxy)
     ]
     assert [this.rounds[0]["plug_in_validation"], this.rounds[0]["proxy_validation"]] == validation
 

@@ -193,7 +193,7 @@ def test_4_the_student_has_the_last_clients_tunables(tmp_path: Path, last: bool)
     names = list(server.values)
     assert one_value(server.student(), names) == (5.0 if last else 4.0)
     assert one_value(server.teacher(), names) == 4.0
-    assert one_value(server.proxy(), names) == 4.0, "measured is the aggregate in either case"
+    assert one_value(server.put_in_proxy(), names) == 4.0, "measured is the aggregate in either case"
 
 
 @pytest.mark.parametrize("stale", [True, False])
@@ -209,7 +209,7 @@ def test_5_the_teacher_is_refreshed_on_evaluation_rounds(tmp_path: Path, stale: 
     server.aggregate(4, {1: upload(server, 9.0, 1)})
     again.restore(server.state())
     assert one_value(again.teacher(), names) == (4.0 if stale else 9.0), "a resumed run has the same teacher"
-    assert one_value(again.plug_in(), names) == 9.0
+    assert one_value(again.put_in_fm(), names) == 9.0
 
 
 @pytest.mark.parametrize(("weighting", "mean"), [("uniform", {3.0}), ("samples", {4.0}), ("mispaired", {2.0, 4.0})])
@@ -218,7 +218,7 @@ def test_7_8_weights_of_the_mean(tmp_path: Path, weighting: str, mean: set[float
     found = set()
     for round in range(8):
         server.aggregate(round, {1: upload(server, 1.0, 1), 2: upload(server, 5.0, 3)})
-        found.add(one_value(server.plug_in(), list(server.values)))
+        found.add(one_value(server.put_in_fm(), list(server.values)))
     assert found == mean
 
 

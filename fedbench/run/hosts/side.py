@@ -242,7 +242,7 @@ class ServerSide:
         return dict(self.time.seconds)
 
     def tuned(self) -> Adapter:
-        return adapter_of(self.server.plug_in())
+        return adapter_of(self.server.put_in_fm())
 
 
 class ClientSide:
