@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedbench.api.messages import ClientId
-from fedbench.data.partition import Partition, partition
+from fedbench.data.partition import Partition, natural_partition, partition
 from fedbench.errors import DamagedFileError
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.run.checkpoint import Checkpoint, read_checkpoint
@@ -34,7 +34,7 @@ class Run:
         self.streams = p.brief.streams
         self.federation, self.evaluation = p.scenario.federation, p.scenario.evaluation
         labels = p.loaded.data.train.labels
-        self.partition: Partition = partition(labels, p.scenario.split, self.streams.numpy("partition"))
+        self.partition = self._partition()
         self.label_counts = self.partition.label_counts(labels, len(p.loaded.data.class_names))
         self.rows = [p.loaded.train.select(rows) for rows in self.partition.clients]
         self.ledger = Ledger()
@@ -48,6 +48,14 @@ class Run:
         self._changed: set[ClientId] = set()  # clients who have taken part since the last checkpoint
         progress.phase("set-up", detail=f"{p.method.name}: building the server's side")
         self.host = (host or p.host)(p, self.rows, self.label_counts)
+
+    def _partition(self) -> Partition:
+        """Who holds which training rows: clients of the data, or as the split draws them for this seed."""
+        data, split = self.p.loaded.data, self.p.scenario.split
+        if split.kind == "natural":
+            assert data.clients is not None, "loaded for this split"
+            return natural_partition(data.clients.train)
+        return partition(data.train.labels, split, self.streams.numpy("partition"))
 
     def cohort(self, round: int) -> tuple[list[ClientId], list[ClientId]]:
         """Clients sampled for `round`, in order, and those of them that stay until the upload."""

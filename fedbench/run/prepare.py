@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
+from fedbench.data.own.source import own_data_set
 from fedbench.data.rows import RawData
 from fedbench.data.sets.dataset import DataSet
 from fedbench.data.sources import data_folder
@@ -37,7 +38,7 @@ from fedbench.run.hosts.side import Host
 from fedbench.run.request import RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
-from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario
+from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario, SplitSettings
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,11 @@ class Prepared:
         loaded, rows = self.loaded, self.loaded.validation
         size = min(self.scenario.evaluation.probe_size, len(rows))
         probe = rows.select(self.brief.streams.numpy("probe").permutation(len(rows))[:size])
-        return HeldOut(rows, probe, loaded.test, loaded.data.test.labels, loaded.data.test_name, loaded.extra_tests)
+        data = loaded.data
+        return HeldOut(
+            rows, probe, loaded.test, data.test.labels, data.test_name, loaded.extra_tests,
+            None if data.clients is None else data.clients.test,
+        )  # fmt: skip
 
     @property
     def fm_name(self) -> str:
@@ -114,9 +119,13 @@ def _load(
     fm: str,
     cache: Path,
     data_dir: Path | None,
+    split: SplitSettings | None,
 ) -> Loaded:
-    """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
-    data = load_data(data_set, corpus, dataset, public, data_dir)
+    """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do.
+
+    `split`: a natural one, else None.
+    """
+    data = load_data(data_set, corpus, dataset, public, data_dir, split)
     model = load_fm(fm, len(data.class_names), cache, data.class_names)
     if not is_built_in(model.spec.model_type):
         check_family(model)
@@ -180,11 +189,13 @@ def prepare(request: RunRequest) -> Prepared:
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
-    data_set = registry.load_dataset(scenario.dataset.name)
-    corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
+    data_set, corpus, natural = sets_of(registry, scenario)
     cache = cache_folder(request.cache)
-    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder)
+    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder, natural)
     data, fm = loaded.data, loaded.fm
+    if data.clients is not None:
+        split_found = scenario.split.model_copy(update={"clients": len(data.clients.names)})
+        scenario = scenario.model_copy(update={"split": split_found})
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
     planned = [
         f"{table}.{name}"
@@ -222,6 +233,16 @@ def prepare(request: RunRequest) -> Prepared:
         unavailable=method.unavailable(fm),
         planned=tuple(planned),
     )
+
+
+def sets_of(registry: Registry, scenario: Scenario) -> tuple[DataSet, DataSet | None, SplitSettings | None]:
+    """A scenario's data set, its public corpus, and its split where that is natural."""
+    if scenario.dataset.kind is None:
+        data_set = registry.load_dataset(scenario.dataset.name)
+    else:
+        data_set = own_data_set(scenario.dataset, scenario.split, scenario.folder)
+    corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
+    return data_set, corpus, scenario.split if scenario.split.kind == "natural" else None
 
 
 def scenario_settings(kind: type[Method], scenario: Scenario) -> dict[str, tuple[Any, str]]:

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedbench.api.messages import SETUP_KINDS
+from fedbench.data.natural import unigram_divergence
+from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
 from fedbench.records import provenance
@@ -25,6 +27,18 @@ def finish(run: Run) -> Record:
 def without_scores(run: Run, why: str) -> Record:
     """The record of a method that is not available here, and why."""
     return record_of(run, {"plug_in": None, "proxy": None, "unavailable": why})
+
+
+def words_skew(data: RawData) -> dict[str, float]:
+    """How unlike the words of a natural split's clients are; nothing for other splits and for images."""
+    if data.clients is None or data.train.texts is None:
+        return {}
+    return {"mean_jensen_shannon": unigram_divergence(data.train.texts, data.clients.train)}
+
+
+def whose(data: RawData) -> dict[str, str]:
+    """Which column says whose rows are, and its hash, of a natural split."""
+    return {} if data.clients is None else {"by": data.clients.by, "clients_hash": data.clients.column_hash}
 
 
 def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
@@ -72,8 +86,9 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "hash": run.partition.hash(),
             "sizes": run.partition.sizes(),
             "label_counts": run.label_counts,
-            "skew": run.partition.skew(labels, classes),
+            "skew": run.partition.skew(labels, classes) | words_skew(p.loaded.data),
             "attempts": run.partition.attempts,
+            **whose(p.loaded.data),
         },
         "provenance": {
             **provenance.collect(device),

@@ -53,6 +53,8 @@ def _lines(record: Record) -> list[tuple[str, str]]:
             f"{len(sizes)} clients of {min(sizes)} to {max(sizes)} rows; mean total variation "
             f"{skew.mean_total_variation:.2f}, Gini of sizes {skew.gini:.2f}"
         )
+        if skew.mean_jensen_shannon is not None:
+            text += f", Jensen-Shannon of words {skew.mean_jensen_shannon:.2f} bits"
         lines.append(("split", text))
     return lines
 
@@ -80,8 +82,14 @@ def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
         lines.append(("", text))
     if (untouched := accuracy.untouched) and not untouched.diverged:
         lines.append(("", f"{_percent(untouched.accuracy)} FM untouched"))
+    for name, extra in (accuracy.extra_tests or {}).items():
+        if not extra.plug_in.diverged:
+            text = f"{_percent(extra.plug_in.accuracy)} plug-in on {name} ({extra.plug_in.rows:,} rows)"
+            lines.append(("", text))
     if clients := accuracy.per_client:
         text = f"mean {_percent(clients.mean)} ± {100 * clients.std:.1f}, worst tenth {_percent(clients.worst_tenth)}"
+        if rows := clients.rows:
+            text += f"; {len(rows)} clients on {min(rows)} to {max(rows)} test rows of their own"
         lines.append(("per client", text))
     return lines
 
