@@ -18,6 +18,7 @@ from fedbench.cli.export import export_command
 from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
+from fedbench.cli.new import new_app
 from fedbench.cli.run import run_command
 from fedbench.cli.show import show_command
 from fedbench.cli.table import table_command
@@ -56,6 +57,7 @@ app.command("check")(check_command)
 app.command("export", epilog="Example: fedbench export runs/records/tweets-noniid/fedpft/s0-….json adapter")(
     export_command
 )
+app.add_typer(new_app, name="new")
 app.command("doctor")(doctor_command)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedbench.data.rows import NaturalClients, Part
+from fedbench.data.partition import natural_partition
+from fedbench.data.rows import NaturalClients, Part, RawData
 from fedbench.data.sets.dataset import DataSet
 from fedbench.errors import FedbenchError
 from fedbench.rng import Streams
@@ -159,6 +160,20 @@ def numbered(divided: Divided, train: np.ndarray) -> tuple[NaturalClients, str]:
     gone = len({*divided.train_clients.tolist()}) - len(names)
     note = f"clients: {gone} have no training rows left and take no part" if gone else ""
     return NaturalClients(names, of_train, of_test, divided.by, divided.column_hash), note
+
+
+def skew_of(data: RawData) -> tuple[list[int], dict[str, float]]:
+    """The sizes of a natural split's clients, and how unlike these are."""
+    assert data.clients is not None
+    parts = natural_partition(data.clients.train)
+    return parts.sizes(), parts.skew(data.train.labels, len(data.class_names)) | words_skew(data)
+
+
+def words_skew(data: RawData) -> dict[str, float]:
+    """How unlike the words of a natural split's clients are; nothing for other splits and for images."""
+    if data.clients is None or data.train.texts is None:
+        return {}
+    return {"mean_jensen_shannon": unigram_divergence(data.train.texts, data.clients.train)}
 
 
 def unigram_divergence(texts: Sequence[str], clients: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedbench.api.messages import SETUP_KINDS
-from fedbench.data.natural import unigram_divergence
+from fedbench.data.natural import words_skew
 from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
@@ -27,13 +27,6 @@ def finish(run: Run) -> Record:
 def without_scores(run: Run, why: str) -> Record:
     """The record of a method that is not available here, and why."""
     return record_of(run, {"plug_in": None, "proxy": None, "unavailable": why})
-
-
-def words_skew(data: RawData) -> dict[str, float]:
-    """How unlike the words of a natural split's clients are; nothing for other splits and for images."""
-    if data.clients is None or data.train.texts is None:
-        return {}
-    return {"mean_jensen_shannon": unigram_divergence(data.train.texts, data.clients.train)}
 
 
 def whose(data: RawData) -> dict[str, str]:

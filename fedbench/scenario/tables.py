@@ -269,7 +269,10 @@ class Scenario(Settings):
     def provenance(self) -> dict[str, tuple[Any, str]]:
         """Dotted key -> (value, where it came from), for every setting."""
         flat = flatten(self.model_dump(mode="json"))
-        return {key: (value, self._sources.get(key, "default")) for key, value in flat.items() if key != "name"}
+        hidden = {"name"}
+        if self.split.kind == "natural":
+            hidden |= {"split.clients", "split.alpha", "split.shards_per_client"}  # of drawn clients
+        return {key: (value, self._sources.get(key, "default")) for key, value in flat.items() if key not in hidden}
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

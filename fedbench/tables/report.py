@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -49,14 +51,18 @@ def _lines(record: Record) -> list[tuple[str, str]]:
     lines += _cost(record.compute)
     sizes, skew = record.partition.sizes, record.partition.skew
     if sizes and skew:
-        text = (
-            f"{len(sizes)} clients of {min(sizes)} to {max(sizes)} rows; mean total variation "
-            f"{skew.mean_total_variation:.2f}, Gini of sizes {skew.gini:.2f}"
-        )
-        if skew.mean_jensen_shannon is not None:
-            text += f", Jensen-Shannon of words {skew.mean_jensen_shannon:.2f} bits"
-        lines.append(("split", text))
+        lines.append(("split", split_line(sizes, skew.to_json())))
     return lines
+
+
+def split_line(sizes: Sequence[int], skew: Mapping[str, float]) -> str:
+    """How many clients there are, how large, and how unlike, in one line; `skew` as a record holds it."""
+    text = (
+        f"{len(sizes)} clients of {min(sizes)} to {max(sizes)} rows; mean total variation "
+        f"{skew['mean_total_variation']:.2f}, Gini of sizes {skew['gini']:.2f}"
+    )
+    words = skew.get("mean_jensen_shannon")
+    return text if words is None else f"{text}, Jensen-Shannon of words {words:.2f} bits"
 
 
 def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
