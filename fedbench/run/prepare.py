@@ -172,6 +172,7 @@ def prepare(request: RunRequest) -> Prepared:
     registry.add_families()
     kind = registry.load_method(request.method)
     host = registry.load_host(request.host)
+    host.ready(request)
     path, split = registry.find_scenario(request.scenario)
     mine, overrides = split_settings(request.settings, list(kind.model_fields), request.method)
     scenario = load_scenario(path, split, request.profile, overrides)

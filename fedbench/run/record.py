@@ -82,6 +82,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "executor": p.execution.executor,
             "host": p.request.host,
             "workers": p.execution.workers,
+            **({"runtime": account} if (account := run.host.account()) else {}),
         },
     }
     try:
