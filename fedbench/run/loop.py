@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from fedbench.api.messages import ClientId
-from fedbench.data.partition import Partition, partition
 from fedbench.errors import DamagedFileError, FedbenchError
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.run.checkpoint import Checkpoint, read_checkpoint
@@ -33,10 +32,8 @@ class Run:
         self.progress = progress
         self.streams = p.brief.streams
         self.federation, self.evaluation = p.scenario.federation, p.scenario.evaluation
-        labels = p.loaded.data.train.labels
-        self.partition: Partition = partition(labels, p.scenario.split, self.streams.numpy("partition"))
-        self.label_counts = self.partition.label_counts(labels, len(p.loaded.data.class_names))
-        self.rows = [p.loaded.train.select(rows) for rows in self.partition.clients]
+        self.partition, self.label_counts = p.division.partition, p.division.label_counts
+        self.rows = p.rows()
         self.ledger = Ledger()
         self.refused: list[tuple[int, ClientId, str]] = []
         self.rounds: list[dict[str, Any]] = []

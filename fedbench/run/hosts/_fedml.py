@@ -17,7 +17,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,11 +184,11 @@ class ServerCarrier:
         channel = self.manager.com_manager
         return {"down": dict(self.sent), "up": {"messages": channel.received_messages, "bytes": channel.received_bytes}}
 
-    def close(self) -> None:
-        for seat in self.hub.seats.values():
-            if seat.here:
-                self._outgoing[seat.silo].put((MyMessage.MSG_TYPE_S2C_FINISH, b""))
-            self._outgoing[seat.silo].put(None)
+    def close(self, silos: Sequence[int]) -> None:
+        for silo, outgoing in self._outgoing.items():
+            if silo in silos:
+                outgoing.put((MyMessage.MSG_TYPE_S2C_FINISH, b""))
+            outgoing.put(None)
         for sender in self._senders:
             sender.join(5)
         self.manager.finish()
@@ -198,9 +198,17 @@ class ServerCarrier:
 class SiloManager(ClientMasterManager):  # type: ignore[misc]
     """FedML's client, which answers letters. `run` returns when the server has ended the run."""
 
-    def __init__(self, number: int, addresses: list[Address], table: Path, key: str, make: Callable[[], Silo]) -> None:
-        """make: makes the silo, at the first letter."""
-        self.table, self.key, self._make = addresses, key, make
+    def __init__(
+        self,
+        number: int,
+        addresses: list[Address],
+        table: Path,
+        identity: Mapping[str, Any],
+        make: Callable[[], Silo],
+        say: Callable[[str], None],
+    ) -> None:
+        """identity: as of a `Hub`. make: makes the silo, at the first letter. say: tells the user how it goes."""
+        self.table, self.identity, self._make, self._say = addresses, identity, make, say
         self.silo: Silo | None = None
         self.joiner = Joiner()
         self.session, self.welcomed, self.ended = secrets.token_hex(8), threading.Event(), threading.Event()
@@ -224,7 +232,7 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
             raise FedbenchError(self.error)
 
     def _say_hello(self) -> None:
-        hello = {"session": self.session, "key": self.key, "silos": len(self.table) - 1}
+        hello = {"session": self.session, "identity": self.identity, "silos": len(self.table) - 1}
         while not self.ended.is_set():
             if not self.welcomed.is_set():
                 message = Message(MyMessage.MSG_TYPE_C2S_CLIENT_STATUS, self.rank, 0)
@@ -248,6 +256,8 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
         if about.get("session") == self.session:
             if about["refused"] is not None:
                 self._stop(f"silo {self.rank} is refused: {about['refused']}")
+            elif not self.welcomed.is_set():
+                self._say("the server is there")
             self.welcomed.set()
 
     def handle_message_receive_model_from_server(self, message: Any) -> None:
@@ -260,6 +270,7 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
         except MessageError:
             return  # the server leaves this silo out when its time is up
         self._send(answer)
+        self._say(f"after round {self.silo.done + 1}")
         if self.silo.lost is not None:
             self._stop(self.silo.lost)
 
@@ -277,6 +288,9 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
         self.welcomed.clear()
 
     def handle_message_finish(self, message: Any) -> None:
+        if self.silo is not None:
+            self.silo.memory.clear()
+        self._say("the run is complete")
         self._stop(None)
 
     def _stop(self, error: str | None) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -40,9 +40,6 @@ from fedbench.run.hosts.silo import Memory, Silo, silo_of
 from fedbench.run.prepare import Prepared
 from fedbench.run.request import RunRequest
 
-if TYPE_CHECKING:
-    from fedbench.run.hosts._fedml import SiloManager
-
 SILOS = 2
 """How many there are unless told."""
 START_SECONDS = 600.0
@@ -51,6 +48,11 @@ MISSING = (
     "--host fedml: FedML is not installed here; it needs an environment of its own, which docs/federation.md shows how "
     "to make"
 )
+
+
+def say(what: str) -> None:
+    """A line on standard error."""
+    print(f"fedbench: {printable(what)}", file=sys.stderr, flush=True)
 
 
 def check_fedml() -> None:
@@ -96,16 +98,17 @@ class FedML(Host):
         self._folder = tempfile.TemporaryDirectory(prefix="fedbench-")
         table = Path(self._folder.name) / "addresses.csv"
         write_addresses(table, self.addresses)
-        self._table = table
         self._method = Named(p.method.name, p.method.model_dump(mode="json"), p.request.plugins)
         names, public = p.loaded.data.class_names, p.loaded.public
-        line = _Line(p.key, tuple(self.addresses), table, p.request.silo_timeout)
+        self._line = Line(p.identity, tuple(self.addresses), table, p.request.silo_timeout)
         self._server = Child(
-            "server", partial(_station, p.brief, self._method, names, public, p.held_out, label_counts, line, None)
+            "server",
+            partial(_station, p.brief, self._method, names, public, p.held_out, label_counts, self._line, None),
         )
         self.server = RemoteServer(partial(self._ask, "server"))
         self.clients = RemoteClients(partial(self._ask, "clients"))
         self.silos: dict[int, Any] = {}
+        self._complete = False
         try:
             for silo in range(1, silos + 1):
                 self.start_silo(silo)
@@ -123,9 +126,8 @@ class FedML(Host):
         share = max(1, p.execution.workers // silos)
         brief = replace(p.brief, execution=replace(p.execution, workers=share))
         own = {cid: rows for cid, rows in enumerate(self._rows) if silo_of(cid, silos) == silo}
-        line = _Line(p.key, tuple(self.addresses), self._table, p.request.silo_timeout)
-        memory = silo_folder(p, silo)
-        arguments = (os.getpid(), max(1, cores() // silos), silo, line, brief, self._method, own, memory)
+        make = partial(make_silo, silo, p.key, brief, self._method, own, silo_folder(p, silo))
+        arguments = (os.getpid(), max(1, cores() // silos), silo, self._line, make)
         # Not a daemon: it has worker processes of its own.
         process = multiprocessing.get_context("spawn").Process(target=_silo, args=arguments)
         process.start()
@@ -142,6 +144,7 @@ class FedML(Host):
                 raise FedbenchError(f"silo {missing[0]} has not come within {START_SECONDS:g} s")
 
     def account(self) -> dict[str, Any]:
+        self._complete = True
         return dict(self._ask("clients", "account"))
 
     def close(self) -> None:
@@ -150,11 +153,50 @@ class FedML(Host):
                 self._ask("clients", "close")
         self._server.close()
         for process in self.silos.values():
-            process.join(10)
+            process.join(10 if self._complete else 0)
             if process.is_alive():
                 process.kill()
                 process.join()
         self._folder.cleanup()
+
+
+class Served(Host):
+    """The server's side in this process, silos started by hand elsewhere: `fedbench server`, `fedbench silo`."""
+
+    one_process = False
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        rows: Sequence[Examples],
+        label_counts: Sequence[Sequence[int]],
+        line: Line,
+        wait: Callable[[Sequence[int]], None],
+    ) -> None:
+        """rows: none. wait: is told of the silos that are still to come, whenever their number changes."""
+        p, silos = prepared, len(line.addresses) - 1
+        check_number(silos, len(label_counts))
+        self.keeps = f"fedbench server over {silos} silos"
+        self._hub = line.hub()
+        self.clients = self._hub
+        try:
+            self.server = make_server(
+                p.brief, p.method, p.loaded.fm, p.loaded.public, p.held_out, label_counts, bytes_only=True
+            )
+            missing: list[int] = []
+            while left := self._hub.gather(1.0):
+                if left != missing:
+                    wait(left)
+                missing = left
+        except BaseException:
+            self.close()
+            raise
+
+    def account(self) -> dict[str, Any]:
+        return self._hub.account()
+
+    def close(self) -> None:
+        self._hub.close()
 
 
 def check_number(silos: int, clients: int) -> None:
@@ -164,15 +206,15 @@ def check_number(silos: int, clients: int) -> None:
 
 
 def silo_folder(prepared: Prepared, silo: int) -> Path:
-    """Where a silo keeps what its clients hold, beside the checkpoint of its run."""
+    """Where a silo keeps what its clients hold; on the server's machine that is beside the checkpoint of the run."""
     return prepared.request.results / "checkpoints" / prepared.key[:12] / f"silo-{silo}"
 
 
 @dataclass(frozen=True)
-class _Line:
-    """How the processes of one run talk: its key, their addresses and the file of them, and seconds for an answer."""
+class Line:
+    """How the processes of one run talk: its identity, their addresses, the file of them, and seconds for an answer."""
 
-    key: str
+    identity: Mapping[str, Any]
     addresses: tuple[Address, ...]
     table: Path
     patience: float
@@ -180,22 +222,17 @@ class _Line:
     def hub(self) -> Hub:
         """The hub of the silos, listening; in the server's process."""
         fedml, addresses = import_fedml(), list(self.addresses)
-
-        def say(what: str) -> None:
-            print(f"fedbench: {printable(what)}", file=sys.stderr, flush=True)
-
         return Hub(
             len(addresses) - 1,
-            self.key,
+            self.identity,
             self.patience,
             lambda hub: fedml.ServerCarrier(hub, addresses, self.table),
             say,
         )
 
-    def manager(self, silo: int, make: Callable[[], Silo]) -> SiloManager:
-        """What answers letters, in a silo's process."""
-        manager: SiloManager = import_fedml().SiloManager(silo, list(self.addresses), self.table, self.key, make)
-        return manager
+    def answer(self, silo: int, make: Callable[[], Silo], say: Callable[[str], None]) -> None:
+        """Answer letters as a silo, in its process, until the run is complete. Raises FedbenchError where it cannot."""
+        import_fedml().SiloManager(silo, list(self.addresses), self.table, self.identity, make, say).run()
 
 
 @dataclass(frozen=True)
@@ -213,7 +250,7 @@ def _station(
     public: Examples | None,
     rows: HeldOut,
     label_counts: Sequence[Sequence[int]],
-    line: _Line,
+    line: Line,
     _watch: None,
 ) -> _Station:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
@@ -222,28 +259,20 @@ def _station(
     return _Station(make_server(brief, method.load(), fm, public, rows, label_counts, bytes_only=True), hub)
 
 
-def _silo(
-    parent: int,
-    threads: int,
-    silo: int,
-    line: _Line,
-    brief: Brief,
-    method: Named,
-    rows: Mapping[ClientId, Examples],
-    memory: Path,
-) -> None:
+def _silo(parent: int, threads: int, silo: int, line: Line, make: Callable[[], Silo]) -> None:
     """The process of a silo."""
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:
-        line.manager(silo, partial(_make_silo, silo, line.key, brief, method, rows, memory)).run()
+        line.answer(silo, make, lambda what: None)
     except FedbenchError as error:
-        print(f"fedbench: {printable(str(error))}", file=sys.stderr, flush=True)
+        say(str(error))
         sys.exit(2)
 
 
-def _make_silo(
+def make_silo(
     silo: int, key: str, brief: Brief, method: Named, rows: Mapping[ClientId, Examples], memory: Path
 ) -> Silo:
+    """A silo of these clients, by their rows. key: of the run, as the silo knows it. memory: a folder of its own."""
     return Silo(silo, make_clients(brief, method.load(), rows), Memory(memory, key))

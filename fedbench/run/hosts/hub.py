@@ -39,8 +39,8 @@ class Carrier(Protocol):
     def bytes_carried(self) -> Mapping[str, Mapping[str, int]]:
         """Messages and their bytes, `down` and `up`, with all that the runtime puts around letters."""
 
-    def close(self) -> None:
-        """Tell all silos that the run has ended, and end."""
+    def close(self, silos: Sequence[int]) -> None:
+        """Tell these silos that the run is complete, and end."""
 
 
 @dataclass
@@ -69,14 +69,19 @@ class Seat:
 class Hub:
     """The clients' side of a run, spread over silos.
 
-    carrier: made with this hub. key: of the run, which the silos have to be of as well. patience: seconds that a silo
-    is given for an answer. say: tells the user of a silo that is lost or back.
+    carrier: made with this hub. identity: everything that decides the run's result, in which the silos have to agree.
+    patience: seconds that a silo is given for an answer. say: tells the user of a silo that is lost or back.
     """
 
     def __init__(
-        self, silos: int, key: str, patience: float, carrier: Callable[[Hub], Carrier], say: Callable[[str], None]
+        self,
+        silos: int,
+        identity: Mapping[str, Any],
+        patience: float,
+        carrier: Callable[[Hub], Carrier],
+        say: Callable[[str], None],
     ) -> None:
-        self.key, self.patience, self.say = key, patience, say
+        self.identity, self.patience, self.say = identity, patience, say
         self.seats = {silo: Seat(silo) for silo in range(1, silos + 1)}
         self.time = Stopwatch()
         self._run = secrets.token_hex(8)  # what the silos keep is of this run, not of an earlier one of the same key
@@ -85,7 +90,7 @@ class Hub:
         self._round = NEVER
         self._known: set[ClientId] = set()
         self._order: list[int] = []  # silos by who trained first in the last round
-        self._number = 0
+        self._number, self._complete = 0, False
         self._tensors: dict[int, tuple[Parcel, Tensor]] = {}
         self._events: queue.Queue[tuple[int, str, bytes | str]] = queue.Queue()
         self._carrier = carrier(self)
@@ -181,10 +186,10 @@ class Hub:
         """Answer a silo that says it is there; whether another process of it was there before."""
         seat, session = self.seats[silo], str(about["session"])
         why = None
-        if about["key"] != self.key:
+        if unlike := sorted(differing(self.identity, about["identity"])):
             why = (
-                f"the server makes another run (key {self.key[:12]}, not {str(about['key'])[:12]}): give both sides "
-                "the same method, scenario, seed and settings, the same data and FM, and one version of fedbench"
+                f"the server's run differs from the silo's in {', '.join(unlike)}; give both sides the same options, "
+                "data and FM"
             )
         elif about["silos"] != len(self.seats):
             why = f"the server counts on {len(self.seats)} silos, not {about['silos']}; give both one address file"
@@ -341,16 +346,30 @@ class Hub:
             seat.fresh, seat.until = True, self._round
 
     def account(self) -> dict[str, Any]:
-        """What the silos and the way to them cost beside the messages of the ledger, since this process began."""
+        """What the silos and the way to them cost beside the messages of the ledger, since this process began.
+
+        To be asked once, when the run is complete.
+        """
         carried: Mapping[str, Mapping[str, int]] = self._carrier.bytes_carried()
         account: dict[str, dict[str, int]] = defaultdict(dict)
         for way, found in carried.items():
             account[way] = {**found, "payload_bytes": self.payload_bytes[way]}
+        self._complete = True
         return {"silos": len(self.seats), **account, "lost": self.lost}
 
     def close(self) -> None:
-        """End the run in all silos that are there."""
-        self._carrier.close()
+        """End the run in all silos that are there, if it is complete; else they wait for a server that goes on."""
+        self._carrier.close([seat.silo for seat in self.seats.values() if seat.here and self._complete])
+
+
+def differing(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Dotted names in which two identities of runs differ; a silo that has no weights knows no hash of them."""
+    for name in mine.keys() | theirs.keys():
+        a, b, below = mine.get(name), theirs.get(name), f"{path}.{name}" if path else name
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differing(a, b, below)
+        elif a != b and (below, b) != ("fm_hash", ""):
+            yield below
 
 
 class _States(Mapping[ClientId, Held]):

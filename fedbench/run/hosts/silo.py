@@ -42,6 +42,10 @@ class Memory:
         self._changed: list[set[ClientId]] = [set(), set()]
         self._next = 0
 
+    def clear(self) -> None:
+        """Keep nothing any more: the run is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def write(self, side: ClientSide, round: int, changed: set[ClientId]) -> None:
         """Keep what the clients hold after `round`, in place of the older of the two. `changed`: who took part."""
         for each in self._changed:
