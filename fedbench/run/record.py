@@ -31,7 +31,6 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
     """The record of a run with these scores. Raises FedbenchError where what a method says of itself fits none."""
     p, ledger, device = run.p, run.ledger, run.p.execution.device
     server, clients = run.host.server.report(), run.host.clients.report()
-    labels, classes = p.loaded.data.train.labels, len(p.loaded.data.class_names)
     content = {
         "schema": SCHEMA,
         "status": "complete",
@@ -72,7 +71,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "hash": run.partition.hash(),
             "sizes": run.partition.sizes(),
             "label_counts": run.label_counts,
-            "skew": run.partition.skew(labels, classes),
+            "skew": dict(p.division.skew),
             "attempts": run.partition.attempts,
         },
         "provenance": {
@@ -82,6 +81,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "executor": p.execution.executor,
             "host": p.request.host,
             "workers": p.execution.workers,
+            **({"runtime": account} if (account := run.host.account()) else {}),
         },
     }
     try:
