@@ -15,6 +15,7 @@ import typer
 from fedbench.cli.check import check_command
 from fedbench.cli.doctor import doctor_command
 from fedbench.cli.export import export_command
+from fedbench.cli.federate import server_command, silo_command
 from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
@@ -58,6 +59,12 @@ app.command("export", epilog="Example: fedbench export runs/records/tweets-nonii
     export_command
 )
 app.add_typer(new_app, name="new")
+app.command("server", epilog="docs/federation.md shows a server and its silos in terminals of their own.")(
+    server_command
+)
+app.command(
+    "silo", epilog="Example: fedbench silo 1 --addresses addresses.csv --method fedpft --scenario tweets-noniid"
+)(silo_command)
 app.command("doctor")(doctor_command)
 
 

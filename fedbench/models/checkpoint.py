@@ -204,6 +204,28 @@ def _checkpoint(
     return FoundationModel(label, spec, state, processor, digest, head, provenance, notes)
 
 
+def without_weights(name: str, folder: Path, num_labels: int) -> FoundationModel:
+    """What reads rows for the checkpoint in a folder, which need not hold weights: tensors have shapes and no values.
+
+    `content_hash` is empty. Raises FedbenchError for a folder that is not in transformers' format.
+    """
+    import transformers
+
+    try:
+        spec = _spec_of(folder, read_config(folder), num_labels)
+        config = transformers.AutoConfig.for_model(spec.model_type, **spec.config)
+        with torch.device("meta"):
+            state = frozen_state(getattr(transformers, spec.family.architecture)(config))
+        if spec.family.modality == "text":
+            words = state[f"{spec.family.embeddings}.{spec.family.words}"]
+            processor = read_tokenizer(folder, spec, len(words))
+        else:
+            processor = read_image_processor(folder / "preprocessor_config.json", spec)
+    except FedbenchError as error:
+        raise FedbenchError(f"FM {name!r}: {error}") from None
+    return FoundationModel(fm_label(name), spec, state, processor, "", provenance={"source": "without weights"})
+
+
 def own_labels(folder: Path) -> tuple[str, ...]:
     """What the checkpoint in a folder calls its classes, in order. Raises FedbenchError where it cannot be read."""
     return tuple(label_names(read_config(folder)))

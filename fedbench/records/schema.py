@@ -248,6 +248,7 @@ class Residual(Block):
     weight: Finite | None = None  # of weights
     hidden_before: Finite | None = None
     weight_before: Finite | None = None
+    curve: list[Finite] = []  # hidden, as means of up to ten stretches of the distillation, in order
 
 
 class Shares(Block):
@@ -289,6 +290,7 @@ class Round(Block):
     cohort: list[Count]  # clients sampled
     arrived: list[Count]  # those whose upload was taken
     refused: list[Refused]
+    lost: list[Count] = []  # those whose upload never came, as their silo gave no answer
     loss: Finite | None = None  # mean training loss of those that arrived
     bytes_up: Count | None = None
     bytes_down: Count | None = None
@@ -340,6 +342,7 @@ class Provenance(Block):
     executor: str | None = None
     host: str | None = None  # that held the two sides
     workers: int | None = None
+    runtime: dict[str, Any] = {}  # what the host itself sent, and which silos it lost
     finished: str | None = None  # time in ISO 8601
     notes: list[str] = []  # on data, FM and what the server chose
     fm: dict[str, Any] = {}  # where it came from

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedbench.errors import FedbenchError
 from fedbench.names import nearest
@@ -105,7 +105,7 @@ class Registry:
             if entry.origin != "fedbench":
                 add_family(name, partial(self.load_family, name))
 
-    def load_host(self, name: str) -> type:
+    def load_host(self, name: str) -> Any:
         """The host's class; imports its module. Raises FedbenchError for an unknown or a broken host."""
         return import_class(self._find(HOSTS, name), object, "Host")
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
+from fedbench.data.natural import words_skew
 from fedbench.data.own.source import own_data_set
+from fedbench.data.partition import Partition, natural_partition, partition
 from fedbench.data.rows import RawData
 from fedbench.data.sets.dataset import DataSet
 from fedbench.data.sources import data_folder
@@ -27,7 +30,7 @@ from fedbench.measures.scores import HeldOut
 from fedbench.models.families.known import is_built_in
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
-from fedbench.models.zoo.load import load_fm
+from fedbench.models.zoo.load import load_fm, load_reader
 from fedbench.names import nearest
 from fedbench.records import provenance
 from fedbench.records.schema import SCHEMA
@@ -46,7 +49,8 @@ class Prepared:
     """A run ready to start: everything loaded, and its key known.
 
     host: makes the host that holds the two sides. unavailable: why the method cannot run here, if so. planned: dotted
-    settings that the method itself changed (`Method.plan`).
+    settings that the method itself changed (`Method.plan`). divided: the division, where the training rows it was made
+    of are not here.
     """
 
     request: RunRequest
@@ -59,6 +63,35 @@ class Prepared:
     key: str
     unavailable: str | None
     planned: tuple[str, ...]
+    divided: Division | None = None
+
+    @cached_property
+    def division(self) -> Division:
+        """Which client holds which training rows. Raises FedbenchError where the split cannot be."""
+        if self.divided is not None:
+            return self.divided
+        data, split = self.loaded.data, self.scenario.split
+        labels, classes = data.train.labels, len(data.class_names)
+        if split.kind == "natural":
+            assert data.clients is not None, "loaded for this split"
+            found = natural_partition(data.clients.train)
+        else:
+            found = partition(labels, split, self.brief.streams.numpy("partition"))
+        skew = found.skew(labels, classes) | (words_skew(data) if split.kind == "natural" else {})
+        return Division(found, found.label_counts(labels, classes), skew)
+
+    def rows(self) -> list[Examples]:
+        """The training rows of each client; none where they are not here."""
+        if self.divided is not None:
+            return []
+        return [self.loaded.train.select(rows) for rows in self.division.partition.clients]
+
+    def without_rows(self) -> Prepared:
+        """The same without any client's rows, as a server has it."""
+        nothing = np.array([], dtype=np.int64)
+        data = replace(self.loaded.data, train=self.loaded.data.train.select(nothing))
+        loaded = replace(self.loaded, data=data, train=self.loaded.train.select(nothing))
+        return replace(self, loaded=loaded, divided=self.division)
 
     @property
     def brief(self) -> Brief:
@@ -93,6 +126,15 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Division:
+    """Which client holds which training rows, their labels by client and class, and how unlike that makes them."""
+
+    partition: Partition
+    label_counts: list[list[int]]
+    skew: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Loaded:
     """Data and FM, loaded and encoded; `extra_tests` by name, in order.
 
@@ -120,14 +162,16 @@ def _load(
     cache: Path,
     data_dir: Path | None,
     split: SplitSettings | None,
+    weights: bool,
 ) -> Loaded:
     """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do.
 
     `split`: a natural one, else None.
     """
     data = load_data(data_set, corpus, dataset, public, data_dir, split)
-    model = load_fm(fm, len(data.class_names), cache, data.class_names)
-    if not is_built_in(model.spec.model_type):
+    load = load_fm if weights else load_reader
+    model = load(fm, len(data.class_names), cache, data.class_names)
+    if weights and not is_built_in(model.spec.model_type):
         check_family(model)
     raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
     raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
@@ -172,8 +216,11 @@ def split_settings(
     return mine, scenario
 
 
-def prepare(request: RunRequest) -> Prepared:
-    """Load data and FM, validate all settings, and compute the run's key. Raises FedbenchError for bad input."""
+def prepare(request: RunRequest, weights: bool = True) -> Prepared:
+    """Load data and FM, validate all settings, and compute the run's key. Raises FedbenchError for bad input.
+
+    weights: whether the FM's are needed; without them nothing but rows can be read for it, and the key is not a run's.
+    """
     try_folder(request.results, "--results")
     try_folder(cache_folder(request.cache), "--cache")
     provenance.source_state()  # now, before anybody can commit while the run is under way
@@ -181,6 +228,7 @@ def prepare(request: RunRequest) -> Prepared:
     registry.add_families()
     kind = registry.load_method(request.method)
     host = registry.load_host(request.host)
+    host.ready(request)
     path, split = registry.find_scenario(request.scenario)
     mine, overrides = split_settings(request.settings, list(kind.model_fields), request.method)
     scenario = load_scenario(path, split, request.profile, overrides)
@@ -191,7 +239,7 @@ def prepare(request: RunRequest) -> Prepared:
     folder = data_folder(request.data_dir)
     data_set, corpus, natural = sets_of(registry, scenario)
     cache = cache_folder(request.cache)
-    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder, natural)
+    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder, natural, weights)
     data, fm = loaded.data, loaded.fm
     if data.clients is not None:
         split_found = scenario.split.model_copy(update={"clients": len(data.clients.names)})

@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedbench.api.messages import SETUP_KINDS
-from fedbench.data.natural import words_skew
 from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
@@ -38,7 +37,6 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
     """The record of a run with these scores. Raises FedbenchError where what a method says of itself fits none."""
     p, ledger, device = run.p, run.ledger, run.p.execution.device
     server, clients = run.host.server.report(), run.host.clients.report()
-    labels, classes = p.loaded.data.train.labels, len(p.loaded.data.class_names)
     content = {
         "schema": SCHEMA,
         "status": "complete",
@@ -79,7 +77,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "hash": run.partition.hash(),
             "sizes": run.partition.sizes(),
             "label_counts": run.label_counts,
-            "skew": run.partition.skew(labels, classes) | words_skew(p.loaded.data),
+            "skew": dict(p.division.skew),
             "attempts": run.partition.attempts,
             **whose(p.loaded.data),
         },
@@ -90,6 +88,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "executor": p.execution.executor,
             "host": p.request.host,
             "workers": p.execution.workers,
+            **({"runtime": account} if (account := run.host.account()) else {}),
         },
     }
     try:

@@ -110,9 +110,11 @@ def _roles(source: Path) -> dict[str, str]:
     inside = sorted(source.iterdir())
     tables = [path for path in inside if path.is_file() and suffix_of(path) in SUFFIXES]
     places = tables or [path for path in inside if path.is_dir()]
-    train = [path for path in places if path.name.lower().startswith("train")]
-    if train:
-        found = {"train": _pattern(train)}
+    trains = [path for path in places if path.name.lower().startswith("train")]
+    known = ("train", *(stem for stems in ROLES.values() for stem in stems))
+    # A folder called train may be a class of images, beside others.
+    if trains and (tables or all(path.name.lower().startswith(known) for path in places)):
+        found = {"train": _pattern(trains)}
         for role, stems in ROLES.items():
             paths = [path for path in places if path.name.lower().startswith(stems)]
             found |= {role: _pattern(paths)} if paths else {}

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from fedbench.errors import FedbenchError
 from fedbench.files import packaged_file
-from fedbench.models.checkpoint import (
-    _checkpoint,
-)
+from fedbench.models.checkpoint import _checkpoint, without_weights
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.zoo.names import FMS, fm_folder
 
@@ -49,6 +47,23 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
     return _checkpoint(name, folder, num_labels, {"source": repository, "revision": resolved}, class_names)
 
 
+def load_reader(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...] = ()) -> FoundationModel:
+    """The FM called `name` without its weights, for whoever only reads rows for it; a folder need not hold any.
+
+    Arguments and errors as of `load_fm`. The one that is pre-trained here, of public images, comes whole.
+    """
+    if name == "vit-digits":
+        return load_fm(name, num_labels, cache, class_names)
+    if name == "minilm-l6":
+        return without_weights(name, minilm_folder(), num_labels)
+    if path := fm_folder(name):
+        return without_weights(name, path, num_labels)
+    repository, revision = HUB.get(name, (name, "main"))
+    if "/" not in repository or repository.startswith((".", "/", "~")):
+        return load_fm(name, num_labels, cache, class_names)  # says what is wrong with the name
+    return without_weights(name, _from_hub(name, repository, revision, weights=False)[0], num_labels)
+
+
 def minilm_folder() -> Path:
     """The embedded checkpoint's folder, its weights verified against the pinned SHA-256."""
     return packaged_file(
@@ -56,15 +71,14 @@ def minilm_folder() -> Path:
     ).parent
 
 
-def _from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:
+def _from_hub(name: str, repository: str, revision: str, weights: bool = True) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.model"]
+    asked = [*patterns, "model*.safetensors"] if weights else patterns
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[*patterns, "model*.safetensors"])
-        )
-        if not any(folder.glob("model*.safetensors")):
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=asked))
+        if weights and not any(folder.glob("model*.safetensors")):
             # Older checkpoints are pickled. transformers reads those with torch's weights_only, which runs no code.
             snapshot_download(repository, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"])
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
