@@ -19,6 +19,7 @@ from fedbench.cli.federate import server_command, silo_command
 from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
+from fedbench.cli.new import new_app
 from fedbench.cli.run import run_command
 from fedbench.cli.show import show_command
 from fedbench.cli.table import table_command
@@ -63,6 +64,7 @@ app.command("server", epilog="docs/federation.md shows a server and its silos in
 app.command(
     "silo", epilog="Example: fedbench silo 1 --addresses addresses.csv --method fedpft --scenario tweets-noniid"
 )(silo_command)
+app.add_typer(new_app, name="new")
 app.command("doctor")(doctor_command)
 
 
