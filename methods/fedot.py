@@ -100,8 +100,9 @@ class FedOTServer(ProxyServer):
         held = {n: adapters + sum(bare[i] for i in uniform(middle, n)) for n in range(1, len(middle) + 1)}
         widths = FedPFT().widths(fm.spec.ffn_widths)
         # A neuron is a row of W1 with its bias, and a column of W2.
+        numbers = {name: tensor.numel() for name, tensor in frozen_state(self.full).items()}
         target = sum(whole) - sum(
-            (full - kept) * (2 * parts.ffn_in(i).in_features + 1)
+            (full - kept) * sum(numbers[slices.name] for slices in parts.neurons(i).values()) // full
             for i, (full, kept) in enumerate(zip(fm.spec.ffn_widths, widths, strict=True))
         )
         keep = min(held, key=lambda n: abs(held[n] - target))

@@ -16,6 +16,7 @@ from fedbench.cli.check import check_command
 from fedbench.cli.doctor import doctor_command
 from fedbench.cli.export import export_command
 from fedbench.cli.federate import server_command, silo_command
+from fedbench.cli.fetch import fetch_command
 from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
@@ -65,6 +66,7 @@ app.command(
     "silo", epilog="Example: fedbench silo 1 --addresses addresses.csv --method fedpft --scenario tweets-noniid"
 )(silo_command)
 app.add_typer(new_app, name="new")
+app.command("fetch", epilog="Example: fedbench fetch mpnet-base")(fetch_command)
 app.command("doctor")(doctor_command)
 
 

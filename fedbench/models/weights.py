@@ -77,7 +77,8 @@ def set_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 def initial_tunables(model: nn.Module, streams: Streams) -> dict[str, Tensor]:
     """Start values of all tunables of an FM: LoRA A Kaiming-uniform (a = sqrt 5), B zero, head normal, biases zero.
 
-    Each tensor has a stream of its own, named after it, so every method starts from the same values.
+    Norms within a head start as one. Each tensor has a stream of its own, named after it, so every method starts from
+    the same values.
     """
     deviation = float(getattr(model.config, "initializer_range", 0.02))
     parameters = dict(model.named_parameters())
@@ -87,6 +88,8 @@ def initial_tunables(model: nn.Module, streams: Streams) -> dict[str, Tensor]:
         generator = streams.torch("initialisation", name)
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
+        elif ".lora_" not in name and value.dim() == 1 and name.endswith(".weight"):
+            nn.init.ones_(value)
         elif ".lora_" not in name and value.dim() > 1:
             nn.init.normal_(value, std=deviation, generator=generator)
         out[name] = value

@@ -110,12 +110,12 @@ def _roles(source: Path) -> dict[str, str]:
     inside = sorted(source.iterdir())
     tables = [path for path in inside if path.is_file() and suffix_of(path) in SUFFIXES]
     places = tables or [path for path in inside if path.is_dir()]
-    train = [path for path in places if path.name.lower().startswith("train")]
-    if train:
-        found = {"train": _pattern(train)}
+    training = [path for path in places if path.name.lower().startswith("train")]
+    if training:
+        found = {"train": _pattern(training)}
         for role, stems in ROLES.items():
-            paths = [path for path in places if path.name.lower().startswith(stems)]
-            found |= {role: _pattern(paths)} if paths else {}
+            named = [path for path in places if path.name.lower().startswith(stems)]
+            found |= {role: _pattern(named)} if named else {}
         return found
     if tables:
         return {"train": _pattern(tables)}
