@@ -144,7 +144,7 @@ class AdapterServer(Server):
             self.held[client] = self.version
         return outbox
 
-    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
+    def expected(self, round: int, client: ClientId) -> Mapping[str, Mapping[str, TensorSpec]]:
         return {"adapter": {name: TensorSpec.of(tensor) for name, tensor in self.values.items()}}
 
     def accept(self, round: int, messages: Sequence[Message]) -> None:

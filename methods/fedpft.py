@@ -221,8 +221,8 @@ class FedPFTServer(ProxyServer):
         layers = ",".join(map(str, self.aligned)) if self.aligns(round) else ""
         return super().adapter_meta(round) | {"count_zeros": layers}
 
-    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
-        expected = dict(super().expected(round))
+    def expected(self, round: int, client: ClientId) -> Mapping[str, Mapping[str, TensorSpec]]:
+        expected = dict(super().expected(round, client))
         if self.aligns(round):
             expected["statistics"] = {
                 f"zeros.{i}": TensorSpec((self.spec.ffn_widths[i],), torch.int64) for i in self.aligned

@@ -34,7 +34,7 @@ def make_server(
         server = method.server(fm, public, context)
     observers = [Exposures(fm), GradientErrors(rows.probe, execution, time)]
     scores = Scores(rows, evaluation, execution, who, fm, label_counts, time)
-    return ServerSide(server, observers, scores, federation, time, bytes_only)
+    return ServerSide(server, observers, scores, federation, len(label_counts), time, bytes_only)
 
 
 def make_clients(
