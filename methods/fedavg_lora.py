@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.local import AdamW, LocalResult, LocalTask
+from fedbench.api.local import AdamW, LocalResult, LocalTask, Trainer
 from fedbench.api.messages import ClientId, Kind, Message, State, TensorSpec
 from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
@@ -34,6 +34,9 @@ def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
         for name, tensor in values[0].items()
     }
 
+
+FIXED = "fixed."
+"""How the names of fixed tunables begin in a set-up message, and in a client's state."""
 
 MOST = {"num_examples": 2**31 - 1, "tokens": 2**53}
 """What no client can have more of. The harness knows better for each client (`fedbench.api.sides.Server.accept`)."""
@@ -58,6 +61,15 @@ class TuningMethod(Method):
     lr_decay: Literal["linear", "none"] = "linear"
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
+
+    def weight(self, rows: int) -> int:
+        """What the upload of a client of so many rows counts in a mean (FedAvg)."""
+        return rows
+
+    def trainer(self, lr: float) -> Trainer:
+        """How clients step at the round's learning rate."""
+        return AdamW(lr=lr, weight_decay=self.weight_decay)
 
     def learning_rate(self, round: int, rounds: int) -> float:
         """The learning rate of `round` (from 0) of `rounds`."""
@@ -96,12 +108,14 @@ class FedAvgLora(LoraMethod):
 
     name: ClassVar[str] = "fedavg-lora"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
 
 class AdapterServer(Server):
     """Ships a model once per client and tunables every round; aggregates by sample count.
 
-    Subclasses replace `model`, what clients train, and say where its tunables belong in the FM.
+    Subclasses replace `model`, what clients train, and say where its tunables belong in the FM. `values` are the
+    tunables that cross in every round, `fixed` those that are sent along with the model, once.
     """
 
     setup: Kind = "fm"
@@ -115,6 +129,7 @@ class AdapterServer(Server):
         self.spec: ModelSpec = fm.spec.with_lora(method.lora)
         self.model: nn.Module = self.full
         self.values: dict[str, Tensor] = dict(self.initial)
+        self.fixed: dict[str, Tensor] = {}
         self.held: dict[ClientId, int] = {}
         self.version = 0
 
@@ -126,21 +141,32 @@ class AdapterServer(Server):
         """What a client that holds `version` of the model lacks; only methods that change the model answer."""
         raise NotImplementedError(f"{self.method.name} changed its model but cannot say how")
 
+    def whole(self) -> tuple[Message, int]:
+        """What a client is sent that holds nothing yet, and which version of the model that is."""
+        tensors = frozen_state(self.model) | {f"{FIXED}{name}": value for name, value in self.fixed.items()}
+        return Message(self.setup, tensors, {"spec": self.spec.to_json()}), self.version
+
+    def adapters(self, round: int, cohort: Sequence[ClientId]) -> Mapping[ClientId, Message]:
+        """The adapter each of these clients is sent; those who are sent the same share one message."""
+        return dict.fromkeys(cohort, Message("adapter", self.values, self.adapter_meta(round)))
+
     def broadcast(self, round: int, cohort: Sequence[ClientId]) -> Mapping[ClientId, Sequence[Message]]:
-        adapter = Message("adapter", self.values, self.adapter_meta(round))
-        whole: Message | None = None
+        adapters = self.adapters(round, cohort)
+        whole: tuple[Message, int] | None = None
         updates: dict[int, Message] = {}
         outbox: dict[ClientId, list[Message]] = {}
         for client in cohort:
-            outbox[client] = [adapter]
+            outbox[client] = []
             held = self.held.get(client)
             if held is None:
-                whole = whole or Message(self.setup, frozen_state(self.model), {"spec": self.spec.to_json()})
-                outbox[client].insert(0, whole)
-            elif held < self.version:
+                whole = whole or self.whole()
+                outbox[client].append(whole[0])
+                held = whole[1]
+            if held < self.version:
                 if held not in updates:
                     updates[held] = self.update_since(held)
-                outbox[client].insert(0, updates[held])
+                outbox[client].append(updates[held])
+            outbox[client].append(adapters[client])
             self.held[client] = self.version
         return outbox
 
@@ -182,6 +208,7 @@ class AdapterClient(Client):
         self.method, self.ctx = method, ctx
         self.spec: ModelSpec | None = None
         self.frozen: dict[str, Tensor] = {}
+        self.fixed: dict[str, Tensor] = {}
         self.rows = 0
 
     def receive(self, message: Message) -> None:
@@ -189,7 +216,12 @@ class AdapterClient(Client):
         if message.kind not in ("fm", "sub_fm"):
             raise ValueError(f"a client of {self.method.name} cannot read a message of kind {message.kind!r}")
         self.spec = ModelSpec.from_json(str(message.meta["spec"]))
-        self.frozen = self.ctx.modules.intern(message.tensors)
+        self._hold(message.tensors)
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        kept = self.ctx.modules.intern(tensors)
+        self.fixed = {n.removeprefix(FIXED): t for n, t in kept.items() if n.startswith(FIXED)}
+        self.frozen = {n: t for n, t in kept.items() if not n.startswith(FIXED)}
 
     def task(self, round: int, inbox: Sequence[Message], data: Examples) -> LocalTask:
         adapter: Message | None = None
@@ -206,18 +238,20 @@ class AdapterClient(Client):
             tunables=adapter.tensors,
             data=data,
             batches=self.ctx.batches(round, len(data)),
-            optimiser=AdamW(lr=float(adapter.meta["lr"]), weight_decay=self.method.weight_decay),
+            optimiser=self.method.trainer(float(adapter.meta["lr"])),
             clip_norm=self.method.clip_norm,
+            fixed=self.fixed,
             seed=self.ctx.seed(round),
         )
 
     def upload(self, round: int, result: LocalResult) -> Sequence[Message]:
-        return [Message("adapter", result.tunables, {"num_examples": self.rows})]
+        return [Message("adapter", result.tunables, {"num_examples": self.method.weight(self.rows)})]
 
     def state(self) -> State:
-        return State(self.frozen, {"spec": self.spec.to_json() if self.spec else None})
+        fixed = {f"{FIXED}{name}": value for name, value in self.fixed.items()}
+        return State(self.frozen | fixed, {"spec": self.spec.to_json() if self.spec else None})
 
     def restore(self, state: State) -> None:
         if state.values["spec"]:
             self.spec = ModelSpec.from_json(state.values["spec"])
-            self.frozen = self.ctx.modules.intern(state.tensors)
+            self._hold(state.tensors)

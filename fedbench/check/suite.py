@@ -232,6 +232,8 @@ def tunables_are_trained(subject: Subject) -> str | None:
     require(not still, f"{_few(still)} ends every client's training as it began")
     after, names = _parameters(server.put_in_fm()), server.fm_names()
     moved = {n for n, tensor in after.items() if n not in before or not torch.equal(tensor, before[n])}
+    # A product of LoRA may end in the frozen weight it is added to, with the adapter as it was.
+    moved |= {n for n in after if f"{n.partition('.lora_')[0]}.base_layer.weight" in moved}
     require(bool(moved), "the tuned FM is after all rounds what it was before the first")
     kept = sorted({names.get(n, n) for n in watch.sent} & set(after) - moved)
     require(not kept, f"{_few(kept)} is trained and sent, but is in the tuned FM as it was before the first round")

@@ -28,7 +28,7 @@ def make_server(
     """The server's side of `method`, with the measures of every record. label_counts: of each client, by class."""
     time = Stopwatch()
     federation, evaluation, execution = brief.scenario.federation, brief.scenario.evaluation, brief.execution
-    context = ServerContext(brief.streams, federation, execution, brief.cache, evaluation.every)
+    context = ServerContext(brief.streams, federation, execution, brief.cache, evaluation.every, len(label_counts))
     who = f"{method.name} on {brief.scenario.name}, seed {brief.seed}"
     with time("setup"):
         server = method.server(fm, public, context)

@@ -249,7 +249,7 @@ class ServerSide:
         return dict(self.time.seconds)
 
     def tuned(self) -> Adapter:
-        return adapter_of(self.server.put_in_fm())
+        return adapter_of(self.server.put_in_fm(), self.scores.fm.state)
 
 
 class ClientSide:

@@ -1,0 +1,164 @@
+"""FedAvgM, FedAdagrad, FedYogi and FedAdam on LoRA (Hsu et al. 2019; Reddi et al., ICLR 2021, arXiv 2003.00295).
+
+Clients train as in FedAvg. The server takes the mean of what they moved, Delta, for a gradient, and steps with an
+optimiser of its own on LoRA and head: m = b1 m + (1 - b1) Delta; v = v + Delta² (Adagrad), v - (1 - b2) Delta² sign(v -
+Delta²) (Yogi) or b2 v + (1 - b2) Delta² (Adam); w += lr m / (sqrt(v) + tau). FedAvgM: m = b1 m + Delta; w += lr m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedbench.api.context import ServerContext
+from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.sides import Server
+from fedbench.data.examples import Examples
+from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
+from fedbench.models.foundation import FoundationModel
+
+
+class ServerOptimiser(LoraMethod):
+    """Settings that all of them share.
+
+    server_lr, beta1: of the server's step. weighting: of the mean over clients, by sample count, or all alike as in
+    OpenFedLLM's adaptive ones.
+    """
+
+    server_lr: float = Field(1.0, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    weighting: Literal["samples", "uniform"] = "samples"
+
+    def weight(self, rows: int) -> int:
+        return rows if self.weighting == "samples" else 1
+
+    def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
+        return OptimisingServer(self, fm, ctx)
+
+    def change(self, delta: Tensor, m: Tensor, v: Tensor, steps: int) -> Tensor:
+        """What to add to a tunable after `steps` earlier steps; m and v change in place."""
+        raise NotImplementedError
+
+    def start(self) -> float:
+        """What v starts at."""
+        return 0.0
+
+
+class FedAvgM(ServerOptimiser):
+    """FedAvgM on LoRA (Hsu et al. 2019, arXiv 1909.06335): momentum at the server.
+
+    damped: m = b1 m + (1 - b1) Delta, as OpenFedLLM has it.
+    """
+
+    name: ClassVar[str] = "fedavgm"
+    version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
+
+    damped: bool = False
+
+    def change(self, delta: Tensor, m: Tensor, v: Tensor, steps: int) -> Tensor:
+        m.mul_(self.beta1).add_(delta, alpha=1 - self.beta1 if self.damped else 1.0)
+        return self.server_lr * m
+
+
+class Adaptive(ServerOptimiser):
+    """Settings of the three with a step size for each parameter.
+
+    tau: added to the root of v, and squared where v starts. v_start: another start of v; 0 in Flower. squared: whose
+    square goes into v, that of Delta or, as in OpenFedLLM, of m. first_whole: let m start as the first Delta, as in
+    OpenFedLLM. bias_correction: divide m and v by 1 - b^t, as in Flower, which takes t for one round more.
+    """
+
+    server_lr: float = Field(1e-2, gt=0)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    tau: float = Field(1e-3, gt=0)
+    v_start: float | None = Field(None, ge=0)
+    squared: Literal["delta", "momentum"] = "delta"
+    first_whole: bool = False
+    bias_correction: bool = False
+
+    def start(self) -> float:
+        return self.tau**2 if self.v_start is None else self.v_start
+
+    def second(self, v: Tensor, square: Tensor) -> None:
+        """Take a square into v, in place."""
+        raise NotImplementedError
+
+    def change(self, delta: Tensor, m: Tensor, v: Tensor, steps: int) -> Tensor:
+        whole = self.first_whole and steps == 0
+        m.mul_(self.beta1).add_(delta, alpha=1.0 if whole else 1 - self.beta1)
+        self.second(v, (delta if self.squared == "delta" else m).square())
+        first, second = m, v
+        if self.bias_correction:
+            first, second = m / (1 - self.beta1 ** (steps + 2)), v / (1 - self.beta2 ** (steps + 2))
+        return self.server_lr * first / (second.sqrt() + self.tau)
+
+
+class FedAdagrad(Adaptive):
+    """FedAdagrad on LoRA (Reddi et al. 2021): the server's v only grows."""
+
+    name: ClassVar[str] = "fedadagrad"
+    version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
+
+    beta1: float = Field(0.0, ge=0, lt=1)
+
+    def second(self, v: Tensor, square: Tensor) -> None:
+        v.add_(square)
+
+
+class FedYogi(Adaptive):
+    """FedYogi on LoRA (Reddi et al. 2021): the server's v moves by what Delta² is, not by how far it is off."""
+
+    name: ClassVar[str] = "fedyogi"
+    version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
+
+    def second(self, v: Tensor, square: Tensor) -> None:
+        v.sub_((1 - self.beta2) * square * torch.sign(v - square))
+
+
+class FedAdam(Adaptive):
+    """FedAdam on LoRA (Reddi et al. 2021): Adam at the server, without its bias correction."""
+
+    name: ClassVar[str] = "fedadam"
+    version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
+
+    def second(self, v: Tensor, square: Tensor) -> None:
+        v.mul_(self.beta2).add_(square, alpha=1 - self.beta2)
+
+
+class OptimisingServer(AdapterServer):
+    """FedAvg's server, which steps towards the mean rather than taking it."""
+
+    method: ServerOptimiser
+
+    def __init__(self, method: ServerOptimiser, fm: FoundationModel, ctx: ServerContext) -> None:
+        super().__init__(method, fm, ctx)
+        self.m = {name: torch.zeros_like(value) for name, value in self.values.items()}
+        self.v = {name: torch.full_like(value, method.start()) for name, value in self.values.items()}
+        self.steps = 0
+
+    def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
+        before = self.values
+        super().aggregate(round, uploads)
+        for name, value in before.items():
+            change = self.method.change(self.values[name] - value, self.m[name], self.v[name], self.steps)
+            self.values[name] = value + change
+        self.steps += 1
+
+    def state(self) -> State:
+        state = super().state()
+        own = {f"m.{n}": t for n, t in self.m.items()} | {f"v.{n}": t for n, t in self.v.items()}
+        return State({**state.tensors, **own}, {**state.values, "steps": self.steps})
+
+    def restore(self, state: State) -> None:
+        super().restore(state)
+        self.m = {name: state.tensors[f"m.{name}"].clone() for name in self.m}
+        self.v = {name: state.tensors[f"v.{name}"].clone() for name in self.v}
+        self.steps = state.values["steps"]
