@@ -23,7 +23,10 @@ from fedbench.models.foundation import FoundationModel
 
 
 class FedExLora(LoraMethod):
-    """FedEx-LoRA as published. weighting: of the mean over clients, by sample count or all alike."""
+    """FedEx-LoRA (Singhal et al., ACL 2025, arXiv 2410.09432): what averaging factors loses is added to W0.
+
+    weighting: of the mean over clients, by sample count or all alike.
+    """
 
     name: ClassVar[str] = "fedex-lora"
     version: ClassVar[int] = 1
@@ -44,25 +47,6 @@ class FedExLora(LoraMethod):
 
     def client(self, ctx: ClientContext) -> Client:
         return FoldingClient(self, ctx)
-
-
-class FedExLoraOfficial(FedExLora):
-    """FedEx-LoRA as its released code has it: all clients alike, and the residual transposed.
-
-    transposed: add the residual as for GPT-2's Conv1D, which keeps weights turned. On linear layers, as in RoBERTa, it
-    then lands in the wrong place, unnoticed as all four projections are square.
-    """
-
-    name: ClassVar[str] = "fedex-lora-official"
-    version: ClassVar[int] = 1
-    needs: ClassVar[Literal["sum", "each"]] = "each"
-
-    weighting: Literal["samples", "uniform"] = "uniform"
-    transposed: bool = True
-
-    @property
-    def turned(self) -> bool:
-        return self.transposed
 
 
 class FedExServer(FoldingServer):

@@ -55,6 +55,7 @@ class FedPFT(LoraMethod):
 
     name: ClassVar[str] = "fedpft"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     r: int | None = Field(None, ge=1)
     layers_retained: tuple[int, ...] | None = None

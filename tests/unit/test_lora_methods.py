@@ -18,7 +18,8 @@ from fedbench.api.sides import Method
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.methods._products import folded, pairs, stacked
 from fedbench.methods._ranks import cut, masks, padded
-from fedbench.methods.fedex_lora import FedExLora, FedExLoraOfficial, FedExServer
+from fedbench.methods.fedex_lora import FedExLora, FedExServer
+from fedbench.methods.fedex_lora_official import FedExLoraOfficial
 from fedbench.methods.ffa_lora import FFALora
 from fedbench.methods.flexlora import FlexLora, decomposed
 from fedbench.methods.flora import Flora

@@ -15,10 +15,14 @@ from fedbench.api.context import ClientContext
 from fedbench.api.local import SGD, LocalResult
 from fedbench.api.messages import Message
 from fedbench.machine.device import Execution
+from fedbench.methods._server_optimisers import OptimisingServer
+from fedbench.methods.fedadagrad import FedAdagrad
+from fedbench.methods.fedadam import FedAdam
 from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
+from fedbench.methods.fedavgm import FedAvgM
 from fedbench.methods.fedprox import FedProx
+from fedbench.methods.fedyogi import FedYogi
 from fedbench.methods.scaffold import Scaffold, ScaffoldClient, ScaffoldServer
-from fedbench.methods.server_optimisers import FedAdagrad, FedAdam, FedAvgM, FedYogi, OptimisingServer
 from fedbench.models.cache import ModuleCache
 from fedbench.rng import Streams
 from fedbench.training.alone import execute

@@ -8,6 +8,7 @@ from fedbench.api.context import ServerContext
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.machine.stopwatch import Stopwatch
+from fedbench.measures.aggregation import AggregationErrors
 from fedbench.measures.exposure import Exposures
 from fedbench.measures.gradient import GradientErrors
 from fedbench.measures.scores import HeldOut, Scores
@@ -32,7 +33,7 @@ def make_server(
     who = f"{method.name} on {brief.scenario.name}, seed {brief.seed}"
     with time("setup"):
         server = method.server(fm, public, context)
-    observers = [Exposures(fm), GradientErrors(rows.probe, execution, time)]
+    observers = [Exposures(fm), GradientErrors(rows.probe, execution, time), AggregationErrors(time)]
     scores = Scores(rows, evaluation, execution, who, fm, label_counts, time)
     return ServerSide(server, observers, scores, federation, len(label_counts), time, bytes_only)
 

@@ -1,4 +1,4 @@
-"""FedAvgM, FedAdagrad, FedYogi and FedAdam on LoRA (Hsu et al. 2019; Reddi et al., ICLR 2021, arXiv 2003.00295).
+"""What FedAvgM, FedAdagrad, FedYogi and FedAdam share (Hsu et al. 2019; Reddi et al., ICLR 2021, arXiv 2003.00295).
 
 Clients train as in FedAvg. The server takes the mean of what they moved, Delta, for a gradient, and steps with an
 optimiser of its own on LoRA and head: m = b1 m + (1 - b1) Delta; v = v + Delta² (Adagrad), v - (1 - b2) Delta² sign(v -
@@ -8,7 +8,7 @@ Delta²) (Yogi) or b2 v + (1 - b2) Delta² (Adam); w += lr m / (sqrt(v) + tau). 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -48,23 +48,6 @@ class ServerOptimiser(LoraMethod):
         return 0.0
 
 
-class FedAvgM(ServerOptimiser):
-    """FedAvgM on LoRA (Hsu et al. 2019, arXiv 1909.06335): momentum at the server.
-
-    damped: m = b1 m + (1 - b1) Delta, as OpenFedLLM has it.
-    """
-
-    name: ClassVar[str] = "fedavgm"
-    version: ClassVar[int] = 1
-    needs: ClassVar[Literal["sum", "each"]] = "sum"
-
-    damped: bool = False
-
-    def change(self, delta: Tensor, m: Tensor, v: Tensor, steps: int) -> Tensor:
-        m.mul_(self.beta1).add_(delta, alpha=1 - self.beta1 if self.damped else 1.0)
-        return self.server_lr * m
-
-
 class Adaptive(ServerOptimiser):
     """Settings of the three with a step size for each parameter.
 
@@ -96,41 +79,6 @@ class Adaptive(ServerOptimiser):
         if self.bias_correction:
             first, second = m / (1 - self.beta1 ** (steps + 2)), v / (1 - self.beta2 ** (steps + 2))
         return self.server_lr * first / (second.sqrt() + self.tau)
-
-
-class FedAdagrad(Adaptive):
-    """FedAdagrad on LoRA (Reddi et al. 2021): the server's v only grows."""
-
-    name: ClassVar[str] = "fedadagrad"
-    version: ClassVar[int] = 1
-    needs: ClassVar[Literal["sum", "each"]] = "sum"
-
-    beta1: float = Field(0.0, ge=0, lt=1)
-
-    def second(self, v: Tensor, square: Tensor) -> None:
-        v.add_(square)
-
-
-class FedYogi(Adaptive):
-    """FedYogi on LoRA (Reddi et al. 2021): the server's v moves by what Delta² is, not by how far it is off."""
-
-    name: ClassVar[str] = "fedyogi"
-    version: ClassVar[int] = 1
-    needs: ClassVar[Literal["sum", "each"]] = "sum"
-
-    def second(self, v: Tensor, square: Tensor) -> None:
-        v.sub_((1 - self.beta2) * square * torch.sign(v - square))
-
-
-class FedAdam(Adaptive):
-    """FedAdam on LoRA (Reddi et al. 2021): Adam at the server, without its bias correction."""
-
-    name: ClassVar[str] = "fedadam"
-    version: ClassVar[int] = 1
-    needs: ClassVar[Literal["sum", "each"]] = "sum"
-
-    def second(self, v: Tensor, square: Tensor) -> None:
-        v.mul_(self.beta2).add_(square, alpha=1 - self.beta2)
 
 
 class OptimisingServer(AdapterServer):
