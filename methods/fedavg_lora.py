@@ -77,8 +77,13 @@ class TuningMethod(Method):
 
     @property
     def lora(self) -> LoraSpec | None:
-        """Adapters on the attention projections of every layer; None tunes the head alone."""
+        """Adapters on the attention projections of every layer; None for none."""
         return None
+
+    @property
+    def biases(self) -> bool:
+        """Whether the biases of the model itself are tuned, beside adapters and head."""
+        return False
 
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
         return AdapterServer(self, fm, ctx)
@@ -122,11 +127,11 @@ class AdapterServer(Server):
 
     def __init__(self, method: TuningMethod, fm: FoundationModel, ctx: ServerContext) -> None:
         self.method, self.ctx = method, ctx
-        self.full = fm.build(method.lora, ctx.device)
+        self.full = fm.build(method.lora, ctx.device, method.biases)
         # Untuned places of the FM hold the initial adapter (B = 0), which changes nothing.
         self.initial = initial_tunables(self.full, ctx.streams)
         set_tensors(self.full, self.initial)
-        self.spec: ModelSpec = fm.spec.with_lora(method.lora)
+        self.spec: ModelSpec = fm.spec.with_lora(method.lora).with_biases(method.biases)
         self.model: nn.Module = self.full
         self.values: dict[str, Tensor] = dict(self.initial)
         self.fixed: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ from fedbench.compat import set_attention, without_initial_values
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear
 from fedbench.models.spec import PROJECTIONS, ModelSpec
+from fedbench.models.weights import set_tunable
 
 
 def build(spec: ModelSpec) -> nn.Module:
@@ -49,4 +50,5 @@ def build(spec: ModelSpec) -> nn.Module:
         for p in model.parameters():
             p.requires_grad_(False)
             p.zero_()
+    set_tunable(model, biases=spec.biases)
     return model.eval()

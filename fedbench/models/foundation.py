@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedbench.models.build import build
 from fedbench.models.families.family import Family
 from fedbench.models.spec import LoraSpec, ModelSpec
-from fedbench.models.weights import load_frozen
+from fedbench.models.weights import checkpoint_name, load_frozen, set_tensors, tunable_names
 
 
 @dataclass
@@ -52,8 +52,11 @@ class FoundationModel:
     def _rows(self, table: str) -> int:
         return len(self.state[f"{self.family.embeddings}.{table}"])
 
-    def build(self, lora: LoraSpec | None, device: torch.device) -> nn.Module:
-        """A new module with the frozen weights; LoRA and head are zero until set."""
-        model = build(self.spec.with_lora(lora))
-        load_frozen(model, self.state)
+    def build(self, lora: LoraSpec | None, device: torch.device, biases: bool = False) -> nn.Module:
+        """A new module with the FM's weights; LoRA and head are zero until set. biases: tunable, or frozen."""
+        model = build(self.spec.with_lora(lora).with_biases(biases))
+        tuned = {name: checkpoint_name(name) for name in tunable_names(model) if checkpoint_name(name) in self.state}
+        own = set(tuned.values())
+        load_frozen(model, {name: tensor for name, tensor in self.state.items() if name not in own})
+        set_tensors(model, {name: self.state[there] for name, there in tuned.items()})
         return model.to(device)

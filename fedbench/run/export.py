@@ -50,7 +50,7 @@ def adapter_of(model: nn.Module, untouched: Mapping[str, Tensor]) -> Adapter:
         # Rank and alpha of each linear layer with an adapter.
         "lora": {n: [m.r["default"], m.lora_alpha["default"]] for n, m in _adapted(model).items()},
         # Frozen weights that the method changed.
-        "changed": sum(not torch.equal(now[name].cpu(), tensor.cpu()) for name, tensor in untouched.items()),
+        "changed": sum(n in now and not torch.equal(now[n].cpu(), t.cpu()) for n, t in untouched.items()),
     }
     return Adapter(get_tensors(model, tunable_names(model)), about)
 
