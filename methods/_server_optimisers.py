@@ -88,25 +88,21 @@ class OptimisingServer(AdapterServer):
 
     def __init__(self, method: ServerOptimiser, fm: FoundationModel, ctx: ServerContext) -> None:
         super().__init__(method, fm, ctx)
-        self.m = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        self.v = {name: torch.full_like(value, method.start()) for name, value in self.values.items()}
+        self.memory["m"] = {name: torch.zeros_like(value) for name, value in self.values.items()}
+        self.memory["v"] = {name: torch.full_like(value, method.start()) for name, value in self.values.items()}
         self.steps = 0
 
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
-        before = self.values
+        before, m, v = self.values, self.memory["m"], self.memory["v"]
         super().aggregate(round, uploads)
         for name, value in before.items():
-            change = self.method.change(self.values[name] - value, self.m[name], self.v[name], self.steps)
-            self.values[name] = value + change
+            self.values[name] = value + self.method.change(self.values[name] - value, m[name], v[name], self.steps)
         self.steps += 1
 
     def state(self) -> State:
         state = super().state()
-        own = {f"m.{n}": t for n, t in self.m.items()} | {f"v.{n}": t for n, t in self.v.items()}
-        return State({**state.tensors, **own}, {**state.values, "steps": self.steps})
+        return State(state.tensors, {**state.values, "steps": self.steps})
 
     def restore(self, state: State) -> None:
         super().restore(state)
-        self.m = {name: state.tensors[f"m.{name}"].clone() for name in self.m}
-        self.v = {name: state.tensors[f"v.{name}"].clone() for name in self.v}
         self.steps = state.values["steps"]

@@ -38,6 +38,12 @@ def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 FIXED = "fixed."
 """How the names of fixed tunables begin in a set-up message, and in a client's state."""
 
+MEMORY = "memory."
+"""The same of what a subclass keeps in `memory`."""
+
+Memory = dict[str, dict[str, Tensor]]
+"""What a side of a subclass's own keeps between rounds: some tensors by name, under a name without dots."""
+
 MOST = {"num_examples": 2**31 - 1, "tokens": 2**53}
 """What no client can have more of. The harness knows better for each client (`fedbench.api.sides.Server.accept`)."""
 
@@ -48,6 +54,22 @@ def count(message: Message, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST[name]:
         raise MessageError(f"{message.kind}: {name} is not a whole number from 1 to {MOST[name]}")
     return value
+
+
+def flat(memory: Memory) -> dict[str, Tensor]:
+    """Memory as tensors of a state."""
+    return {f"{MEMORY}{own}.{name}": tensor for own, each in memory.items() for name, tensor in each.items()}
+
+
+def remembered(state: State) -> tuple[Memory, State]:
+    """The memory in a state, in tensors of its own, and the state without it."""
+    memory: Memory = {}
+    for name, tensor in state.tensors.items():
+        if name.startswith(MEMORY):
+            own, _, inner = name.removeprefix(MEMORY).partition(".")
+            memory.setdefault(own, {})[inner] = tensor.clone()
+    rest = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(MEMORY)}
+    return memory, State(rest, state.values)
 
 
 class TuningMethod(Method):
@@ -120,7 +142,8 @@ class AdapterServer(Server):
     """Ships a model once per client and tunables every round; aggregates by sample count.
 
     Subclasses replace `model`, what clients train, and say where its tunables belong in the FM. `values` are the
-    tunables that cross in every round, `fixed` those that are sent along with the model, once.
+    tunables that cross in every round, `fixed` those that are sent along with the model, once. Tensors that a subclass
+    puts into `memory` are part of its state.
     """
 
     setup: Kind = "fm"
@@ -135,6 +158,7 @@ class AdapterServer(Server):
         self.model: nn.Module = self.full
         self.values: dict[str, Tensor] = dict(self.initial)
         self.fixed: dict[str, Tensor] = {}
+        self.memory: Memory = {}
         self.held: dict[ClientId, int] = {}
         self.version = 0
 
@@ -198,22 +222,27 @@ class AdapterServer(Server):
 
     def state(self) -> State:
         held = {str(client): version for client, version in self.held.items()}
-        return State(dict(self.values), {"held": held, "version": self.version})
+        return State({**self.values, **flat(self.memory)}, {"held": held, "version": self.version})
 
     def restore(self, state: State) -> None:
+        self.memory, _ = remembered(state)
         self.values = {name: state.tensors[name] for name in self.values}
         self.held = {int(client): version for client, version in state.values["held"].items()}
         self.version = state.values["version"]
 
 
 class AdapterClient(Client):
-    """Keeps the model it was sent, trains the tunables it is sent each round, and sends them back."""
+    """Keeps the model it was sent, trains the tunables it is sent each round, and sends them back.
+
+    Tensors that a subclass puts into `memory` are part of its state.
+    """
 
     def __init__(self, method: TuningMethod, ctx: ClientContext) -> None:
         self.method, self.ctx = method, ctx
         self.spec: ModelSpec | None = None
         self.frozen: dict[str, Tensor] = {}
         self.fixed: dict[str, Tensor] = {}
+        self.memory: Memory = {}
         self.rows = 0
 
     def receive(self, message: Message) -> None:
@@ -254,9 +283,10 @@ class AdapterClient(Client):
 
     def state(self) -> State:
         fixed = {f"{FIXED}{name}": value for name, value in self.fixed.items()}
-        return State(self.frozen | fixed, {"spec": self.spec.to_json() if self.spec else None})
+        return State(self.frozen | fixed | flat(self.memory), {"spec": self.spec.to_json() if self.spec else None})
 
     def restore(self, state: State) -> None:
+        self.memory, state = remembered(state)
         if state.values["spec"]:
             self.spec = ModelSpec.from_json(state.values["spec"])
             self._hold(state.tensors)

@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import LocalTask
 from fedbench.api.messages import ClientId, Message, State, TensorSpec
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
-from fedbench.methods.fedavg_lora import FIXED, AdapterClient, AdapterServer, LoraMethod, weighted_mean
+from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod, weighted_mean
 from fedbench.models.foundation import FoundationModel
 
 FACTORS = (".lora_B.", ".lora_A.")
@@ -87,20 +85,8 @@ class RoLoraServer(AdapterServer):
 class RoLoraClient(AdapterClient):
     """Keeps both factors as the server last sent them."""
 
-    def __init__(self, method: RoLora, ctx: ClientContext) -> None:
-        super().__init__(method, ctx)
-        self.known: dict[str, Tensor] = {}
-
     def task(self, round: int, inbox: Sequence[Message], data: Examples) -> LocalTask:
         task = super().task(round, inbox, data)
-        self.known = self.ctx.modules.intern({**self.known, **task.tunables})
-        tunables = {n: v for n, v in self.known.items() if trained(n, round)}
-        return replace(task, tunables=tunables, fixed={n: v for n, v in self.known.items() if n not in tunables})
-
-    def state(self) -> State:
-        state = super().state()
-        return State({**state.tensors, **{f"{FIXED}{n}": t for n, t in self.known.items()}}, state.values)
-
-    def restore(self, state: State) -> None:
-        super().restore(state)
-        self.known, self.fixed = self.fixed, {}
+        known = self.memory["known"] = self.ctx.modules.intern({**self.memory.get("known", {}), **task.tunables})
+        tunables = {n: v for n, v in known.items() if trained(n, round)}
+        return replace(task, tunables=tunables, fixed={n: v for n, v in known.items() if n not in tunables})

@@ -13,11 +13,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import SGD, AdamW, LocalResult, LocalTask, Trainer
-from fedbench.api.messages import ClientId, Message, State, TensorSpec
+from fedbench.api.messages import ClientId, Message, TensorSpec
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod
@@ -61,10 +60,10 @@ class ScaffoldServer(AdapterServer):
 
     def __init__(self, method: Scaffold, fm: FoundationModel, ctx: ServerContext) -> None:
         super().__init__(method, fm, ctx)
-        self.control = {name: torch.zeros_like(value) for name, value in self.values.items()}
+        self.memory["control"] = {name: torch.zeros_like(value) for name, value in self.values.items()}
 
     def broadcast(self, round: int, cohort: Sequence[ClientId]) -> Mapping[ClientId, Sequence[Message]]:
-        control = Message("control", self.control)
+        control = Message("control", self.memory["control"])
         return {cid: [control, *messages] for cid, messages in super().broadcast(round, cohort).items()}
 
     def expected(self, round: int, client: ClientId) -> Mapping[str, Mapping[str, TensorSpec]]:
@@ -76,18 +75,10 @@ class ScaffoldServer(AdapterServer):
         super().aggregate(round, uploads)
         self.values = {n: v + self.method.server_lr * (self.values[n] - v) for n, v in before.items()}
         changes = [m.tensors for messages in uploads.values() for m in messages if m.kind == "control"]
-        self.control = {
+        self.memory["control"] = {
             name: value + torch.stack([change[name] for change in changes]).sum(0) / self.ctx.clients
-            for name, value in self.control.items()
+            for name, value in self.memory["control"].items()
         }
-
-    def state(self) -> State:
-        state = super().state()
-        return State({**state.tensors, **{f"control.{n}": t for n, t in self.control.items()}}, state.values)
-
-    def restore(self, state: State) -> None:
-        super().restore(state)
-        self.control = {name: state.tensors[f"control.{name}"] for name in self.control}
 
 
 class ScaffoldClient(AdapterClient):
@@ -95,27 +86,14 @@ class ScaffoldClient(AdapterClient):
 
     method: Scaffold
 
-    def __init__(self, method: Scaffold, ctx: ClientContext) -> None:
-        super().__init__(method, ctx)
-        self.control: dict[str, Tensor] = {}
-
     def task(self, round: int, inbox: Sequence[Message], data: Examples) -> LocalTask:
         [common] = [m.tensors for m in inbox if m.kind == "control"]
-        self.control = self.control or {name: torch.zeros_like(value) for name, value in common.items()}
+        own = self.memory.setdefault("control", {name: torch.zeros_like(value) for name, value in common.items()})
         task = super().task(round, [m for m in inbox if m.kind != "control"], data)
-        offset = {name: value - self.control[name] for name, value in common.items()}
-        return replace(task, gradient_offset=offset, mean_gradient=True)
+        return replace(task, gradient_offset={n: value - own[n] for n, value in common.items()}, mean_gradient=True)
 
     def upload(self, round: int, result: LocalResult) -> Sequence[Message]:
-        change = {name: mean - self.control[name] for name, mean in result.mean_gradient.items()}
-        self.control = dict(result.mean_gradient)
+        own = self.memory["control"]
+        change = {name: mean - own[name] for name, mean in result.mean_gradient.items()}
+        self.memory["control"] = dict(result.mean_gradient)
         return [*super().upload(round, result), Message("control", change)]
-
-    def state(self) -> State:
-        state = super().state()
-        return State({**state.tensors, **{f"control.{n}": t for n, t in self.control.items()}}, state.values)
-
-    def restore(self, state: State) -> None:
-        own = {n.removeprefix("control."): t for n, t in state.tensors.items() if n.startswith("control.")}
-        super().restore(State({n: t for n, t in state.tensors.items() if not n.startswith("control.")}, state.values))
-        self.control = own

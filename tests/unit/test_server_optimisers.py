@@ -129,30 +129,30 @@ def test_scaffolds_control_is_option_two_under_plain_sgd(tmp_path: Path) -> None
     """c_i - c + (w_received - w) / (steps · lr), with controls that are not zero."""
     method = Scaffold(lr=0.05, lr_decay="none", clip_norm=1e6)
     server, client = scaffold_client(tmp_path, method)
-    server.control = {n: torch.full_like(t, 0.3) for n, t in server.control.items()}
+    server.memory["control"] = {n: torch.full_like(t, 0.3) for n, t in server.memory["control"].items()}
     task = client.task(0, server.broadcast(0, [0])[0], train_rows(12))
-    client.control = {n: torch.full_like(t, -0.1) for n, t in server.control.items()}
-    task = replace(task, gradient_offset={n: torch.full_like(t, 0.4) for n, t in server.control.items()})
+    client.memory["control"] = {n: torch.full_like(t, -0.1) for n, t in server.memory["control"].items()}
+    task = replace(task, gradient_offset={n: torch.full_like(t, 0.4) for n, t in server.memory["control"].items()})
     assert isinstance(task.optimiser, SGD)
     result = execute(task, Execution())
     adapter, control = client.upload(0, result)
     assert [adapter.kind, control.kind] == ["adapter", "control"]
     for name, value in adapter.tensors.items():
         option_two = -0.1 - 0.3 + (task.tunables[name] - value) / (len(task.batches) * 0.05)
-        assert torch.allclose(client.control[name], option_two, atol=1e-4)
+        assert torch.allclose(client.memory["control"][name], option_two, atol=1e-4)
         assert torch.allclose(control.tensors[name], option_two + 0.1, atol=1e-4)
 
 
 def test_scaffolds_client_steps_by_its_gradient_minus_its_control_plus_the_common_one(tmp_path: Path) -> None:
     server, client = scaffold_client(tmp_path, Scaffold())
-    server.control = {n: torch.full_like(t, 0.3) for n, t in server.control.items()}
-    client.control = {n: torch.full_like(t, 0.5) for n, t in server.control.items()}
+    server.memory["control"] = {n: torch.full_like(t, 0.3) for n, t in server.memory["control"].items()}
+    client.memory["control"] = {n: torch.full_like(t, 0.5) for n, t in server.memory["control"].items()}
     task = client.task(0, server.broadcast(0, [0])[0], train_rows(12))
     assert task.gradient_offset is not None
     assert all(torch.allclose(t, torch.full_like(t, -0.2)) for t in task.gradient_offset.values())
 
 
-def test_scaffolds_server_averages_moves_and_takes_controls_over_all_clients(tmp_path: Path) -> None:
+def test_scaffolds_server_averages_moves_and_takes_controls_over_all_four_clients(tmp_path: Path) -> None:
     server, _ = scaffold_client(tmp_path, Scaffold(server_lr=0.5))
     before = dict(server.values)
 
@@ -163,7 +163,7 @@ def test_scaffolds_server_averages_moves_and_takes_controls_over_all_clients(tmp
     server.aggregate(0, {0: upload(1.0, 2.0, 3), 3: upload(5.0, 6.0, 1)})
     for name, value in before.items():
         assert torch.allclose(server.values[name] - value, torch.tensor(0.5 * (3 * 1.0 + 5.0) / 4), atol=1e-5)
-        assert torch.allclose(server.control[name], torch.tensor((2.0 + 6.0) / 4))  # of 4 clients, two were there
+        assert torch.allclose(server.memory["control"][name], torch.tensor((2.0 + 6.0) / 4))
 
 
 def test_scaffolds_client_goes_on_from_its_state(tmp_path: Path) -> None:
@@ -172,5 +172,5 @@ def test_scaffolds_client_goes_on_from_its_state(tmp_path: Path) -> None:
     client.upload(0, LocalResult(task.tunables, 1, 0.0, mean_gradient={n: t + 1 for n, t in task.tunables.items()}))
     again = scaffold_client(tmp_path, Scaffold())[1]
     again.restore(client.state())
-    assert all(torch.equal(t, again.control[n]) for n, t in client.control.items())
+    assert all(torch.equal(t, again.memory["control"][n]) for n, t in client.memory["control"].items())
     assert set(again.frozen) == set(client.frozen)
