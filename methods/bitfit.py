@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from fedbench.methods.fedavg_lora import TuningMethod
+from fedbench.models.spec import ModelSpec
 
 
 class BitFit(TuningMethod):
@@ -17,6 +18,5 @@ class BitFit(TuningMethod):
     version: ClassVar[int] = 1
     needs: ClassVar[Literal["sum", "each"]] = "sum"
 
-    @property
-    def biases(self) -> bool:
-        return True
+    def tuned(self, spec: ModelSpec) -> ModelSpec:
+        return spec.with_biases()

@@ -102,10 +102,9 @@ class TuningMethod(Method):
         """Adapters on the attention projections of every layer; None for none."""
         return None
 
-    @property
-    def biases(self) -> bool:
-        """Whether the biases of the model itself are tuned, beside adapters and head."""
-        return False
+    def tuned(self, spec: ModelSpec) -> ModelSpec:
+        """The FM's specification with what is tuned beside the head."""
+        return spec.with_lora(self.lora)
 
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
         return AdapterServer(self, fm, ctx)
@@ -150,11 +149,11 @@ class AdapterServer(Server):
 
     def __init__(self, method: TuningMethod, fm: FoundationModel, ctx: ServerContext) -> None:
         self.method, self.ctx = method, ctx
-        self.full = fm.build(method.lora, ctx.device, method.biases)
+        self.spec: ModelSpec = method.tuned(fm.spec)
+        self.full = fm.tuned(self.spec, ctx.device)
         # Untuned places of the FM hold the initial adapter (B = 0), which changes nothing.
         self.initial = initial_tunables(self.full, ctx.streams)
         set_tensors(self.full, self.initial)
-        self.spec: ModelSpec = fm.spec.with_lora(method.lora).with_biases(method.biases)
         self.model: nn.Module = self.full
         self.values: dict[str, Tensor] = dict(self.initial)
         self.fixed: dict[str, Tensor] = {}

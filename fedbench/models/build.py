@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fedbench.compat import set_attention, without_initial_values
+from fedbench.models.bottleneck import Bottleneck
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear
 from fedbench.models.spec import PROJECTIONS, ModelSpec
@@ -46,6 +47,10 @@ def build(spec: ModelSpec) -> nn.Module:
             inject_adapter_in_model(settings, model)
         for path in targets:
             AdaptedLinear.adopt(model.get_submodule(path))
+    if spec.bottleneck is not None:
+        for i in range(parts.count):
+            for path in (parts.attention_paths(i)[PROJECTIONS.index("output")], parts.ffn_out_path(i)):
+                model.set_submodule(path, Bottleneck(_linear(model, path), spec.bottleneck))
     with torch.no_grad():
         for p in model.parameters():
             p.requires_grad_(False)

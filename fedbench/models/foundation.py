@@ -52,11 +52,14 @@ class FoundationModel:
     def _rows(self, table: str) -> int:
         return len(self.state[f"{self.family.embeddings}.{table}"])
 
-    def build(self, lora: LoraSpec | None, device: torch.device, biases: bool = False) -> nn.Module:
-        """A new module with the FM's weights; LoRA and head are zero until set. biases: tunable, or frozen."""
-        model = build(self.spec.with_lora(lora).with_biases(biases))
-        tuned = {name: checkpoint_name(name) for name in tunable_names(model) if checkpoint_name(name) in self.state}
-        own = set(tuned.values())
-        load_frozen(model, {name: tensor for name, tensor in self.state.items() if name not in own})
-        set_tensors(model, {name: self.state[there] for name, there in tuned.items()})
+    def build(self, lora: LoraSpec | None, device: torch.device) -> nn.Module:
+        """A new module with the FM's weights; LoRA and head are zero until set."""
+        return self.tuned(self.spec.with_lora(lora), device)
+
+    def tuned(self, spec: ModelSpec, device: torch.device) -> nn.Module:
+        """The same for a specification of this model with any tunables; those that are not the FM's own are zero."""
+        model = build(spec)
+        own = {name: there for name in tunable_names(model) if (there := checkpoint_name(name)) in self.state}
+        load_frozen(model, {name: tensor for name, tensor in self.state.items() if name not in set(own.values())})
+        set_tensors(model, {name: self.state[there] for name, there in own.items()})
         return model.to(device)

@@ -30,8 +30,8 @@ class ModelSpec:
     """Everything needed to build a classifier but its weights; survives JSON.
 
     config: a transformers configuration as a dictionary, labels and layer count included.
-    ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, and with
-    `biases` every bias of the model itself.
+    ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, with
+    `biases` every bias of the model itself, and adapters of `bottleneck` neurons behind attention and FFN of each layer.
     """
 
     model_type: str
@@ -39,6 +39,7 @@ class ModelSpec:
     ffn_widths: tuple[int, ...]
     lora: LoraSpec | None = None
     biases: bool = False
+    bottleneck: int | None = None
 
     @property
     def family(self) -> Family:
@@ -51,6 +52,10 @@ class ModelSpec:
     def with_biases(self, tunable: bool = True) -> ModelSpec:
         """The same model with its biases tunable, or frozen."""
         return replace(self, biases=tunable)
+
+    def with_bottleneck(self, neurons: int | None) -> ModelSpec:
+        """The same model with bottleneck adapters of so many neurons."""
+        return replace(self, bottleneck=neurons)
 
     def with_ffn_widths(self, widths: Sequence[int]) -> ModelSpec:
         """The same model with other FFN widths, one a layer."""
@@ -76,6 +81,8 @@ class ModelSpec:
         }
         if self.biases:
             body["biases"] = True
+        if self.bottleneck is not None:
+            body["bottleneck"] = self.bottleneck
         return json.dumps(body, sort_keys=True)
 
     @classmethod
@@ -85,4 +92,5 @@ class ModelSpec:
         if body["lora"] is not None:
             r, alpha, dropout, layers, *rest = body["lora"]
             lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
-        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, body.get("biases", False))
+        more = body.get("biases", False), body.get("bottleneck")
+        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, *more)

@@ -26,8 +26,13 @@ def set_tunable(model: nn.Module, biases: bool) -> None:
     model._tunable_biases = biases  # type: ignore[assignment]  # no module and no parameter
 
 
+def _is_added(name: str) -> bool:
+    """Whether a parameter is of an adapter: of LoRA, or of a bottleneck."""
+    return ".lora_" in name or ".adapter_" in name
+
+
 def _is_frozen(parts: Parts, name: str) -> bool:
-    if ".lora_" in name or parts.is_head(name):
+    if _is_added(name) or parts.is_head(name):
         return False
     return not (getattr(parts.model, "_tunable_biases", False) and name.endswith(".bias"))
 
@@ -78,7 +83,8 @@ def set_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 def initial_tunables(model: nn.Module, streams: Streams) -> dict[str, Tensor]:
     """Start values of all tunables of an FM: LoRA A Kaiming-uniform (a = sqrt 5), B zero, head normal, its biases zero.
 
-    Biases of the FM itself start as they are.
+    Of a bottleneck down is normal and up zero, so that it changes nothing at first. Biases of the FM itself start as
+    they are.
 
     Each tensor has a stream of its own, named after it, so every method starts from the same values.
     """
@@ -87,13 +93,13 @@ def initial_tunables(model: nn.Module, streams: Streams) -> dict[str, Tensor]:
     out = {}
     for name in tunable_names(model):
         value = torch.zeros(parameters[name].shape)
-        if ".lora_" not in name and not parts.is_head(name):
+        if not _is_added(name) and not parts.is_head(name):
             out[name] = parameters[name].detach().to("cpu", copy=True)
             continue
         generator = streams.torch("initialisation", name)
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
-        elif ".lora_" not in name and value.dim() > 1:
+        elif ".lora_" not in name and ".adapter_up." not in name and value.dim() > 1:
             nn.init.normal_(value, std=deviation, generator=generator)
         out[name] = value
     return out

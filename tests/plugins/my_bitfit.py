@@ -8,4 +8,6 @@ from fedbench.methods.fedavg_lora import TuningMethod
 class MyBitFit(TuningMethod):
     name: ClassVar[str] = "my-bitfit"
     needs: ClassVar[str] = "sum"
-    biases: ClassVar[bool] = True
+
+    def tuned(self, spec):
+        return spec.with_biases()

@@ -36,7 +36,7 @@ def test_what_is_tunable_is_part_of_the_specification_and_survives_json() -> Non
     names = tunable_names(build(spec))
     assert all(n.endswith(".bias") or n.startswith("classifier.") for n in names)
     assert sum(n.endswith(".bias") for n in names) == sum(n.endswith(".bias") for n in tiny_fm().state) + 1
-    both = tunable_names(tiny_fm().build(LoraSpec(2, 4), CPU, biases=True))
+    both = tunable_names(tiny_fm().tuned(tiny_fm().spec.with_lora(LoraSpec(2, 4)).with_biases(), CPU))
     assert any(".lora_A." in n for n in both)
     assert any(n.endswith("query.base_layer.bias") for n in both)
 
@@ -44,7 +44,7 @@ def test_what_is_tunable_is_part_of_the_specification_and_survives_json() -> Non
 @pytest.mark.parametrize("lora", [None, LoraSpec(2, 4)], ids=["alone", "with LoRA"])
 def test_a_model_with_tunable_biases_computes_what_the_fm_does(lora: LoraSpec | None) -> None:
     batch = train_rows(4).batch(np.arange(4), CPU)
-    plain, tuned = tiny_fm().build(None, CPU), tiny_fm().build(lora, CPU, biases=True)
+    plain, tuned = tiny_fm().build(None, CPU), tiny_fm().tuned(tiny_fm().spec.with_lora(lora).with_biases(), CPU)
     states = [m.get_submodule("bert")(**batch.inputs).last_hidden_state for m in (plain, tuned)]
     assert torch.equal(*states)
 
@@ -80,7 +80,7 @@ def test_every_executor_trains_biases_as_the_reference_does(executor: str, tmp_p
 @pytest.mark.parametrize("family", ["roberta", "vit"])
 def test_the_biases_of_other_families_are_tunable_too(family: str, tmp_path: Path) -> None:
     fm = load_fm(str(save_tiny(family, tmp_path / family)), 3, tmp_path)
-    model = fm.build(None, CPU, biases=True)
+    model = fm.tuned(fm.spec.with_biases(), CPU)
     tuned = set(tunable_names(model))
     assert {n for n in fm.state if n.endswith(".bias")} <= tuned
     assert set(frozen_state(model)) == {n for n in fm.state if not n.endswith(".bias")}
