@@ -36,6 +36,20 @@ def stacked(factors: Sequence[Factors], shares: Sequence[float]) -> Factors:
     return b, a
 
 
+def decomposed(factors: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [out, k], S [k] and Vᵀ [k, in] of the SVD of B A, with k at most `rank`, in fp64.
+
+    By the SVD of the small product of the two triangles of QR. The entry of largest size of each column of U is
+    positive, so that machines agree on the signs.
+    """
+    b, a = (factor.double() for factor in factors)
+    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    u, vt = q_b @ u[:, :rank], vt[:rank] @ q_a.T
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign().where(s[:rank] > 0, torch.ones(()).to(u))
+    return u * signs, s[:rank], vt * signs.T
+
+
 def folded(weight: Tensor, factors: Factors) -> Tensor:
     """weight + B A, on the CPU: the same bits at the server and at every client."""
     b, a = (factor.to("cpu", weight.dtype) for factor in factors)

@@ -11,13 +11,22 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.messages import ClientId, Message
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
-from fedbench.methods._products import Factors, FoldingClient, FoldingServer, adapters_of, pairs, stacked
+from fedbench.methods._products import (
+    Factors,
+    FoldingClient,
+    FoldingServer,
+    adapters_of,
+    decomposed,
+    pairs,
+    stacked,
+)
 from fedbench.methods.fedavg_lora import LoraMethod
 from fedbench.models.foundation import FoundationModel
 
@@ -25,7 +34,8 @@ from fedbench.models.foundation import FoundationModel
 class FedExLora(LoraMethod):
     """FedEx-LoRA (Singhal et al., ACL 2025, arXiv 2410.09432): what averaging factors loses is added to W0.
 
-    weighting: of the mean over clients, by sample count or all alike.
+    weighting: of the mean over clients, by sample count or all alike. residual_rank: fold in the best approximation of
+    the residual of this rank, for fewer bytes; None for all of it.
     """
 
     name: ClassVar[str] = "fedex-lora"
@@ -33,6 +43,7 @@ class FedExLora(LoraMethod):
     needs: ClassVar[Literal["sum", "each"]] = "each"
 
     weighting: Literal["samples", "uniform"] = "samples"
+    residual_rank: int | None = Field(None, ge=1)
 
     @property
     def turned(self) -> bool:
@@ -68,6 +79,9 @@ class FedExServer(FoldingServer):
 
     def placed(self, residual: Factors) -> Factors:
         """The residual as it is added to the weight. Raises FedbenchError for one that is turned and does not fit."""
+        if (rank := self.method.residual_rank) is not None:
+            u, s, vt = decomposed(residual, rank)
+            residual = (u * s).to(residual[0].dtype), vt.to(residual[1].dtype)
         b, a = residual
         if not self.method.turned:
             return residual

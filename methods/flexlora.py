@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.messages import ClientId, Message
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
-from fedbench.methods._products import Factors, adapters_of, pairs, stacked
+from fedbench.methods._products import adapters_of, decomposed, pairs, stacked
 from fedbench.methods._ranks import RankedClient, RankedMethod, RankedServer
 from fedbench.methods.fedavg_lora import weighted_mean
 from fedbench.models.foundation import FoundationModel
@@ -35,20 +34,6 @@ class FlexLora(RankedMethod):
 
     def client(self, ctx: ClientContext) -> Client:
         return RankedClient(self, ctx)
-
-
-def decomposed(factors: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [out, k], S [k] and Vᵀ [k, in] of the SVD of B A, with k at most `rank`, in fp64.
-
-    By the SVD of the small product of the two triangles of QR. The entry of largest size of each column of U is
-    positive, so that machines agree on the signs.
-    """
-    b, a = (factor.double() for factor in factors)
-    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    u, vt = q_b @ u[:, :rank], vt[:rank] @ q_a.T
-    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign().where(s[:rank] > 0, torch.ones(()).to(u))
-    return u * signs, s[:rank], vt * signs.T
 
 
 class FlexServer(RankedServer):

@@ -31,7 +31,7 @@ class ModelSpec:
 
     config: a transformers configuration as a dictionary, labels and layer count included.
     ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, with
-    `biases` every bias of the model itself, and adapters of `bottleneck` neurons behind attention and FFN of each layer.
+    `biases` every bias of the model itself, and adapters of `bottleneck` neurons behind each layer's attention and FFN.
     """
 
     model_type: str

@@ -16,12 +16,12 @@ from fedbench.api.local import LocalResult
 from fedbench.api.messages import Message
 from fedbench.api.sides import Method
 from fedbench.errors import FedbenchError, MessageError
-from fedbench.methods._products import folded, pairs, stacked
+from fedbench.methods._products import decomposed, folded, pairs, stacked
 from fedbench.methods._ranks import cut, masks, padded
 from fedbench.methods.fedex_lora import FedExLora, FedExServer
 from fedbench.methods.fedex_lora_official import FedExLoraOfficial
 from fedbench.methods.ffa_lora import FFALora
-from fedbench.methods.flexlora import FlexLora, decomposed
+from fedbench.methods.flexlora import FlexLora
 from fedbench.methods.flora import Flora
 from fedbench.methods.hetlora import HetLora, tail
 from fedbench.methods.lora_fair import LoraFair
@@ -211,6 +211,16 @@ def test_the_official_residual_is_transposed_and_the_mean_uniform(tmp_path: Path
         residual = exact[w] - mean
         assert torch.allclose(effective(server)[w], mean + residual.T, atol=1e-5)
         assert not torch.allclose(residual, residual.T, atol=1e-3)
+
+
+def test_a_residual_of_lower_rank_is_the_best_of_that_rank() -> None:
+    server = object.__new__(FedExServer)
+    server.method = FedExLora(residual_rank=1)
+    whole = stacked([(B1, A1), (B2, A2)], [0.25, -0.75])
+    b, a = server.placed(whole)
+    assert (b.shape, a.shape) == ((3, 1), (1, 2))
+    lost = torch.linalg.svdvals(whole[0] @ whole[1])[1:]
+    assert float((whole[0] @ whole[1] - b @ a).norm()) == pytest.approx(float(lost.norm()), abs=1e-5)
 
 
 def test_a_transposed_residual_of_a_weight_that_is_not_square_is_refused() -> None:
