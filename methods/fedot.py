@@ -36,6 +36,7 @@ class FedOT(LoraMethod):
 
     name: ClassVar[str] = "fedot"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     front: int = Field(1, ge=1)
     emulator: Annotated[int, Field(ge=1)] | Literal["fedpft"] | None = None

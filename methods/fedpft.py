@@ -45,6 +45,7 @@ class FedPFT(LoraMethod):
 
     name: ClassVar[str] = "fedpft"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     r: int | None = Field(None, ge=1)
     layers_retained: tuple[int, ...] | None = None
@@ -210,8 +211,8 @@ class FedPFTServer(ProxyServer):
         layers = ",".join(map(str, self.aligned)) if self.aligns(round) else ""
         return super().adapter_meta(round) | {"count_zeros": layers}
 
-    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
-        expected = dict(super().expected(round))
+    def expected(self, round: int, client: ClientId) -> Mapping[str, Mapping[str, TensorSpec]]:
+        expected = dict(super().expected(round, client))
         if self.aligns(round):
             expected["statistics"] = {
                 f"zeros.{i}": TensorSpec((self.spec.ffn_widths[i],), torch.int64) for i in self.aligned

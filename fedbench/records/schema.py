@@ -240,6 +240,22 @@ class GradientError(Block):
     final: Size | None
 
 
+class AggregationPoint(Block):
+    """After one round, against the mean of the products B A that its clients trained: relative Frobenius norms."""
+
+    round: Count
+    factors: Size | None  # of the product of the means of B and of A
+    model: Size | None  # of what the FM with the tuned parameters has gained
+
+
+class AggregationError(Block):
+    """How far the aggregated model is from the mean of what clients trained; the two numbers are of the model."""
+
+    points: list[AggregationPoint]
+    mean: Size
+    final: Size
+
+
 class Residual(Block):
     """What distillation left between a layer of the FM and the proxy's, and what was there before it."""
 

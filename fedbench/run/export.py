@@ -21,7 +21,7 @@ from fedbench.files import load_tensors, save_tensors
 from fedbench.models.checkpoint import own_labels
 from fedbench.models.families.known import family_called
 from fedbench.models.parts import family_of
-from fedbench.models.weights import get_tensors, tunable_names
+from fedbench.models.weights import frozen_state, get_tensors, tunable_names
 from fedbench.models.zoo.load import MINILM_HUB, load_fm
 from fedbench.models.zoo.names import fetched_folder, fm_folder
 from fedbench.models.zoo.packaged import PACKAGED
@@ -42,15 +42,18 @@ class Adapter:
     about: Mapping[str, Any]
 
 
-def adapter_of(model: nn.Module) -> Adapter:
-    """LoRA and head of a tuned FM."""
+def adapter_of(model: nn.Module, untouched: Mapping[str, Tensor]) -> Adapter:
+    """LoRA and head of a tuned FM. untouched: the FM's frozen weights as they came."""
     config: Any = model.config
+    now = frozen_state(model)
     about = {
         "model_type": config.model_type,
         "num_labels": config.num_labels,
         "pad_token": config.pad_token_id if family_of(model).reads == "last" else None,
         # Rank and alpha of each linear layer with an adapter.
         "lora": {n: [m.r["default"], m.lora_alpha["default"]] for n, m in _adapted(model).items()},
+        # Frozen weights that the method changed.
+        "changed": sum(n in now and not torch.equal(now[n].cpu(), t.cpu()) for n, t in untouched.items()),
     }
     return Adapter(get_tensors(model, tunable_names(model)), about)
 
@@ -105,6 +108,11 @@ def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = Non
     lora: Mapping[str, Any] = about["lora"]
     if not lora:
         raise FedbenchError(f"{record}: {run.identity.method} tunes no LoRA, so there is no adapter to export")
+    if about.get("changed"):
+        raise FedbenchError(
+            f"{record}: {run.identity.method} changes {about['changed']} of the FM's own weights, "
+            "which an adapter cannot hold"
+        )
     family = family_called(about["model_type"])
     base, revision = _base(run, about["num_labels"], folder, cache, fm)
     ranks, alphas = ({name: pair[i] for name, pair in lora.items()} for i in (0, 1))
