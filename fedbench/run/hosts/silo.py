@@ -87,14 +87,20 @@ class Memory:
 class Silo:
     """Answers the letters of a server about the clients of one silo."""
 
-    def __init__(self, number: int, side: ClientSide, memory: Memory) -> None:
-        self.number, self.side, self.memory = number, side, memory
+    def __init__(self, number: int, side: ClientSide, memory: Memory, session: str) -> None:
+        """session: of this process; a letter to the one before it, which was under way, is not answered."""
+        self.number, self.side, self.memory, self.session = number, side, memory, session
         self.done = NEVER
         self.lost: str | None = None  # why it can be of no further use
 
-    def answer(self, letter: bytes) -> bytes:
-        """The answer to a letter; what goes wrong is said in it. Raises MessageError for bytes that are no letter."""
+    def answer(self, letter: bytes) -> bytes | None:
+        """The answer to a letter, None for one that is not for this process; what goes wrong is said in it.
+
+        Raises MessageError for bytes that are no letter.
+        """
         about, payloads = unseal(letter)
+        if about.get("session") != self.session:
+            return None
         packing = Packing()
         said: dict[str, Any]
         try:
