@@ -20,18 +20,8 @@ from fedbench.api.messages import ClientId, Message, Source, State, TensorSpec
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
-from fedbench.methods._distillation import (
-    LayerLoss,
-    ProxyServer,
-    Schedule,
-    distil,
-    distil_once,
-    ffn_product,
-    hidden_loss,
-    most_salient,
-    required,
-    weight_loss,
-)
+from fedbench.methods._distillation import ProxyServer, distil_once, most_salient, required
+from fedbench.methods._layerwise import LayerLoss, Schedule, distil, ffn_product, weight_loss
 from fedbench.methods.fedavg_lora import AdapterClient, LoraMethod, count
 from fedbench.models.build import build
 from fedbench.models.foundation import FoundationModel
@@ -180,15 +170,15 @@ class FedPFTServer(ProxyServer):
 
     def loss(self, layers: Sequence[int], mu: float) -> LayerLoss:
         """The layer-level loss over `layers` (section 3.3)."""
-        products = {i: ffn_product(self.fm_parts, i).detach() for i in layers} if mu else {}
+        pairs = [(i, i) for i in layers]
+        if not mu:
+            return LayerLoss(pairs)
+        products = {i: ffn_product(self.fm_parts, i).detach() for i in layers}
 
-        def loss(teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-            terms = [hidden_loss(teacher[i], student[i], mask) for i in layers]
-            if mu:
-                terms += [mu * weight_loss(products[i], self.product(i)) for i in layers]
-            return torch.stack(terms).sum() / len(layers)
+        def regulariser() -> Tensor:
+            return mu * torch.stack([weight_loss(products[i], self.product(i)) for i in layers]).mean()
 
-        return loss
+        return LayerLoss(pairs, regulariser)
 
     def ingredients(self, fm: FoundationModel) -> dict[str, Any]:
         """What distillation before federated learning depends on, besides data and schedule."""
@@ -204,7 +194,6 @@ class FedPFTServer(ProxyServer):
             self.full,
             self.model,
             self._trainable(self.compressed),
-            [(i, i) for i in self.compressed],
             self.loss(self.compressed, m.mu),
             self.public,
             Schedule(m.distil_steps, m.distil_batch, m.distil_lr),

@@ -32,9 +32,13 @@ def frozen_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_frozen(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy frozen tensors into `model`. Raises FedbenchError unless names and shapes are exactly the model's."""
-    mine = frozen_state(model)
+def load_frozen(model: nn.Module, state: Mapping[str, Tensor], share: bool = False) -> None:
+    """Copy frozen tensors into `model`. Raises FedbenchError unless names and shapes are exactly the model's.
+
+    `share`: let the model's tensors be those of `state`, where nobody will write to either.
+    """
+    parts = Parts(model)
+    mine = {checkpoint_name(n): t for n, t in model.state_dict(keep_vars=True).items() if _is_frozen(parts, n)}
     if missing := sorted(set(mine) - set(state)):
         raise FedbenchError(f"frozen weights: {missing[0]!r} is missing ({len(missing)} in all)")
     if extra := sorted(set(state) - set(mine)):
@@ -42,7 +46,9 @@ def load_frozen(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, tensor in mine.items():
         if tensor.shape != state[name].shape:
             raise FedbenchError(f"frozen weights: {name!r} is {list(state[name].shape)}, expected {list(tensor.shape)}")
-        if tensor.data_ptr() != state[name].data_ptr():
+        if share and tensor.dtype == state[name].dtype and tensor.device == state[name].device:
+            tensor.data = state[name]
+        elif tensor.data_ptr() != state[name].data_ptr():
             tensor.copy_(state[name])
 
 

@@ -247,6 +247,7 @@ class Residual(Block):
     weight: Finite | None = None  # of weights
     hidden_before: Finite | None = None
     weight_before: Finite | None = None
+    curve: list[Finite] = []  # hidden, as means of up to ten stretches of the distillation, in order
 
 
 class Shares(Block):
