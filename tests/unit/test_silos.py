@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,21 @@ class Impatient(Silos):
     patience: ClassVar[float] = 1.0
 
 
+def test_a_round_whose_silo_is_away_ends_at_once(tmp_path: Path) -> None:
+    """The other silo is there, so nobody has to be waited for."""
+    this = Run(prepared(tmp_path, "head-only", **{"split.clients": "2"}), Silent(), Silos)
+    host = this.host
+    assert isinstance(host, Silos)
+    with host:
+        host.threads.kill(1)
+        for round in range(2):
+            outbox = host.server.broadcast(round, [0])
+            started = time.monotonic()
+            assert host.hub.train_all(round, outbox, [0]) == {}
+            assert time.monotonic() - started < host.patience / 2
+        assert [why for _, _, why in host.hub.lost] == ["it cannot be reached", "it is not there"]
+
+
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_killed_silo_is_left_out_and_taken_up_again(asked: Prepared, comes_back: bool) -> None:
     rounds = asked.scenario.federation.rounds
@@ -351,6 +367,31 @@ def test_what_goes_wrong_in_a_silo_is_said_by_the_server(asked: Prepared, monkey
             monkeypatch.setattr(silo.side, "train_all", fail)
         with pytest.raises(RuntimeError, match="silo 1: ZeroDivisionError: a client's own fault"):
             this.loop(None)
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        (None, "silo 1: its answer cannot be read: AttributeError"),
+        ({}, "silo 1: answered for other clients than it was asked for"),
+        ({"0": {"steps": 1}}, "silo 1: its answer cannot be read: KeyError: 'upload'"),
+        ({"0": {"upload": [["adapter", 6, 0]]}}, "silo 1: its answer cannot be read: MessageError"),
+    ],
+)
+def test_an_answer_that_says_nothing_of_the_clients_is_an_error(
+    asked: Prepared, monkeypatch: pytest.MonkeyPatch, trained: Any, message: str
+) -> None:
+    this = Run(asked, Silent(), Silos)
+    host = this.host
+    assert isinstance(host, Silos)
+    with host:
+        for silo, _ in host.threads.silos.values():
+            said = {"done": 0, "trained": trained}
+            monkeypatch.setattr(
+                silo, "answer", lambda letter, said=said: seal(said | {"number": unseal(letter)[0]["number"]})
+            )
+        with pytest.raises(FedbenchError, match=message):
+            host.hub.train_all(0, host.server.broadcast(0, [0, 2]), [0, 2])
 
 
 def test_a_letter_to_the_process_before_it_is_not_answered_by_a_silo(asked: Prepared) -> None:

@@ -225,6 +225,7 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
 
         Raises FedbenchError where the server refuses this silo, or the silo has lost what its clients keep.
         """
+        self._say("waiting for the server")
         threading.Thread(target=self._say_hello, daemon=True).start()
         super().run()
         self.ended.set()

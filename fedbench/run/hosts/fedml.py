@@ -41,7 +41,7 @@ from fedbench.run.prepare import Prepared
 from fedbench.run.request import RunRequest
 
 SILOS = 2
-"""How many there are unless told."""
+"""How many there are unless told, or unless there are fewer clients."""
 START_SECONDS = 600.0
 """How long silos may take to come: FedML alone takes some ten seconds to import."""
 MISSING = (
@@ -90,7 +90,7 @@ class FedML(Host):
         check_fedml()
 
     def __init__(self, prepared: Prepared, rows: Sequence[Examples], label_counts: Sequence[Sequence[int]]) -> None:
-        p, silos = prepared, prepared.request.silos or SILOS
+        p, silos = prepared, prepared.request.silos or min(SILOS, len(rows))
         check_number(silos, len(rows))
         self.keeps = f"--host fedml --silos {silos}"
         self._prepared, self._rows = p, rows

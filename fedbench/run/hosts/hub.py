@@ -92,9 +92,8 @@ class Hub:
         self._order: list[int] = []  # silos by who trained first in the last round
         self._number, self._complete = 0, False
         self._tensors: dict[int, tuple[Parcel, Tensor]] = {}
-        self._events: queue.Queue[tuple[int, bytes | tuple[int, str], bool]] = (
-            queue.Queue()
-        )  # silo, what, whether hello
+        # The silo; its letter, or the question it could not be sent and why; whether the letter is a hello.
+        self._events: queue.Queue[tuple[int, bytes | tuple[int, str], bool]] = queue.Queue()
         self._carrier = carrier(self)
 
     # What a carrier tells, from threads of its own.
@@ -241,7 +240,7 @@ class Hub:
             else:
                 self._note(silo, "it is not there")
         with self.time("local"):
-            answers = self._ask(questions, self.patience)
+            answers = self._ask(questions, self.patience) if questions else {}
         if not any(seat.here for seat in self.seats.values()):
             whys = dict(sorted((silo, why) for _, silo, why in self.lost))
             raise FedbenchError(
@@ -250,7 +249,7 @@ class Hub:
             )
         found: dict[ClientId, Trained] = {}
         for silo, (about, payloads) in answers.items():
-            trained = dict(read_trained(about["trained"], payloads))
+            trained = read_trained(silo, about.get("trained"), payloads)
             if set(trained) != {cid for cid in staying if self._silo(cid) == silo}:
                 raise FedbenchError(f"silo {silo}: answered for other clients than it was asked for")
             self.payload_bytes["up"] += sum(map(len, payloads))
@@ -288,13 +287,13 @@ class Hub:
         for silo in self._order:
             if self.seats[silo].here:
                 for about, _ in self._ask({silo: ({"what": "step_flops"}, ())}, self.patience).values():
-                    return None if about["value"] is None else int(about["value"])
+                    return None if about.get("value") is None else int(about["value"])
         return None
 
     def report(self) -> dict[str, Any]:
         here = {seat.silo: ({"what": "report"}, ()) for seat in self.seats.values() if seat.here}
         answers = self._ask(here, self.patience).values() if here else ()
-        held = [about["value"]["resident_parameters"] or 0 for about, _ in answers]
+        held = [about["value"]["resident_parameters"] or 0 for about, _ in answers if about.get("value")]
         return {"resident_parameters": max(held, default=0) or None}
 
     def seconds(self) -> dict[str, float]:
