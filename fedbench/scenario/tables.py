@@ -84,6 +84,19 @@ class EvaluationSettings(Settings):
     batch_size: int = Field(64, ge=1)
 
 
+class PrivacySettings(Settings):
+    """Differential privacy of a client's rows as a whole (DP-FedAvg, McMahan et al. 2018), over any method of sums.
+
+    clip: largest L2 norm of what a client's update changes; a larger one is scaled down. noise: standard deviation of
+    the Gaussian noise that the server adds to the sum of the updates, as a multiple of `clip`. delta: at which epsilon
+    is given.
+    """
+
+    clip: float = Field(gt=0)
+    noise: float = Field(ge=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+
+
 class Scenario(Settings):
     """A resolved scenario. `methods` holds hyper-parameters by method, validated by the method itself."""
 
@@ -95,16 +108,20 @@ class Scenario(Settings):
     evaluation: EvaluationSettings
     fm: str = Field(min_length=1)
     public: PublicSettings | None = None
+    privacy: PrivacySettings | None = None
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """What enters a run's key: everything but the title and the settings of methods, which the method holds."""
-        return self.model_dump(mode="json", exclude={"title", "methods"})
+        # What older keys know nothing of stays out where it is not set.
+        unset = {"privacy"} if self.privacy is None else set()
+        return self.model_dump(mode="json", exclude={"title", "methods", *unset})
 
     def provenance(self) -> dict[str, tuple[Any, str]]:
         """Dotted key -> (value, where it came from), for every setting."""
-        flat = flatten(self.model_dump(mode="json"))
+        unset = {"privacy"} if self.privacy is None else set()
+        flat = flatten(self.model_dump(mode="json", exclude=unset))
         return {key: (value, self._sources.get(key, "default")) for key, value in flat.items() if key != "name"}
 
 
@@ -129,6 +146,7 @@ KEYS: tuple[str, ...] = (
             ("federation", Federation),
             ("evaluation", EvaluationSettings),
             ("public", PublicSettings),
+            ("privacy", PrivacySettings),
         )
         for name in kind.model_fields
     ),
