@@ -63,7 +63,8 @@ def list_command(
         from fedbench.models.zoo.names import FMS
 
         console.print(_listing("foundation models", [(name, text, "", False) for name, text in FMS.items()]))
-        console.print("--fm also takes the hub id or the folder of any BERT, RoBERTa, DistilBERT or ViT checkpoint.")
+        families = ", ".join(sorted(registry.families))
+        console.print(f"--fm also takes the hub id or the folder of a checkpoint of these families: {families}.")
 
 
 def _import_error(registry: Registry, name: str) -> str | None:

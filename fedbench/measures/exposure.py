@@ -28,10 +28,10 @@ class Exposure:
     What was sent stays sent: `observe` only ever adds. Adapters and head are not part of the FM's frozen state.
     """
 
-    def __init__(self, fm: Mapping[str, Tensor], embeddings: str) -> None:
-        """`fm`: the FM's frozen tensors by name; `embeddings`: the name prefix of its embedding tables."""
+    def __init__(self, fm: Mapping[str, Tensor], *embeddings: str) -> None:
+        """`fm`: the FM's frozen tensors by name; `embeddings`: the modules of its embedding tables."""
         self._fm = {n: t.detach().cpu() for n, t in fm.items() if t.is_floating_point()}
-        self._embeddings = embeddings + "."
+        self._embeddings = tuple(f"{module}." for module in embeddings)
         self._verbatim = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self._fm.items()}
         self._near = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self._fm.items()}
         self._whole: set[str] = set()  # tensors of which every element is out: nothing can be added to them
@@ -93,7 +93,7 @@ class Exposures(Observer):
     name = "exposure"
 
     def __init__(self, fm: FoundationModel) -> None:
-        self.exposure = Exposure(fm.state, fm.family.embeddings)
+        self.exposure = Exposure(fm.state, fm.family.embeddings, *fm.family.beside)
         self._alignments: set[str] = set()
         self._last: Message | None = None
 

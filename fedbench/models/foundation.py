@@ -40,6 +40,8 @@ class FoundationModel:
 
     def positions(self) -> int:
         """How many tokens a row may have: the positions a text model has embeddings for."""
+        if self.family.rotary:
+            return int(self.configured("max_position_embeddings"))
         first = self.family.position_offset
         if first == "after padding token":
             first = int(self.spec.config["pad_token_id"]) + 1
@@ -50,7 +52,14 @@ class FoundationModel:
         return self._rows(self.family.segments)
 
     def _rows(self, table: str) -> int:
-        return len(self.state[f"{self.family.embeddings}.{table}"])
+        inside = f"{self.family.embeddings}.{table}"
+        return len(self.state[inside if inside in self.state else table])
+
+    def configured(self, setting: str) -> Any:
+        """A setting of the model's configuration, which holds only those that are not transformers' defaults."""
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.for_model(self.spec.model_type, **self.spec.config), setting)
 
     def build(self, lora: LoraSpec | None, device: torch.device) -> nn.Module:
         """A new module with the FM's weights; LoRA and head are zero until set."""

@@ -13,6 +13,11 @@ from fedbench.models.families.known import family_called
 PROJECTIONS = ("query", "key", "value", "output")
 """The linear layers of an attention, in the order of `Family.attention`."""
 
+POOLING = "classifier_pooling"
+"""The setting of how a head makes one state of a row's, in families that leave it open."""
+LAYER_KINDS = "layer_types"
+"""The setting that says of each layer how it attends, in families whose layers differ."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
@@ -64,6 +69,8 @@ class ModelSpec:
     def with_layers(self, layers: Sequence[int]) -> ModelSpec:
         """A shallower model made of these layers of this one."""
         config = {**self.config, self.family.layer_count: len(layers)}
+        if kinds := self.config.get(LAYER_KINDS):
+            config[LAYER_KINDS] = [kinds[i] for i in layers]
         return replace(self, config=config, ffn_widths=tuple(self.ffn_widths[i] for i in layers))
 
     def to_json(self) -> str:

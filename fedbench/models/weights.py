@@ -44,9 +44,13 @@ def frozen_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_frozen(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy frozen tensors into `model`. Raises FedbenchError unless names and shapes are exactly the model's."""
-    mine = frozen_state(model)
+def load_frozen(model: nn.Module, state: Mapping[str, Tensor], share: bool = False) -> None:
+    """Copy frozen tensors into `model`. Raises FedbenchError unless names and shapes are exactly the model's.
+
+    `share`: let the model's tensors be those of `state`, where nobody will write to either.
+    """
+    parts = Parts(model)
+    mine = {checkpoint_name(n): t for n, t in model.state_dict(keep_vars=True).items() if _is_frozen(parts, n)}
     if missing := sorted(set(mine) - set(state)):
         raise FedbenchError(f"frozen weights: {missing[0]!r} is missing ({len(missing)} in all)")
     if extra := sorted(set(state) - set(mine)):
@@ -54,7 +58,9 @@ def load_frozen(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, tensor in mine.items():
         if tensor.shape != state[name].shape:
             raise FedbenchError(f"frozen weights: {name!r} is {list(state[name].shape)}, expected {list(tensor.shape)}")
-        if tensor.data_ptr() != state[name].data_ptr():
+        if share and tensor.dtype == state[name].dtype and tensor.device == state[name].device:
+            tensor.data = state[name]
+        elif tensor.data_ptr() != state[name].data_ptr():
             tensor.copy_(state[name])
 
 
@@ -86,7 +92,8 @@ def initial_tunables(model: nn.Module, streams: Streams) -> dict[str, Tensor]:
     Of a bottleneck down is normal and up zero, so that it changes nothing at first. Biases of the FM itself start as
     they are.
 
-    Each tensor has a stream of its own, named after it, so every method starts from the same values.
+    Norms within a head start as one. Each tensor has a stream of its own, named after it, so every method starts from
+    the same values.
     """
     deviation = float(getattr(model.config, "initializer_range", 0.02))
     parameters, parts = dict(model.named_parameters()), Parts(model)
@@ -99,6 +106,8 @@ def initial_tunables(model: nn.Module, streams: Streams) -> dict[str, Tensor]:
         generator = streams.torch("initialisation", name)
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
+        elif ".lora_" not in name and value.dim() == 1 and name.endswith(".weight"):
+            nn.init.ones_(value)
         elif ".lora_" not in name and ".adapter_up." not in name and value.dim() > 1:
             nn.init.normal_(value, std=deviation, generator=generator)
         out[name] = value

@@ -130,12 +130,13 @@ class Validation(Block):
 
 
 class PerClient(Block):
-    """The test accuracy as clients of their label shares would see it."""
+    """Accuracy by client: on its own test rows, or the test accuracy as a client of its label shares would see it."""
 
     mean: Share
     std: Share
     worst_tenth: Share  # mean of the lowest tenth of the clients
     values: list[Share] = []  # by client, to six digits
+    rows: list[Positive] | None = None  # own test rows of each of these clients; null where values are by label shares
 
 
 class Accuracy(Block):
@@ -279,6 +280,7 @@ class Residual(Block):
     weight: Finite | None = None  # of weights
     hidden_before: Finite | None = None
     weight_before: Finite | None = None
+    curve: list[Finite] = []  # hidden, as means of up to ten stretches of the distillation, in order
 
 
 class Shares(Block):
@@ -320,6 +322,7 @@ class Round(Block):
     cohort: list[Count]  # clients sampled
     arrived: list[Count]  # those whose upload was taken
     refused: list[Refused]
+    lost: list[Count] = []  # those whose upload never came, as their silo gave no answer
     loss: Finite | None = None  # mean training loss of those that arrived
     bytes_up: Count | None = None
     bytes_down: Count | None = None
@@ -332,6 +335,7 @@ class Skew(Block):
 
     mean_total_variation: Share  # of a client's label shares from those of all
     gini: Size  # of the clients' sizes
+    mean_jensen_shannon: Share | None = None  # of a client's unigrams from those of all, in bits; of natural splits
 
 
 class Partition(Block):
@@ -344,6 +348,8 @@ class Partition(Block):
     label_counts: list[list[Count]] = []  # by client, then by class
     skew: Skew | None = None
     attempts: Count | None = None  # draws until every client had enough rows
+    by: str | None = None  # the column whose cells are the clients, of natural splits
+    clients_hash: str | None = None  # SHA-256 of that column
 
 
 class Git(Block):
@@ -368,6 +374,7 @@ class Provenance(Block):
     executor: str | None = None
     host: str | None = None  # that held the two sides
     workers: int | None = None
+    runtime: dict[str, Any] = {}  # what the host itself sent, and which silos it lost
     finished: str | None = None  # time in ISO 8601
     notes: list[str] = []  # on data, FM and what the server chose
     fm: dict[str, Any] = {}  # where it came from

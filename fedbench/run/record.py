@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedbench.api.messages import SETUP_KINDS
+from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
 from fedbench.records import provenance
@@ -37,11 +38,15 @@ def privacy_of(run: Run) -> dict[str, Any]:
     return {"privacy": spent(settings, clients, run.federation.cohort_size(clients), run.federation.rounds)}
 
 
+def whose(data: RawData) -> dict[str, str]:
+    """Which column says whose rows are, and its hash, of a natural split."""
+    return {} if data.clients is None else {"by": data.clients.by, "clients_hash": data.clients.column_hash}
+
+
 def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
     """The record of a run with these scores. Raises FedbenchError where what a method says of itself fits none."""
     p, ledger, device = run.p, run.ledger, run.p.execution.device
     server, clients = run.host.server.report(), run.host.clients.report()
-    labels, classes = p.loaded.data.train.labels, len(p.loaded.data.class_names)
     content = {
         "schema": SCHEMA,
         "status": "complete",
@@ -83,8 +88,9 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "hash": run.partition.hash(),
             "sizes": run.partition.sizes(),
             "label_counts": run.label_counts,
-            "skew": run.partition.skew(labels, classes),
+            "skew": dict(p.division.skew),
             "attempts": run.partition.attempts,
+            **whose(p.loaded.data),
         },
         "provenance": {
             **provenance.collect(device),
@@ -93,6 +99,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "executor": p.execution.executor,
             "host": p.request.host,
             "workers": p.execution.workers,
+            **({"runtime": account} if (account := run.host.account()) else {}),
         },
     }
     try:

@@ -35,8 +35,8 @@ def execute_all(tasks: Sequence[LocalTask], execution: Execution) -> Iterator[tu
     elif execution.device.type == "cpu" and len(tasks) > 1:
         costs = [float(sum(task.data.lengths[rows].sum() for rows in task.batches)) for task in tasks]
         modules = [task.frozen.module for task in tasks] if execution.packed else []
-        # Here rather than in the workers, which then all use one copy.
-        with reordered(*modules, gradients=True, precision=execution.precision):
+        # Here rather than in the workers, which then all use one copy; and the next round trains the same modules.
+        with reordered(*modules, gradients=True, precision=execution.precision, keep=True):
             for index, (tunables, steps, loss, observed, tokens, mean, slopes) in fork_map(
                 train, tasks, execution.workers, costs
             ):

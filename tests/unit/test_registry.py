@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from helpers import DECODERS
 
 from fedbench.errors import FedbenchError
 from fedbench.grid.file import grid_names
@@ -77,7 +78,8 @@ def test_built_in_data_sets_and_families_load_under_their_own_names() -> None:
     assert embedded | {"agnews", "sst2", "qnli", "mnli", "qqp", "cifar10", "cifar100", "flowers102"} == set(
         registry.datasets
     )
-    assert set(registry.families) == {"bert", "distilbert", "roberta", "vit"}
+    encoders, decoders = {"bert", "distilbert", "electra", "modernbert", "mpnet", "roberta"}, set(DECODERS)
+    assert set(registry.families) == encoders | decoders | {"vit"}
     for entries, load in ((registry.datasets, registry.load_dataset), (registry.families, registry.load_family)):
         for name, entry in entries.items():
             assert load(name).name == name  # type: ignore[attr-defined]

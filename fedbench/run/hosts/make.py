@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedbench.api.context import ServerContext
+from fedbench.api.messages import ClientId
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.machine.stopwatch import Stopwatch
@@ -40,9 +41,15 @@ def make_server(
 
 
 def make_clients(
-    brief: Brief, method: Method, rows: Sequence[Examples], kind: type[ClientSide] = ClientSide
+    brief: Brief,
+    method: Method,
+    rows: Sequence[Examples] | Mapping[ClientId, Examples],
+    kind: type[ClientSide] = ClientSide,
 ) -> ClientSide:
-    """The clients' side of `method`; `rows` of each client. `kind`: what to make, for studies that look closer."""
+    """The clients' side of `method`; `rows` of each client that is there.
+
+    kind: what to make, for studies that look closer.
+    """
     return kind(method, brief.streams, brief.scenario.federation, rows, brief.execution, private_of(brief))
 
 

@@ -32,6 +32,7 @@ from fedbench.run.gate import Bounds, let_in, reason
 from fedbench.run.payloads import Parcel
 from fedbench.run.post import Lent, Post
 from fedbench.run.privacy import Private, clipped, noised
+from fedbench.run.request import RunRequest
 from fedbench.scenario.tables import Federation
 from fedbench.training.alone import execute
 from fedbench.training.cohort import execute_all
@@ -133,8 +134,20 @@ class Host(ABC):
     name: ClassVar[str]
     one_process: ClassVar[bool] = True
     """Whether both sides live in this process, whose peak memory is then the run's."""
+    keeps: str = ""
+    """Options that a run has to be resumed with where its clients' states lie outside of its checkpoint."""
     server: ServerEnd
     clients: ClientEnd
+
+    @classmethod
+    def ready(cls, request: RunRequest) -> None:
+        """Raise FedbenchError where a run like this cannot be made here; asked before anything is loaded."""
+        if request.silos is not None:
+            raise FedbenchError(f"--silos {request.silos}: the host {request.host!r} has no silos; use --host fedml")
+
+    def account(self) -> dict[str, Any]:
+        """What the host itself has to say in the record's provenance; empty for nothing."""
+        return {}
 
     @abstractmethod
     def close(self) -> None:
@@ -269,10 +282,11 @@ class ClientSide:
         method: Method,
         streams: Streams,
         federation: Federation,
-        rows: Sequence[Examples],
+        rows: Sequence[Examples] | Mapping[ClientId, Examples],
         execution: Execution,
         private: Private | None = None,
     ) -> None:
+        """rows: of every client, or by client of those that are here."""
         self.private = private
         self.method, self.streams, self.federation, self.rows = method, streams, federation, rows
         self.execution, self.time = execution, Stopwatch()
