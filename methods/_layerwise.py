@@ -39,8 +39,9 @@ def hidden_loss(teacher: Tensor, student: Tensor, mask: Tensor | None) -> Tensor
 
 
 def ffn_product(parts: Parts, layer: int) -> Tensor:
-    """W2 · W1 of a layer's FFN, [d, d]: the linear part of what the FFN does."""
-    return parts.ffn_out(layer).weight @ parts.ffn_in(layer).weight
+    """W2 · W1 of a layer's FFN, [d, d]: the linear part of what the FFN does; of a gated one, down · up."""
+    up, down, _ = parts.ffn_weights(layer)
+    return down @ up
 
 
 def weight_loss(teacher: Tensor, student: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ import typer
 from fedbench.cli.check import check_command
 from fedbench.cli.doctor import doctor_command
 from fedbench.cli.export import export_command
+from fedbench.cli.fetch import fetch_command
 from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
+from fedbench.cli.new import new_app
 from fedbench.cli.run import run_command
 from fedbench.cli.server import server_command
 from fedbench.cli.show import show_command
@@ -64,6 +66,8 @@ app.command("server", epilog="docs/federation.md shows a server and its silos in
 app.command(
     "silo", epilog="Example: fedbench silo 1 --addresses addresses.csv --method fedpft --scenario tweets-noniid"
 )(silo_command)
+app.add_typer(new_app, name="new")
+app.command("fetch", epilog="Example: fedbench fetch mpnet-base")(fetch_command)
 app.command("doctor")(doctor_command)
 
 

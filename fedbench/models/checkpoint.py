@@ -11,6 +11,7 @@ import json
 import logging
 import pickle
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from fedbench.errors import FedbenchError
 from fedbench.files import state_digest
+from fedbench.models.build import as_computed_here
 from fedbench.models.families.family import Family
 from fedbench.models.families.known import family_called, is_built_in, is_known, unknown
 from fedbench.models.families.refused import NOT_COMPUTED, WITHOUT_MEANING
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
 from fedbench.models.reading import read_image_processor, read_tokenizer
-from fedbench.models.spec import ModelSpec
+from fedbench.models.spec import LAYER_KINDS, POOLING, ModelSpec
 from fedbench.models.weights import frozen_state
 from fedbench.models.zoo.names import fm_label
 
@@ -105,16 +107,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or not is_known(kind):
         raise FedbenchError(f"{path}: {unknown(kind)}")
+    family = family_called(kind)
     for setting, (plain, what) in NOT_COMPUTED.items():
         value = config.get(setting)
-        if value and value != plain:
+        if value and value != plain and setting not in family.computes:
             raise FedbenchError(f"{path}: {setting} {_short(value)} asks for {what}, which is not supported")
     if not config.get("quantization_config"):
         config.pop("quantization_config", None)  # transformers up to 5.9 reads it where it is null
     code = config.get("auto_map")
     if isinstance(code, dict) and any(str(name).startswith("AutoModel") for name in code):
         raise FedbenchError(f"{path}: auto_map asks for model code of the checkpoint's own, which is not run")
-    family = family_called(kind)
+    _check_rotary(path, config)
+    if family.padding_token not in (None, config.get("pad_token_id", family.padding_token)):
+        raise FedbenchError(
+            f"{path}: pad_token_id is {config['pad_token_id']}; a model of type {kind} counts positions from token "
+            f"{family.padding_token}"
+        )
     if family.position_offset == "after padding token" and type(config.get("pad_token_id", 1)) is not int:
         raise FedbenchError(f"{path}: pad_token_id is {config['pad_token_id']}; positions are counted from it")
     for side in ("image_size", "patch_size"):
@@ -124,10 +132,29 @@ def read_config(folder: Path) -> dict[str, Any]:
             config[side] = value[0]
     from transformers.activations import ACT2FN
 
-    activation = config.get(family.activation, "gelu")
+    activation = config.get(family.activation, "gelu")  # left out, it is transformers' own
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise FedbenchError(f"{path}: {family.activation} {activation!r} is no activation known to transformers")
     return config
+
+
+_ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions by which what a row is does not depend on the longest row beside it."""
+
+
+def _check_rotary(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise FedbenchError for rotary positions that are stretched with the longest row of a batch."""
+    for setting in ("rope_scaling", "rope_parameters"):
+        given = config.get(setting)
+        each = (
+            given.values() if isinstance(given, dict) and all(isinstance(v, dict) for v in given.values()) else [given]
+        )
+        for found in each:
+            kind = (found.get("rope_type") or found.get("type")) if isinstance(found, dict) else None
+            if kind not in (None, *_ROTARY):
+                raise FedbenchError(
+                    f"{path}: {setting} asks for rotary positions of kind {kind!r}, which is not supported"
+                )
 
 
 def unused_settings(config: Mapping[str, Any]) -> list[str]:
@@ -188,6 +215,8 @@ def _checkpoint(
         if spec.family.modality == "text":
             table = state[f"{spec.family.embeddings}.{spec.family.words}"]
             processor = read_tokenizer(folder, spec, len(table))
+            if spec.family.reads == "last":  # transformers' own head, in whatever is exported, goes by this number
+                spec = replace(spec, config={**spec.config, "pad_token_id": int(processor.pad_token_id)})
         else:
             processor = read_image_processor(folder / "preprocessor_config.json", spec)
     except FedbenchError as error:
@@ -195,12 +224,14 @@ def _checkpoint(
     if not _same_labels(config, class_names):
         head = None
     # What is trained and adapted follows from the family's description; that of a plugin can change under its name.
-    described = "" if is_built_in(spec.model_type) else repr(spec.family)
+    described = "" if is_built_in(spec.model_type) else spec.family.described()
     digest = hashlib.sha256((spec.to_json() + state_digest(state | (head or {})) + described).encode()).hexdigest()
     label = fm_label(name)
     notes: tuple[str, ...] = ()
+    if spec.family.modality == "text" and not spec.family.packed(spec.config.get(POOLING)):
+        notes += (f"FM {label}: batches keep their padding, for {spec.family.name} is not packed; runs take longer",)
     if unused := unused_settings(config):
-        notes = (f"FM {label}: config.json has settings that the model makes no use of: {', '.join(unused)}",)
+        notes += (f"FM {label}: config.json has settings that the model makes no use of: {', '.join(unused)}",)
     return FoundationModel(label, spec, state, processor, digest, head, provenance, notes)
 
 
@@ -267,8 +298,13 @@ def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> M
         "label2id": {f"LABEL_{i}": i for i in range(num_labels)},
     }
     family = family_called(model_type)
+    if kinds := getattr(full, LAYER_KINDS, None):
+        kept[LAYER_KINDS] = kinds  # written out, so that a model of some of the layers keeps theirs
     merged = json.loads(json.dumps({**kept, **labels, **family.dropout}))
-    layers, width = int(getattr(full, family.layer_count)), int(getattr(full, family.ffn_width))
+    layers, width = int(getattr(full, family.layer_count)), getattr(full, family.ffn_width)
+    if width is None:
+        width = 4 * full.hidden_size  # what transformers takes where GPT-2's configuration says nothing
+    width = int(width)
     return ModelSpec(model_type, merged, (width,) * layers)
 
 
@@ -310,6 +346,7 @@ def _weights(folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str
         loading.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+    as_computed_here(model)
     parts = Parts(model)
     absent = set(info["missing_keys"])
     if wrong := sorted(key for key in absent if not parts.is_head(key)):

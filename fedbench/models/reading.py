@@ -40,7 +40,8 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
     """The tokenizer in a checkpoint's folder, which has to be one of a model with that many token embeddings.
 
     Raises FedbenchError where there is no vocabulary, where its size or a token's number does not fit the model, where
-    a special token is missing, and where rows do not begin with a special token, which is what a head reads.
+    a special token is missing, and where rows do not begin with a special token, which is what a head reads. A decoder
+    needs a token for padding alone, for which the one that ends texts will do.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -58,6 +59,9 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
     except Exception as error:  # transformers and tokenizers raise many kinds for files that are not what they seem
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise FedbenchError(f"{folder} has no tokenizer that can be read ({why}); fetch its files again") from None
+    decoder = spec.family.reads == "last"
+    if decoder and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders are trained without padding; a mask hides it
     special = {str(token) for token in tokenizer.all_special_tokens}
     if not set(vocabulary) - special:
         raise FedbenchError(f"{folder}: the vocabulary holds special tokens alone; fetch the tokenizer's files again")
@@ -66,12 +70,14 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
             f"{folder}: the tokenizer has {len(vocabulary)} tokens up to number {largest}, the model has embeddings of "
             f"{embeddings}; they belong to different models"
         )
-    for role, token in (
-        ("padding", tokenizer.pad_token_id),
-        ("unknown words", tokenizer.unk_token_id),
-        ("the start of a row", tokenizer.cls_token_id),
-        ("the end of a segment", tokenizer.sep_token_id),
-    ):
+    roles = [("padding", tokenizer.pad_token_id)]
+    if not decoder:
+        roles += [
+            ("unknown words", tokenizer.unk_token_id),
+            ("the start of a row", tokenizer.cls_token_id),
+            ("the end of a segment", tokenizer.sep_token_id),
+        ]
+    for role, token in roles:
         if token is None or token not in vocabulary.values():
             raise FedbenchError(f"{folder}: the tokenizer has no token for {role}; complete its files")
     if spec.family.position_offset == "after padding token" and tokenizer.pad_token_id != spec.config["pad_token_id"]:
@@ -79,6 +85,13 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
             f"{folder}: the model counts positions from padding token {spec.config['pad_token_id']}, the tokenizer "
             f"pads with {tokenizer.pad_token_id}; they belong to different models"
         )
+    if spec.family.padding_token not in (None, tokenizer.pad_token_id):
+        raise FedbenchError(
+            f"{folder}: the model counts positions from padding token {spec.family.padding_token}, the tokenizer pads "
+            f"with {tokenizer.pad_token_id}; they belong to different models"
+        )
+    if decoder:
+        return tokenizer
     row = tokenizer("a")["input_ids"]
     if len(row) < 3 or row[0] != tokenizer.cls_token_id or row[-1] != tokenizer.sep_token_id:
         raise FedbenchError(
@@ -93,6 +106,8 @@ def unknown_tokens(tokenizer: Any, rows: Sequence[np.ndarray]) -> str | None:
     tokens = np.concatenate(rows)
     other = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
     words = tokens[~np.isin(tokens, other)]
+    if tokenizer.unk_token_id is None:  # bytes: every text can be written with them
+        return None
     share = float((words == tokenizer.unk_token_id).mean()) if len(words) else 0.0
     if share <= UNKNOWN_NOTED:
         return None
@@ -181,18 +196,22 @@ def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "c
     if fm.family.modality == "image":
         if part.images is None:
             raise FedbenchError(f"FM {fm.name} reads images, the data set holds text; choose another --fm")
-        rows = _encode_images(asks.targets(part.labels, None), part.images, fm.processor)
-        return replace(rows, objective=objective)
+        images = _encode_images(asks.targets(part.labels, None), part.images, fm.processor)
+        return replace(images, objective=objective)
     if part.texts is None:
         raise FedbenchError(f"FM {fm.name} reads text, the data set holds images; choose another --fm")
+    decoder = fm.family.reads == "last"
     tokens: list[np.ndarray] = []
     segments: list[np.ndarray] | None = [] if part.text_pairs is not None and fm.family.token_types else None
     for start in range(0, len(part), CHUNK):
         chosen = slice(start, start + CHUNK)
         texts = [list(t[chosen]) for t in (part.texts, part.text_pairs) if t is not None]
+        if decoder and len(texts) == 2:
+            texts[1] = [f"\n{text}" for text in texts[1]]  # decoders' tokenizers put nothing between two texts
         asked = {} if segments is None else {"return_token_type_ids": True}
         found = fm.processor(*texts, truncation="longest_first", max_length=max_length, padding=False, **asked)
-        tokens += [np.asarray(row, dtype=np.int32) for row in found["input_ids"]]
+        rows = [_without_padding(row, fm.processor) for row in found["input_ids"]] if decoder else found["input_ids"]
+        tokens += [np.asarray(row, dtype=np.int32) for row in rows]
         if segments is not None:
             segments += [np.asarray(row, dtype=np.int8) for row in found["token_type_ids"]]
     if (longest := max(map(len, tokens), default=0)) > (room := fm.positions()):
@@ -207,6 +226,18 @@ def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "c
         )
     labels, pad_token = asks.targets(part.labels, tokens), int(fm.processor.pad_token_id)
     return Examples(labels, tokens, None, pad_token, segments, objective=objective)
+
+
+def _without_padding(row: Sequence[int], tokenizer: Any) -> Sequence[int]:
+    """A decoder's row without padding tokens at its end, and with at least one token.
+
+    The token that ends texts may be that of padding; transformers' own heads read the last token before it.
+    """
+    end = len(row)
+    while end and row[end - 1] == tokenizer.pad_token_id:
+        end -= 1
+    start = tokenizer.bos_token_id
+    return row[:end] or [tokenizer.pad_token_id if start is None else start]
 
 
 def inputs_hash(parts: Mapping[str, Examples], fm: FoundationModel) -> str:

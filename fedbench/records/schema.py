@@ -130,12 +130,13 @@ class Validation(Block):
 
 
 class PerClient(Block):
-    """The test accuracy as clients of their label shares would see it."""
+    """Accuracy by client: on its own test rows, or the test accuracy as a client of its label shares would see it."""
 
     mean: Share
     std: Share
     worst_tenth: Share  # mean of the lowest tenth of the clients
     values: list[Share] = []  # by client, to six digits
+    rows: list[Positive] | None = None  # own test rows of each of these clients; null where values are by label shares
 
 
 class Accuracy(Block):
@@ -239,6 +240,22 @@ class GradientError(Block):
     final: Size | None
 
 
+class AggregationPoint(Block):
+    """After one round, against the mean of the products B A that its clients trained: relative Frobenius norms."""
+
+    round: Count
+    factors: Size | None  # of the product of the means of B and of A
+    model: Size | None  # of what the FM with the tuned parameters has gained
+
+
+class AggregationError(Block):
+    """How far the aggregated model is from the mean of what clients trained; the two numbers are of the model."""
+
+    points: list[AggregationPoint]
+    mean: Size
+    final: Size
+
+
 class Residual(Block):
     """What distillation left between a layer of the FM and the proxy's, and what was there before it."""
 
@@ -302,6 +319,7 @@ class Skew(Block):
 
     mean_total_variation: Share  # of a client's label shares from those of all
     gini: Size  # of the clients' sizes
+    mean_jensen_shannon: Share | None = None  # of a client's unigrams from those of all, in bits; of natural splits
 
 
 class Partition(Block):
@@ -314,6 +332,8 @@ class Partition(Block):
     label_counts: list[list[Count]] = []  # by client, then by class
     skew: Skew | None = None
     attempts: Count | None = None  # draws until every client had enough rows
+    by: str | None = None  # the column whose cells are the clients, of natural splits
+    clients_hash: str | None = None  # SHA-256 of that column
 
 
 class Git(Block):

@@ -15,7 +15,9 @@ from pydantic import ValidationError
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
-from fedbench.data.partition import Partition, partition
+from fedbench.data.natural import words_skew
+from fedbench.data.own.source import own_data_set
+from fedbench.data.partition import Partition, natural_partition, partition
 from fedbench.data.rows import RawData
 from fedbench.data.sets.dataset import DataSet
 from fedbench.data.sources import data_folder
@@ -39,7 +41,7 @@ from fedbench.run.hosts.side import Host
 from fedbench.run.request import RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
-from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario
+from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario, SplitSettings
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class Prepared:
         """Which client holds which training rows. Raises FedbenchError where the split cannot be."""
         if self.divided is not None:
             return self.divided
-        labels, classes = self.loaded.data.train.labels, len(self.loaded.data.class_names)
-        found = partition(labels, self.scenario.split, self.brief.streams.numpy("partition"))
-        return Division(found, found.label_counts(labels, classes), found.skew(labels, classes))
+        data, split = self.loaded.data, self.scenario.split
+        labels, classes = data.train.labels, len(data.class_names)
+        if split.kind == "natural":
+            assert data.clients is not None, "loaded for this split"
+            found = natural_partition(data.clients.train)
+        else:
+            found = partition(labels, split, self.brief.streams.numpy("partition"))
+        return Division(found, found.label_counts(labels, classes), found.skew(labels, classes) | words_skew(data))
 
     def rows(self) -> list[Examples]:
         """The training rows of each client; none where they are not here."""
@@ -82,6 +89,8 @@ class Prepared:
         """The same without any client's rows, as a server has it."""
         nothing = np.array([], dtype=np.int64)
         data = replace(self.loaded.data, train=self.loaded.data.train.select(nothing))
+        if data.clients is not None:
+            data = replace(data, clients=replace(data.clients, train=nothing))
         loaded = replace(self.loaded, data=data, train=self.loaded.train.select(nothing))
         return replace(self, loaded=loaded, divided=self.division)
 
@@ -99,7 +108,11 @@ class Prepared:
         loaded, rows = self.loaded, self.loaded.validation
         size = min(self.scenario.evaluation.probe_size, len(rows))
         probe = rows.select(self.brief.streams.numpy("probe").permutation(len(rows))[:size])
-        return HeldOut(rows, probe, loaded.test, loaded.data.test.labels, loaded.data.test_name, loaded.extra_tests)
+        data = loaded.data
+        return HeldOut(
+            rows, probe, loaded.test, data.test.labels, data.test_name, loaded.extra_tests,
+            None if data.clients is None else data.clients.test,
+        )  # fmt: skip
 
     @property
     def fm_name(self) -> str:
@@ -150,9 +163,13 @@ def _load(
     cache: Path,
     data_dir: Path | None,
     weights: bool,
+    split: SplitSettings | None,
 ) -> Loaded:
-    """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
-    data = load_data(data_set, corpus, dataset, public, data_dir)
+    """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do.
+
+    `split`: a natural one, else None.
+    """
+    data = load_data(data_set, corpus, dataset, public, data_dir, split)
     load = load_fm if weights else load_reader
     model = load(fm, len(data.class_names), cache, data.class_names)
     if weights and not is_built_in(model.spec.model_type):
@@ -221,11 +238,13 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
-    data_set = registry.load_dataset(scenario.dataset.name)
-    corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
+    data_set, corpus, natural = sets_of(registry, scenario)
     cache = cache_folder(request.cache)
-    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder, weights)
+    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder, weights, natural)
     data, fm = loaded.data, loaded.fm
+    if data.clients is not None:
+        split_found = scenario.split.model_copy(update={"clients": len(data.clients.names)})
+        scenario = scenario.model_copy(update={"split": split_found})
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
     planned = [
         f"{table}.{name}"
@@ -263,6 +282,16 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
         unavailable=method.unavailable(fm),
         planned=tuple(planned),
     )
+
+
+def sets_of(registry: Registry, scenario: Scenario) -> tuple[DataSet, DataSet | None, SplitSettings | None]:
+    """A scenario's data set, its public corpus, and its split where that is natural."""
+    if scenario.dataset.kind is None:
+        data_set = registry.load_dataset(scenario.dataset.name)
+    else:
+        data_set = own_data_set(scenario.dataset, scenario.split, scenario.folder)
+    corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
+    return data_set, corpus, scenario.split if scenario.split.kind == "natural" else None
 
 
 def scenario_settings(kind: type[Method], scenario: Scenario) -> dict[str, tuple[Any, str]]:

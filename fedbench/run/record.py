@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedbench.api.messages import SETUP_KINDS
+from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
 from fedbench.records import provenance
@@ -25,6 +26,11 @@ def finish(run: Run) -> Record:
 def without_scores(run: Run, why: str) -> Record:
     """The record of a method that is not available here, and why."""
     return record_of(run, {"plug_in": None, "proxy": None, "unavailable": why})
+
+
+def whose(data: RawData) -> dict[str, str]:
+    """Which column says whose rows are, and its hash, of a natural split."""
+    return {} if data.clients is None else {"by": data.clients.by, "clients_hash": data.clients.column_hash}
 
 
 def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
@@ -73,6 +79,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "label_counts": run.label_counts,
             "skew": dict(p.division.skew),
             "attempts": run.partition.attempts,
+            **whose(p.loaded.data),
         },
         "provenance": {
             **provenance.collect(device),

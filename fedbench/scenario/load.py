@@ -80,6 +80,7 @@ def load_scenario(
         place = f"--set {where}" if sources.get(where) == "--set" else f"{path}: {where}"
         raise FedbenchError(f"{place}: {message}") from None
     scenario._sources.update(sources)
+    scenario._folder = path.resolve().parent
     return scenario
 
 

@@ -53,7 +53,7 @@ def logits(model: torch.nn.Module, rows: Examples) -> torch.Tensor:
         return torch.cat([model(**rows.batch(chunk).inputs).logits for chunk in chunks])
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit", "modernbert", "gpt2", "llama"])
 def test_plain_transformers_and_peft_give_the_runs_logits_and_accuracy(family: str, tmp_path: Path) -> None:
     import transformers
     from peft import PeftModel
@@ -62,7 +62,8 @@ def test_plain_transformers_and_peft_give_the_runs_logits_and_accuracy(family: s
     made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache", str(done.checkpoint))
     assert made.base == str(done.checkpoint.resolve())
     auto = getattr(transformers, made.architecture)
-    base = auto.from_pretrained(made.base, num_labels=made.num_labels, ignore_mismatched_sizes=True)
+    given = {} if made.pad_token is None else {"pad_token_id": made.pad_token}
+    base = auto.from_pretrained(made.base, num_labels=made.num_labels, ignore_mismatched_sizes=True, **given)
     rows = done.prepared.loaded.test
     untuned = logits(base.eval(), rows)
     found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)

