@@ -26,6 +26,7 @@ from fedbench.records.schema import (
     Identity,
     Method,
     Partition,
+    Privacy,
     Provenance,
     Residual,
     Round,
@@ -54,6 +55,7 @@ class Record(BaseModel):
     communication: Communication = Communication()
     gradient_error: GradientError | None = None  # null where clients train the FM itself
     aggregation_error: AggregationError | None = None  # null where no adapters of LoRA are averaged
+    privacy: Privacy | None = None  # null where a run gives none
     distillation: list[Residual] = []  # one entry a layer
     exposure: Exposure | None = None
     compute: Compute = Compute()

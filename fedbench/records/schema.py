@@ -256,6 +256,22 @@ class AggregationError(Block):
     final: Size
 
 
+class Privacy(Block):
+    """Differential privacy that a run gives: of what, how it was made, and what it comes to."""
+
+    unit: str  # "client": all rows of one
+    neighbours: str
+    clip: Size  # L2 norm of a client's update
+    noise: Size  # standard deviation on the sum of updates, as a multiple of clip
+    sampling: str
+    clients: Positive
+    cohort: Positive
+    rounds: Count
+    delta: Share
+    epsilon: Size | None  # null without noise
+    accountant: str
+
+
 class Residual(Block):
     """What distillation left between a layer of the FM and the proxy's, and what was there before it."""
 

@@ -38,6 +38,7 @@ from fedbench.records.store import record_key
 from fedbench.registry import Registry
 from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import Host
+from fedbench.run.privacy import check_private
 from fedbench.run.request import RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
@@ -235,6 +236,8 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
     scenario = load_scenario(path, split, request.profile, overrides)
     given = {name: value for name, (value, _) in scenario_settings(kind, scenario).items()}
     method = make_method(kind, {**given, **parse_values(mine)}, request)
+    if scenario.privacy is not None:
+        check_private(method, scenario.privacy)
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)

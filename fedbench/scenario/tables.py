@@ -235,6 +235,19 @@ class EvaluationSettings(Settings):
     batch_size: int = Field(64, ge=1)
 
 
+class PrivacySettings(Settings):
+    """Differential privacy of a client's rows as a whole (DP-FedAvg, McMahan et al. 2018), over any method of sums.
+
+    clip: largest L2 norm of what a client's update changes; a larger one is scaled down. noise: standard deviation of
+    the Gaussian noise that the server adds to the sum of the updates, as a multiple of `clip`. delta: at which epsilon
+    is given.
+    """
+
+    clip: float = Field(gt=0)
+    noise: float = Field(ge=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+
+
 class Scenario(Settings):
     """A resolved scenario. `methods` holds hyper-parameters by method, validated by the method itself."""
 
@@ -246,6 +259,7 @@ class Scenario(Settings):
     evaluation: EvaluationSettings
     fm: str = Field(min_length=1)
     public: PublicSettings | None = None
+    privacy: PrivacySettings | None = None
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _folder: Path = PrivateAttr(default_factory=Path)
@@ -260,7 +274,9 @@ class Scenario(Settings):
 
         Of rows of the user's own their content enters the key by its hash, and not where they lie.
         """
-        out = self.model_dump(mode="json", exclude={"title", "methods"})
+        # What older keys know nothing of stays out where it is not set.
+        unset = {"privacy"} if self.privacy is None else set()
+        out = self.model_dump(mode="json", exclude={"title", "methods", *unset})
         if self.dataset.kind is not None:
             places = ("train", "test", *(["validation"] if isinstance(self.dataset.validation, str) else []))
             out["dataset"] = {name: value for name, value in out["dataset"].items() if name not in places}
@@ -268,7 +284,8 @@ class Scenario(Settings):
 
     def provenance(self) -> dict[str, tuple[Any, str]]:
         """Dotted key -> (value, where it came from), for every setting."""
-        flat = flatten(self.model_dump(mode="json"))
+        unset = {"privacy"} if self.privacy is None else set()
+        flat = flatten(self.model_dump(mode="json", exclude=unset))
         hidden = {"name"}
         if self.split.kind == "natural":
             hidden |= {"split.clients", "split.alpha", "split.shards_per_client"}  # of drawn clients
@@ -296,6 +313,7 @@ KEYS: tuple[str, ...] = (
             ("federation", Federation),
             ("evaluation", EvaluationSettings),
             ("public", PublicSettings),
+            ("privacy", PrivacySettings),
         )
         for name in kind.model_fields
     ),

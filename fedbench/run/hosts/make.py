@@ -16,6 +16,7 @@ from fedbench.measures.scores import HeldOut, Scores
 from fedbench.models.foundation import FoundationModel
 from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import ClientSide, ServerSide
+from fedbench.run.privacy import Private
 
 
 def make_server(
@@ -36,7 +37,7 @@ def make_server(
         server = method.server(fm, public, context)
     observers = [Exposures(fm), GradientErrors(rows.probe, execution, time), AggregationErrors(time)]
     scores = Scores(rows, evaluation, execution, who, fm, label_counts, time)
-    return ServerSide(server, observers, scores, federation, len(label_counts), time, bytes_only)
+    return ServerSide(server, observers, scores, federation, len(label_counts), time, bytes_only, private_of(brief))
 
 
 def make_clients(
@@ -49,4 +50,10 @@ def make_clients(
 
     kind: what to make, for studies that look closer.
     """
-    return kind(method, brief.streams, brief.scenario.federation, rows, brief.execution)
+    return kind(method, brief.streams, brief.scenario.federation, rows, brief.execution, private_of(brief))
+
+
+def private_of(brief: Brief) -> Private | None:
+    """What both sides need to know of a run's privacy."""
+    settings = brief.scenario.privacy
+    return None if settings is None else Private(settings, brief.streams)

@@ -31,6 +31,7 @@ from fedbench.run.export import Adapter, adapter_of
 from fedbench.run.gate import Bounds, let_in, reason
 from fedbench.run.payloads import Parcel
 from fedbench.run.post import Lent, Post
+from fedbench.run.privacy import Private, clipped, noised
 from fedbench.run.request import RunRequest
 from fedbench.scenario.tables import Federation
 from fedbench.training.alone import execute
@@ -171,8 +172,13 @@ class ServerSide:
         clients: int,
         time: Stopwatch,
         bytes_only: bool = False,
+        private: Private | None = None,
     ) -> None:
-        """clients: their number. bytes_only: what is sent leaves this process. time: shared with the observers."""
+        """clients: their number. bytes_only: what is sent leaves this process. time: shared with the observers.
+
+        private: settings and streams of differential privacy, None for none.
+        """
+        self.private = private
         self.clients = clients
         self.server, self.observers, self.scores, self.federation = server, (*observers, scores), scores, federation
         self.time = time
@@ -216,7 +222,10 @@ class ServerSide:
             for observer in self.observers:
                 observer.aggregating(round, self.server, self._uploads)
             with self.time("aggregate"):
-                self.server.aggregate(round, self._uploads)
+                uploads: Mapping[ClientId, Sequence[Message]] = self._uploads
+                if self.private is not None:
+                    uploads = noised(uploads, self.private.streams, round, self.private.settings)
+                self.server.aggregate(round, uploads)
             for observer in self.observers:
                 observer.aggregated(round, self.server)
             if self.server.aligns(round):
@@ -275,8 +284,10 @@ class ClientSide:
         federation: Federation,
         rows: Sequence[Examples] | Mapping[ClientId, Examples],
         execution: Execution,
+        private: Private | None = None,
     ) -> None:
         """rows: of every client, or by client of those that are here."""
+        self.private = private
         self.method, self.streams, self.federation, self.rows = method, streams, federation, rows
         self.execution, self.time = execution, Stopwatch()
         self.modules = ModuleCache(execution.device)
@@ -310,8 +321,11 @@ class ClientSide:
             for cid in chosen:  # in this order, whoever was done first
                 result, parcels, why = results[cid], [], None
                 try:
-                    for message in self.client(cid).upload(round, result):
-                        parcels.append(Parcel.of(message))
+                    messages = self.client(cid).upload(round, result)
+                    if self.private is not None:
+                        start = chosen[cid].tunables
+                        messages = clipped(self.method.name, messages, start, self.private.settings)
+                    parcels += [Parcel.of(message) for message in messages]
                 except MessageError as error:
                     why = reason(error)
                 most = {"num_examples": len(self.rows[cid]), "tokens": most_tokens(chosen[cid])}
