@@ -141,6 +141,8 @@ def test_every_record_of_a_lora_method_has_it_round_by_round(
     assert isinstance(found, AggregationError)
     assert [p.round for p in found.points] == [entry.round for entry in record.rounds]
     assert (found.mean < 1e-4) == (method == "fedex-lora")
+    assert record.exposure is not None
+    assert record.exposure.verbatim.all == 1.0, "newcomers are sent the FM as it was, however it was changed since"
 
 
 def test_a_record_without_lora_has_none(fm: Path, tmp_path: Path) -> None:
