@@ -15,14 +15,15 @@ import typer
 from fedbench.cli.check import check_command
 from fedbench.cli.doctor import doctor_command
 from fedbench.cli.export import export_command
-from fedbench.cli.federate import server_command, silo_command
 from fedbench.cli.fetch import fetch_command
 from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
 from fedbench.cli.new import new_app
 from fedbench.cli.run import run_command
+from fedbench.cli.server import server_command
 from fedbench.cli.show import show_command
+from fedbench.cli.silo import silo_command
 from fedbench.cli.table import table_command
 from fedbench.errors import FedbenchError, printable
 

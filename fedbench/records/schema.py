@@ -374,7 +374,7 @@ class Provenance(Block):
     executor: str | None = None
     host: str | None = None  # that held the two sides
     workers: int | None = None
-    runtime: dict[str, Any] = {}  # what the host itself sent, and which silos it lost
     finished: str | None = None  # time in ISO 8601
     notes: list[str] = []  # on data, FM and what the server chose
     fm: dict[str, Any] = {}  # where it came from
+    runtime: dict[str, Any] = {}  # what the host itself sent, and which silos it lost

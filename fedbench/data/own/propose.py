@@ -144,6 +144,10 @@ def _first_table(source: Path, files: dict[str, str], folder: Path) -> Table:
 def _dataset(table: Table, files: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The [dataset] table, and a remark on some of its settings."""
     columns = look(table)
+    if chats := next((name for name in ("messages", "conversations", "conversation") if name in table.columns), None):
+        raise FedbenchError(
+            f"{table.where}: column {chats!r} holds chats, which need an objective of language; that is not there yet"
+        )
     images = image_column({**table.columns})
     texts: tuple[str, ...] = (images,) if images else text_columns(columns)
     remarks = {"train": f"{len(table)} rows in {table.where} ({table.about})"}
