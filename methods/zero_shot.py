@@ -24,7 +24,7 @@ class ZeroShot(Method):
     version: ClassVar[int] = 1
 
     def unavailable(self, fm: FoundationModel) -> str | None:
-        return None if fm.trained_head else f"{fm.name} has no head trained for this task"
+        return None if fm.trained_head is not None else f"{fm.name} has no head trained for this task"
 
     def plan(self, split: SplitSettings, federation: Federation, rows: int) -> tuple[SplitSettings, Federation]:
         return split, federation.model_copy(update={"rounds": 0})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from inspect import get_annotations
 from pathlib import Path
@@ -26,8 +26,10 @@ from fedbench.measures.scores import HeldOut
 from fedbench.models.families.known import is_built_in
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
+from fedbench.models.spec import Head
 from fedbench.models.zoo.load import load_fm
 from fedbench.names import nearest
+from fedbench.objectives.named import LANGUAGE
 from fedbench.records import provenance
 from fedbench.records.schema import SCHEMA
 from fedbench.records.store import record_key
@@ -37,7 +39,7 @@ from fedbench.run.hosts.side import Host
 from fedbench.run.request import RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
-from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario
+from fedbench.scenario.tables import KEYS, DatasetSettings, ObjectiveSettings, PublicSettings, Scenario
 
 
 @dataclass(frozen=True)
@@ -114,22 +116,31 @@ def _load(
     fm: str,
     cache: Path,
     data_dir: Path | None,
+    objective: ObjectiveSettings | None,
 ) -> Loaded:
     """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
     data = load_data(data_set, corpus, dataset, public, data_dir)
-    model = load_fm(fm, len(data.class_names), cache, data.class_names)
+    if objective is not None:
+        data = replace(data, objective=LANGUAGE[objective.normalised].name)
+    model = load_fm(fm, len(data.class_names), cache, data.class_names, head_for(objective))
     if not is_built_in(model.spec.model_type):
         check_family(model)
     raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
     raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
     given = {role: part for role, part in raw.items() if part is not None}
-    parts = {role: encode(part, model, dataset.max_length, data.objective) for role, part in given.items()}
+    answers = objective is None or objective.loss_on == "answers"
+    parts = {role: encode(part, model, dataset.max_length, data.objective, answers) for role, part in given.items()}
     extra = {name: parts[f"test {name}"] for name in data.extra_tests}
     notes = model.notes
     if (tokens := parts["train"].tokens) and (unknown := unknown_tokens(model.processor, tokens[:1000])):
         notes += (f"FM {model.name}: {unknown}",)
     main = parts["train"], parts["validation"], parts["test"], parts.get("public")
     return Loaded(data, model, *main, extra, inputs_hash(parts, model), notes)
+
+
+def head_for(objective: ObjectiveSettings | None) -> Head:
+    """What the FM of a scenario with this objective answers with."""
+    return "classes" if objective is None else "vocabulary"
 
 
 def split_settings(
@@ -183,7 +194,7 @@ def prepare(request: RunRequest) -> Prepared:
     data_set = registry.load_dataset(scenario.dataset.name)
     corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
     cache = cache_folder(request.cache)
-    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder)
+    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder, scenario.objective)
     data, fm = loaded.data, loaded.fm
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
     planned = [

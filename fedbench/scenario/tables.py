@@ -84,6 +84,18 @@ class EvaluationSettings(Settings):
     batch_size: int = Field(64, ge=1)
 
 
+class ObjectiveSettings(Settings):
+    """What is asked of a row where that is not its class: `kind` language, which token comes next.
+
+    loss_on: of a row with a second text, its answer alone, or all of it. normalised: whether in training rows count
+    alike ("row") or the tokens of a batch do ("batch").
+    """
+
+    kind: Literal["language"]
+    loss_on: Literal["answers", "all"] = "answers"
+    normalised: Literal["row", "batch"] = "row"
+
+
 class Scenario(Settings):
     """A resolved scenario. `methods` holds hyper-parameters by method, validated by the method itself."""
 
@@ -95,12 +107,16 @@ class Scenario(Settings):
     evaluation: EvaluationSettings
     fm: str = Field(min_length=1)
     public: PublicSettings | None = None
+    objective: ObjectiveSettings | None = None
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """What enters a run's key: everything but the title and the settings of methods, which the method holds."""
-        return self.model_dump(mode="json", exclude={"title", "methods"})
+        out = self.model_dump(mode="json", exclude={"title", "methods"})
+        if self.objective is None:  # as in keys from before there was one
+            del out["objective"]
+        return out
 
     def provenance(self) -> dict[str, tuple[Any, str]]:
         """Dotted key -> (value, where it came from), for every setting."""
@@ -129,6 +145,7 @@ KEYS: tuple[str, ...] = (
             ("federation", Federation),
             ("evaluation", EvaluationSettings),
             ("public", PublicSettings),
+            ("objective", ObjectiveSettings),
         )
         for name in kind.model_fields
     ),

@@ -93,7 +93,7 @@ def execute(task: LocalTask, execution: Execution) -> LocalResult:
         values = list(parameters.values())
         optimiser = made(task.optimiser, values)
         losses, row_losses = [], task.row_losses
-        padded = task.observe_padding or task.objective.every_token
+        padded = task.observe_padding or task.objective.padded
         for indices in task.batches:
             batch = task.data.batch(indices, device)
             # A packed batch has no padding to observe.

@@ -97,7 +97,7 @@ def clients_per_pass(tasks: Sequence[LocalTask], execution: Execution) -> int:
     to keep 3.1 to 3.5, in fp32 and in bf16, whose casts are kept as well.
     """
     module, data, device = tasks[0].frozen.module, tasks[0].data, execution.device
-    packed = Forward(module, execution.packed).packed and not tasks[0].objective.every_token
+    packed = Forward(module, execution.packed).packed and not tasks[0].objective.padded
 
     def tokens(task: LocalTask, rows: np.ndarray) -> int:
         lengths = task.data.lengths[rows]
@@ -224,7 +224,7 @@ class _Step:
     def losses(self, tasks: Sequence[LocalTask], outputs: Tensor) -> Tensor:
         """The mean loss of each client's rows, [k]."""
         outputs, targets = self.rows(outputs.float()), self.rows(self.batch.labels)
-        if all(task.loss == tasks[0].loss for task in tasks):
+        if tasks[0].objective.row_by_row and all(task.loss == tasks[0].loss for task in tasks):
             each = tasks[0].row_losses(outputs, targets)
         else:
             shares = zip(tasks, outputs.split(self.counts), targets.split(self.counts), strict=True)
@@ -348,7 +348,7 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
     rank = matrix.stack([task.rank_mask for task in tasks], 1.0) if any(task.rank_mask for task in tasks) else None
     optimiser = ROW_WISE[type(tasks[0].optimiser)]([task.optimiser for task in tasks], values)
     under_way = _Pass(matrix.views(values))
-    padded = tasks[0].objective.every_token
+    padded = tasks[0].objective.padded
     curve: list[Tensor] = []
     k = 0
     with (
