@@ -1,16 +1,15 @@
 """Compression and distillation shared by the proxy methods.
 
-Neuron saliency and layer-wise compression of FFNs, the layer-level distillation loss and its training loop
-(FedPFT, Peng et al. 2024, sections 3.2 and 3.3), and the cache of distilled proxies.
+Neuron saliency for the layer-wise compression of FFNs (FedPFT, Peng et al. 2024, section 3.2), the residuals of a
+distillation, and the cache of distilled proxies. The distillation itself is in `methods/_layerwise.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.files import cached_tensors
-from fedbench.forward.feed import Forward, forward
+from fedbench.forward.feed import Forward
 from fedbench.machine.device import Execution
+from fedbench.methods._layerwise import LayerLoss, Schedule, distil, ffn_product, hidden_loss, weight_loss
 from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
@@ -77,111 +77,6 @@ def most_salient(w_in: Tensor, w_out: Tensor, keep: int, w_gate: Tensor | None =
     return order[:keep].sort().values
 
 
-def hidden_loss(teacher: Tensor, student: Tensor, mask: Tensor | None) -> Tensor:
-    """MSE of two hidden states [B, T, d] over real tokens, relative to the teacher's mean square."""
-    if mask is not None:
-        teacher, student = teacher[mask.bool()], student[mask.bool()]
-    return (student - teacher).square().mean() / teacher.square().mean()
-
-
-def ffn_product(parts: Parts, layer: int) -> Tensor:
-    """W2 · W1 of a layer's FFN, [d, d]: the linear part of what the FFN does; of a gated one, down · up."""
-    up, down, _ = parts.ffn_weights(layer)
-    return down @ up
-
-
-def weight_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """MSE of two FFN products [d, d], relative to the teacher's mean square; the gradient reaches the student."""
-    return (student - teacher).square().mean() / teacher.square().mean()
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A distillation run: AdamW, linear warm-up over `warmup` of the steps, then linear decay to 0."""
-
-    steps: int
-    batch_size: int
-    lr: float
-    warmup: float = 0.048
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-
-    def factor(self, step: int) -> float:
-        """Share of `lr` at `step` (from 0)."""
-        rise = max(1, math.ceil(self.warmup * self.steps))
-        return (step + 1) / rise if step < rise else (self.steps - step) / max(1, self.steps - rise)
-
-
-LayerLoss = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | None], Tensor]
-
-
-def distil(
-    teacher: nn.Module,
-    student: nn.Module,
-    trainable: Sequence[str],
-    loss: LayerLoss,
-    public: Examples,
-    schedule: Schedule,
-    rng: np.random.Generator,
-    execution: Execution,
-    rows: Mapping[str, tuple[int, Tensor]] | None = None,
-) -> None:
-    """Train the named parameters of `student` in place against `teacher` on unlabelled public rows.
-
-    `loss` maps (teacher's layer outputs, student's, mask) to a scalar. `rows` limits a parameter to an index along a
-    dimension: (dim, index); everything else of it keeps its exact value, free of weight decay too.
-    """
-    parameters, device = dict(student.named_parameters()), execution.device
-    chosen = {name: parameters[name] for name in trainable}
-    limits = {}
-    for name, (dim, index) in (rows or {}).items():
-        free = torch.zeros(chosen[name].shape[dim], dtype=torch.bool, device=device)
-        free[index.to(device)] = True
-        limits[name] = (
-            free.unsqueeze(1) if dim == 0 and chosen[name].dim() == 2 else free,
-            chosen[name].detach().clone(),
-        )
-    optimiser = torch.optim.AdamW(chosen.values(), lr=schedule.lr, weight_decay=schedule.weight_decay)
-    teacher.eval()
-    student.eval()
-    try:
-        for p in chosen.values():
-            p.requires_grad_(True)
-        with forward(teacher, execution.exact) as theirs, forward(student, execution.exact, gradients=True) as ours:
-            for step, indices in enumerate(public_batches(len(public), schedule, rng)):
-                batch = public.batch(indices, device)
-                with torch.no_grad():
-                    target, _ = theirs.layer_outputs(batch)
-                value = loss(target, *ours.layer_outputs(batch))
-                optimiser.zero_grad()
-                value.backward()
-                for name, (free, _) in limits.items():
-                    if (grad := chosen[name].grad) is not None:
-                        grad.mul_(free)
-                nn.utils.clip_grad_norm_(chosen.values(), schedule.clip_norm)
-                for group in optimiser.param_groups:
-                    group["lr"] = schedule.lr * schedule.factor(step)
-                optimiser.step()
-                with torch.no_grad():
-                    for name, (free, start) in limits.items():
-                        chosen[name].copy_(torch.where(free, chosen[name], start))
-    finally:
-        for p in chosen.values():
-            p.requires_grad_(False)
-            p.grad = None
-
-
-def public_batches(rows: int, schedule: Schedule, rng: np.random.Generator) -> list[np.ndarray]:
-    """Row indices of each step: passes over fresh permutations of the public rows."""
-    size = min(schedule.batch_size, rows)
-    per_pass = rows // size
-    out: list[np.ndarray] = []
-    while len(out) < schedule.steps:
-        order = rng.permutation(rows)
-        out += [order[i * size : (i + 1) * size] for i in range(per_pass)]
-    return out[: schedule.steps]
-
-
 @torch.no_grad()
 def residuals(
     teacher: nn.Module,
@@ -213,7 +108,6 @@ def distil_once(
     teacher: nn.Module,
     student: nn.Module,
     trainable: Sequence[str],
-    pairs: Sequence[tuple[int, int]],
     loss: LayerLoss,
     public: Examples,
     schedule: Schedule,
@@ -222,19 +116,20 @@ def distil_once(
 ) -> list[dict[str, Any]]:
     """Distil `student` before federated learning, or take what the same distillation gave before from the cache.
 
-    Returns the residuals of each pair of layers, after and before. `ingredients`: what the result depends on besides
-    public rows, schedule, stream, device and torch, which are added here.
+    Returns the residuals of each pair of layers, after and before, and their course in between. `ingredients`: what the
+    result depends on besides public rows, schedule, stream, device and torch, which are added here.
     """
 
     def make() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        before = residuals(teacher, student, pairs, public, ctx.execution)
+        before = residuals(teacher, student, loss.pairs, public, ctx.execution)
+        course = np.zeros((0, len(loss.pairs)))
         if schedule.steps:
             rng = ctx.streams.numpy("distillation")
-            distil(teacher, student, trainable, loss, public, schedule, rng, ctx.execution)
-        after = residuals(teacher, student, pairs, public, ctx.execution)
+            course = distil(teacher, student, trainable, loss, public, schedule, rng, ctx.execution)
+        after = residuals(teacher, student, loss.pairs, public, ctx.execution)
         values = [
-            {**a, "hidden_before": b["hidden"], "weight_before": b["weight"]}
-            for a, b in zip(after, before, strict=True)
+            {**a, "hidden_before": b["hidden"], "weight_before": b["weight"], "curve": curve(course[:, i])}
+            for i, (a, b) in enumerate(zip(after, before, strict=True))
         ]
         state = frozen_state(student)
         return {name: state[name] for name in map(checkpoint_name, trainable)}, values
@@ -247,10 +142,16 @@ def distil_once(
         "stream": ctx.streams.integer("distillation") if schedule.steps else None,
         "device": ctx.device.type,
         "torch": torch.__version__,
+        "curve": True,
     }
     tensors, values = cached(ctx.cache, everything, make)
     load_frozen(student, frozen_state(student) | tensors)
     return list(values)
+
+
+def curve(course: np.ndarray) -> list[float]:
+    """The residuals of all steps, [steps], as the means of at most ten stretches of about equal length, in order."""
+    return [float(part.mean()) for part in np.array_split(course, min(10, len(course)) or 1) if len(part)]
 
 
 def cached(

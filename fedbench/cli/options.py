@@ -94,6 +94,7 @@ FM = Annotated[
         help="Foundation model: a name, a hub id or a folder with a checkpoint; default: the scenario's.",
     ),
 ]
+MethodName = Annotated[str, typer.Option(help="Name of a method; see [bold]fedbench list methods[/bold].")]
 ScenarioName = Annotated[str, typer.Option(help="Name of a scenario; see [bold]fedbench list scenarios[/bold].")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random stream.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one.")]
@@ -120,6 +121,32 @@ PrecisionOption = Annotated[
         "--precision",
         help="Of training and evaluation; auto takes bf16 on CUDA devices that have it, else fp32. On CPUs with "
         "instructions for bf16 ([bold]fedbench doctor[/bold] says so) it is faster than fp32.",
+    ),
+]
+
+ExecutorOption = Annotated[
+    Executor,
+    typer.Option(
+        "--executor",
+        help="How local training is executed: packed (client by client, without padding), fused (a round's clients "
+        "in one pass) or the padded reference; auto takes fused on CUDA, else packed.",
+    ),
+]
+Addresses = Annotated[
+    Path,
+    typer.Option(
+        "--addresses",
+        metavar="FILE",
+        help="CSV file of where the server (rank 0) and each silo (1 to N) listen, as FedML has it: "
+        "eid,rank,grpc_server_ip,grpc_server_port.",
+    ),
+]
+SiloTimeout = Annotated[
+    float,
+    typer.Option(
+        min=1,
+        metavar="SECONDS",
+        help="How long a silo may take for a round; the round ends without one that takes longer.",
     ),
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,8 @@ from fedbench.cli.options import (
     DataDir,
     Device,
     Executor,
+    ExecutorOption,
+    MethodName,
     Plugins,
     Precision,
     PrecisionOption,
@@ -23,15 +25,21 @@ from fedbench.cli.options import (
     ScenarioName,
     Seed,
     Settings,
+    SiloTimeout,
     Workers,
     asked,
     known,
 )
 from fedbench.errors import printable
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedbench.run.prepare import Prepared
+
 
 def run_command(
-    method: Annotated[str, typer.Option(help="Name of a method; see [bold]fedbench list methods[/bold].")],
+    method: MethodName,
     scenario: ScenarioName,
     fm: FM = None,
     seed: Seed = 0,
@@ -44,21 +52,20 @@ def run_command(
     results: Results = Path("runs"),
     cache: CacheDir = None,
     plugin: Plugins = None,
-    executor: Annotated[
-        Executor,
-        typer.Option(
-            help="How local training is executed: packed (client by client, without padding), fused (a round's clients "
-            "in one pass) or the padded reference; auto takes fused on CUDA, else packed."
-        ),
-    ] = Executor.auto,
+    executor: ExecutorOption = Executor.auto,
     workers: Workers = None,
     host: Annotated[
         str,
         typer.Option(
-            help="Where server and clients live: here (in this process), apart (in a process each), or a plugin's; see "
-            "[bold]fedbench list hosts[/bold]."
+            help="Where server and clients live: here (in this process), apart (in a process each), fedml (server and "
+            "silos over FedML), or a plugin's; see [bold]fedbench list hosts[/bold]."
         ),
     ] = "here",
+    silos: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Of --host fedml: processes that hold the clients; default: 2."),
+    ] = None,
+    silo_timeout: SiloTimeout = 600.0,
 ) -> None:
     """Run one method on one scenario with one seed.
 
@@ -68,22 +75,35 @@ def run_command(
     known(plugin, [method], [scenario])
     console = make_console()
     with loading(console):
-        from fedbench.cli.progress import ConsoleProgress
-        from fedbench.records import store
-        from fedbench.records.differences import differences
         from fedbench.run.prepare import prepare
-        from fedbench.run.run import run
-        from fedbench.tables import report
 
         request = asked(
             method=method, scenario=scenario, fm=fm, seed=seed, rounds=rounds, settings=settings, profile=profile,
             device=device, data_dir=data_dir, results=results, cache=cache, plugins=plugin,
             executor=executor.value, precision=precision.value, workers=workers, host=host,
+            silos=silos, silo_timeout=silo_timeout,
         )  # fmt: skip
         prepared = prepare(request)
+    make_record(prepared, console)
+
+
+def make_record(prepared: Prepared, console: Console) -> None:
+    """Make the run's record and show it; exits with 1 where one that was there before says otherwise."""
+    from fedbench.cli.progress import ConsoleProgress
+    from fedbench.records import store
+    from fedbench.records.differences import differences
+    from fedbench.run.run import run
+    from fedbench.tables import report
+
     for note in prepared.notes:
         console.print(printable(note), style="dim", highlight=False, markup=False)
-    path = store.record_path(results / "records", prepared.scenario.name, method, seed, prepared.key)
+    path = store.record_path(
+        prepared.request.results / "records",
+        prepared.scenario.name,
+        prepared.method.name,
+        prepared.request.seed,
+        prepared.key,
+    )
     before = store.load(path) if path.exists() else None
     again = "the same command goes on after the last finished round"
     with stoppable(console, again), ConsoleProgress(console) as progress:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedbench.registry import Registry
+    from fedbench.scenario.tables import Scenario
 
 
 def show_command(
@@ -35,7 +36,7 @@ def show_command(
     changes = pairs(settings, rounds)
     if name in registry.methods:
         _show_method(console, registry, name, scenario, changes, profile)
-    elif name in registry.scenarios:
+    elif name in registry.scenarios or ".toml" in name:
         _show_scenario(console, registry, name, changes, profile)
     elif name in FMS or fm_folder(name):
         registry.add_families()
@@ -87,8 +88,26 @@ def _show_scenario(
 
     path, split = registry.find_scenario(name)
     found = load_scenario(path, split, profile, changes)
-    console.print(headline(name, printable(f"{found.title}\n{path}", but="\n")), soft_wrap=True)
+    console.print(headline(found.name, printable(f"{found.title}\n{path}", but="\n")), soft_wrap=True)
     console.print(settings_table(found.provenance()))
+    if found.dataset.kind is not None or found.split.kind == "natural":
+        _show_rows(console, registry, found)
+
+
+def _show_rows(console: Console, registry: Registry, scenario: Scenario) -> None:
+    """Print what was recognised in rows of the user's own, and how unlike the clients are that the data has."""
+    from fedbench.data.load import load_data
+    from fedbench.data.natural import skew_of
+    from fedbench.run.prepare import sets_of
+    from fedbench.tables.report import split_line
+
+    data_set, _, natural = sets_of(registry, scenario)
+    data = load_data(data_set, None, scenario.dataset, None, None, natural)
+    for note in data.notes:
+        console.print(printable(note), highlight=False, markup=False)
+    if data.clients is not None:
+        sizes, skew = skew_of(data)
+        console.print(f"split: {split_line(sizes, skew)}", highlight=False, markup=False)
 
 
 def _show_fm(console: Console, name: str, description: str) -> None:

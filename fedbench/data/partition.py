@@ -68,6 +68,12 @@ class Partition:
         return {"mean_total_variation": float(distance.mean()), "gini": gini}
 
 
+def natural_partition(clients: np.ndarray) -> Partition:
+    """The partition in which row i belongs to client clients[i], [n]; every client from 0 on has a row."""
+    order = np.argsort(clients, kind="stable")
+    return Partition(tuple(np.split(order, np.cumsum(np.bincount(clients))[:-1])), 1)
+
+
 def partition(labels: np.ndarray, split: SplitSettings, rng: np.random.Generator) -> Partition:
     """Divide rows with these labels [n] as `split` says.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedbench.data.image_files import ImageFiles
+from fedbench.errors import FedbenchError
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,14 @@ class Part:
     """Rows as they are on disk, with labels [n] (zeros where unlabelled).
 
     texts, text_pairs: [n], the second segment where rows are pairs. images: [n, H, W] in 0..1, uint8 [n, H, W, 3], or
-    files where sizes differ.
+    files where sizes differ. groups: columns by which rows belong to clients, by name, [n] each; no model sees them.
     """
 
     labels: np.ndarray
     texts: Sequence[str] | None = None
     images: np.ndarray | ImageFiles | None = None
     text_pairs: Sequence[str] | None = None
+    groups: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -30,7 +32,24 @@ class Part:
     def select(self, rows: np.ndarray) -> Part:
         texts, pairs = (None if t is None else [t[i] for i in rows] for t in (self.texts, self.text_pairs))
         images = self.images.select(rows) if isinstance(self.images, ImageFiles) else self.images
-        return Part(self.labels[rows], texts, images[rows] if isinstance(images, np.ndarray) else images, pairs)
+        groups = {name: column[rows] for name, column in self.groups.items()}
+        return Part(self.labels[rows], texts, images[rows] if isinstance(images, np.ndarray) else images, pairs, groups)
+
+    def columns_of_text(self) -> list[Sequence[str]]:
+        """The segments of its rows, one column each; none of images."""
+        return [texts for texts in (self.texts, self.text_pairs) if texts is not None]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """Rows of several parts of one kind as one, part after part."""
+        first = parts[0]
+        texts, pairs = (
+            None if getattr(first, name) is None else [text for part in parts for text in getattr(part, name)]
+            for name in ("texts", "text_pairs")
+        )
+        groups = {name: np.concatenate([part.groups[name] for part in parts]) for name in first.groups}
+        labels = np.concatenate([part.labels for part in parts])
+        return cls(labels, texts, _joined_images([p.images for p in parts if p.images is not None]), pairs, groups)
 
     def digest(self) -> str:
         """SHA-256 of labels and inputs, in order."""
@@ -46,12 +65,39 @@ class Part:
         return digest.hexdigest()
 
 
+def _joined_images(images: Sequence[np.ndarray | ImageFiles]) -> np.ndarray | ImageFiles | None:
+    """Images of several parts. Raises FedbenchError where some were decoded at once and others, of other sizes, not."""
+    arrays = [each for each in images if isinstance(each, np.ndarray)]
+    files = [each for each in images if isinstance(each, ImageFiles)]
+    if arrays and (files or len({each.shape[1:] for each in arrays}) > 1):
+        raise FedbenchError("images of one size and of several cannot be joined; bring them all to one size")
+    if arrays:
+        return np.concatenate(arrays)
+    chosen = [each.source[int(row)] for each in files for row in each.rows]
+    return ImageFiles(chosen, np.arange(len(chosen))) if files else None
+
+
+@dataclass(frozen=True)
+class NaturalClients:
+    """Whose a row is, where clients are those of the data.
+
+    names: of the clients, sorted. train, test: the number of the client of each row, [n]; -1 in the test where nobody's
+    who trains. by: the column, or columns, that say so. column_hash: SHA-256 of what these hold for all rows.
+    """
+
+    names: tuple[str, ...]
+    train: np.ndarray
+    test: np.ndarray
+    by: str
+    column_hash: str
+
+
 @dataclass(frozen=True)
 class RawData:
     """A scenario's data. `notes` says what was recognised where; `content_hash` covers every part.
 
     extra_tests: further test sets by name, in order; `test_name` is what the first is called beside them. objective:
-    name of what is asked of each row (`fedbench.objectives`).
+    name of what is asked of each row (`fedbench.objectives`). clients: of a natural split, else None.
     """
 
     train: Part
@@ -64,3 +110,4 @@ class RawData:
     test_name: str = "test"
     extra_tests: Mapping[str, Part] = field(default_factory=dict)
     objective: str = "classification"
+    clients: NaturalClients | None = None

@@ -19,7 +19,7 @@ batch, to rounding (tests hold the two together), in a half to a quarter of the 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -122,6 +122,10 @@ def pack(inputs: Mapping[str, Tensor], layout: Layout, position_offset: int) -> 
     return packed | {"position_ids": (layout.position + position_offset)[None]}
 
 
+class _Enough(Exception):
+    """Ends a forward pass of which no more is wanted."""
+
+
 class Forward:
     """The forward pass of one model: how batches go in and what comes out; `forward` makes one.
 
@@ -220,17 +224,22 @@ class Forward:
             out: Tensor = self.model(**inputs).logits
         return out
 
-    def layer_outputs(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
-        """Hidden states after each transformer layer, [B, T, d] or packed [1, N, d], and the mask of real tokens."""
+    def layer_outputs(self, batch: Batch, last: int | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states after each transformer layer, [B, T, d] or packed [1, N, d], and the mask of real tokens.
+
+        `last`: the layer after which nothing is computed any more; None to go through the whole model.
+        """
         parts = Parts(self.model)
         out: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             out.append(output[0] if isinstance(output, tuple) else output)
+            if last is not None and len(out) > last:
+                raise _Enough
 
         hooks = [parts.layer(i).register_forward_hook(keep) for i in range(parts.count)]
         try:
-            with self.feeding(batch, gather=False) as (inputs, mask):
+            with self.feeding(batch, gather=False) as (inputs, mask), suppress(_Enough):
                 self.model(**inputs)
         finally:
             for hook in hooks:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedbench.forward.attention import Bucket
 
@@ -18,6 +19,8 @@ SHORT = 128
 """The longest row that goes into a block: for longer ones torch's kernel, which keeps no scores, is as fast."""
 SEGMENT_SLACK = 0.5
 """The same where only attention pays for a bucket's padding, and every bucket costs calls."""
+STEPS = 16
+"""Numbers of tokens between one power of two and the next: a batch in blocks is filled up to one of them."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,17 @@ class Layout:
 
     @classmethod
     def of(cls, attention_mask: Tensor) -> Layout:
-        """The layout of a right-padded batch, from its mask [B, T]."""
-        return cls.of_clients([attention_mask.sum(1).tolist()], attention_mask.shape[1], attention_mask.device)
+        """The layout of a right-padded batch, from its mask [B, T]; blocks are filled up to a common size."""
+        lengths, width = attention_mask.sum(1).tolist(), attention_mask.shape[1]
+        return cls.of_clients([lengths], width, attention_mask.device, fill=_filling(sum(lengths)))
 
     @classmethod
-    def of_clients(cls, lengths: Sequence[Sequence[int]], width: int, device: torch.device) -> Layout:
+    def of_clients(cls, lengths: Sequence[Sequence[int]], width: int, device: torch.device, fill: int = 0) -> Layout:
         """The layout of a batch that holds the rows of one client after another, each client in buckets of its own.
 
         `lengths`: tokens of each row of each client. `width`: of the padded batch. Nothing but the padding inside
         buckets is added, which suits a device where time goes by tokens. In blocks on a CPU, where no row is long.
+        `fill`: padding that the last block of each client gets, as one more row, which nobody reads.
         """
         sources, positions, reals, buckets, sizes = [], [], [], [], []
         first: list[int] = []
@@ -67,21 +72,27 @@ class Layout:
         for own in lengths:
             places = [0] * len(own)
             begin = start
-            for rows in _filled(own, BLOCK) if blocks else _alike(own, SLACK):
+            groups = _filled(own, BLOCK) if blocks else _alike(own, SLACK)
+            for rows in groups:
                 row, tokens = torch.tensor(rows), torch.tensor([own[r] for r in rows])
                 held = tokens if blocks else tokens[:1].expand(len(rows))  # the positions of each row
                 offset = held.cumsum(0) - held
                 place = torch.arange(int(held.sum())) - offset.repeat_interleave(held)
                 real = place < tokens.repeat_interleave(held)
-                sources.append((row + before).repeat_interleave(held) * width + place)
-                positions.append(place)
-                reals.append(real)
+                source = (row + before).repeat_interleave(held) * width + place
                 if blocks:
                     whose = row.repeat_interleave(held)
+                    if rows is groups[-1] and fill:
+                        source, place, real = (F.pad(x, (0, fill)) for x in (source, place, real))
+                        whose = F.pad(whose, (0, fill), value=-1)
                     mask = torch.zeros(len(place), len(place)).masked_fill(whose[:, None] != whose, -torch.inf)
-                    buckets.append(Bucket(start, 1, len(place), mask[None, None] if len(rows) > 1 else None, offset))
+                    alone = len(rows) == 1 and len(place) == len(real.nonzero())
+                    buckets.append(Bucket(start, 1, len(place), None if alone else mask[None, None], offset))
                 else:
                     buckets.append(Bucket(start, len(rows), own[rows[0]], _padding([own[r] for r in rows], device)))
+                sources.append(source)
+                positions.append(place)
+                reals.append(real)
                 for r, o in zip(rows, offset.tolist(), strict=True):
                     places[r] = start + o
                 start += len(place)
@@ -156,6 +167,14 @@ class Layout:
             gather=torch.cat(gathers).to(device),
             scatter=scatter.to(device),
         )
+
+
+def _filling(tokens: int) -> int:
+    """What `tokens` lack to the next of the sizes that batches are filled up to.
+
+    oneDNN compiles a kernel for each number of tokens that it meets, and keeps it: so many numbers are few.
+    """
+    return -tokens % max(1, 2 ** (tokens.bit_length() - 1) // STEPS)
 
 
 def _alike(lengths: Sequence[int], slack: float) -> list[list[int]]:

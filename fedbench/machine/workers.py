@@ -83,19 +83,10 @@ def fork_map(
     What `function` changes in memory stays in its worker, so it must not matter to the next item.
     """
 
-    def compute(item: T) -> R:
-        try:
-            return function(item)
-        except Exception as error:
-            # torch has no exception of its own for this on a CPU.
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-                raise FedbenchError(NO_MEMORY) from error
-            raise
-
     if workers <= 1 or len(items) <= 1:
         for index, item in enumerate(items):
             with one_thread():
-                result = compute(item)
+                result = _in_memory(function, item)
             yield index, result
         return
     weights = list(costs) if costs is not None else [1.0] * len(items)
@@ -124,7 +115,7 @@ def fork_map(
         torch.set_num_threads(1)
         for index in mine():
             try:
-                answer: tuple[int, R | None, BaseException | None] = (index, compute(items[index]), None)
+                answer: tuple[int, R | None, BaseException | None] = (index, _in_memory(function, items[index]), None)
             except Exception as error:
                 answer = (index, None, _portable(error))
             connection.send_bytes(pickle.dumps(answer, protocol=5))
@@ -165,12 +156,12 @@ def fork_map(
             place = next(own, None) if answers.empty() else None
             if place is not None:
                 with one_thread():
-                    answer = (place, compute(items[place]), None)
+                    answer = (place, _in_memory(function, items[place]), None)
             else:
                 worker, answer = answers.get()
                 if answer is None:
                     worker.join()
-                    raise FedbenchError(f"a worker process died ({_cause(worker.exitcode)}); try --workers 1")
+                    raise FedbenchError(_died(worker))
             index, result, error = answer
             if error is not None:
                 raise error
@@ -188,6 +179,79 @@ def fork_map(
         for listener in listeners:
             if listener.ident is not None:
                 listener.join()
+
+
+@contextmanager
+def team(work: Callable[[int, int], None], workers: int) -> Iterator[Callable[[int], None]]:
+    """Let `workers` processes work together, time after time: ask(x) has each member do work(member, x), and waits.
+
+    This process is member 0, the others are forked on the way in and end with the block. What they are to see of each
+    other has to lie in shared memory; whatever else a member changes is its own, and stays until the end. Each computes
+    with one thread. An exception of `work` is raised by `ask`, with the worker's traceback as a note.
+    """
+    parent, context = os.getpid(), multiprocessing.get_context("fork")
+    members: list[tuple[BaseProcess, Connection]] = []
+
+    def serve(member: int, connection: Connection, others: Sequence[Connection]) -> None:
+        end_with(parent)
+        for other in others:
+            other.close()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(1)
+        while (x := connection.recv()) is not None:
+            error: BaseException | None = None
+            try:
+                _in_memory(work, member, x)
+            except Exception as failure:
+                error = _portable(failure)
+            connection.send((error, own_peak()))
+        connection.close()
+
+    def ask(x: int) -> None:
+        for _, connection in members:
+            connection.send(x)
+        with one_thread():
+            _in_memory(work, 0, x)
+        for worker, connection in members:
+            try:
+                error, peak = connection.recv()
+            except (EOFError, OSError):
+                worker.join()
+                raise FedbenchError(_died(worker)) from None
+            note_worker(peak)
+            if error is not None:
+                raise error
+
+    done = False
+    try:
+        for member in range(1, workers):
+            here, there = context.Pipe()
+            held = [here, *(connection for _, connection in members)]
+            process = context.Process(target=serve, args=(member, there, held), daemon=True)
+            process.start()
+            there.close()
+            members.append((process, here))
+        yield ask
+        done = True
+    finally:
+        for worker, connection in members:
+            if done:
+                connection.send(None)
+            else:
+                worker.kill()
+            worker.join()
+            connection.close()
+
+
+def _in_memory(function: Callable[..., R], *values: Any) -> R:
+    """function(*values), with one line for an end of memory."""
+    try:
+        return function(*values)
+    except Exception as error:
+        # torch has no exception of its own for this on a CPU.
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise FedbenchError(NO_MEMORY) from error
+        raise
 
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -214,6 +278,10 @@ def _portable(error: Exception) -> Exception:
         portable = RuntimeError(f"{type(error).__name__}: {error}")
     portable.add_note(note)
     return portable
+
+
+def _died(worker: BaseProcess) -> str:
+    return f"a worker process died ({_cause(worker.exitcode)}); try --workers 1"
 
 
 def _cause(exitcode: int | None) -> str:

@@ -115,6 +115,23 @@ def per_client(test: Evaluation, classes: np.ndarray, label_counts: Sequence[Seq
     counts[:, np.isnan(by_class)] = 0.0
     totals = counts.sum(axis=1)
     values = (counts[totals > 0] @ np.nan_to_num(by_class)) / totals[totals > 0]
+    return _over_clients(values)
+
+
+def on_own_rows(test: Evaluation, whose: np.ndarray) -> dict[str, Any]:
+    """Accuracy of each client on its own test rows, of those who have any; `rows`: how many these are, by client.
+
+    whose: the number of the client that a test row belongs to, [n]; -1 for nobody's. `worst_tenth` is the mean of the
+    lowest 10%; where clients have few rows, those are low by chance too.
+    """
+    counts = np.bincount(whose[whose >= 0])
+    of_row = test.shares
+    right = np.bincount(whose[whose >= 0], weights=of_row[whose >= 0], minlength=len(counts))
+    held = counts > 0
+    return _over_clients(right[held] / counts[held]) | {"rows": counts[held].tolist()}
+
+
+def _over_clients(values: np.ndarray) -> dict[str, Any]:
     lowest = np.sort(values)[: max(1, round(0.1 * len(values)))]
     return {
         "mean": float(values.mean()),

@@ -61,6 +61,10 @@ class Exposure:
             if bool(self._verbatim[source.name].all() and self._near[source.name].all()):
                 self._whole.add(source.name)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the FM has a tensor of this name."""
+        return name in self._fm
+
     def _share(self, masks: Mapping[str, Tensor], embeddings: bool) -> float:
         names = [n for n in masks if embeddings or not n.startswith(self._embeddings)]
         total = sum(masks[n].numel() for n in names)
@@ -95,6 +99,10 @@ class Exposures(Observer):
 
     def sent(self, round: int, server: Server, messages: Sequence[Message]) -> None:
         for message in messages:
+            # Tunables that are the FM's own, as biases may be: where they start is what they are in it.
+            own = {n: t for n, t in message.tensors.items() if n in self.exposure} if message.kind == "adapter" else {}
+            if own:
+                self.exposure.observe(own, {})
             # A large message that has not changed is the same object, round after round.
             if message.kind in SETUP_KINDS and message is not self._last:
                 self.exposure.observe(message.tensors, server.fm_sources())

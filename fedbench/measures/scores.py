@@ -16,7 +16,7 @@ from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
 from fedbench.machine.device import Execution
 from fedbench.machine.stopwatch import Stopwatch
-from fedbench.measures.accuracy import Evaluation, evaluate, per_client
+from fedbench.measures.accuracy import Evaluation, evaluate, on_own_rows, per_client
 from fedbench.measures.observer import Observer
 from fedbench.models.foundation import FoundationModel
 from fedbench.scenario.tables import EvaluationSettings
@@ -27,7 +27,8 @@ class HeldOut:
     """Rows that no client trains on: of the validation set, of the probe, and of each test set by name.
 
     test_classes: of each row of the first test set, [n], whatever the objective makes of them. test_name: what the data
-    set calls that test set.
+    set calls that test set. test_clients: the number of the client each of its rows belongs to, [n], -1 for nobody's;
+    None where clients are not those of the data.
     """
 
     validation: Examples
@@ -36,6 +37,7 @@ class HeldOut:
     test_classes: np.ndarray
     test_name: str = "test"
     extra_tests: Mapping[str, Examples] = field(default_factory=dict)
+    test_clients: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,19 @@ class Scores(Observer):
             "untouched": untouched.block() if untouched else None,
             "gap": plug_in.accuracy - proxy.accuracy if proxy else None,
             "validation": {"plug_in": final.get("plug_in_validation"), "proxy": final.get("proxy_validation")},
-            "per_client": per_client(plug_in, self.rows.test_classes, self.label_counts),
+            "per_client": self._per_client(plug_in),
             "unavailable": None,
         }
         if extra:
             accuracy |= {"test_name": self.rows.test_name, "extra_tests": extra}
         return accuracy
+
+    def _per_client(self, test: Evaluation) -> dict[str, Any]:
+        """Accuracy by client: on the clients' own test rows where there are any."""
+        whose = self.rows.test_clients
+        if whose is not None and (whose >= 0).any():
+            return on_own_rows(test, whose)
+        return per_client(test, self.rows.test_classes, self.label_counts)
 
     def notes(self) -> list[Any]:
         new = list(self.validation.items())[self._noted :]

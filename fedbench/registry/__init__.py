@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedbench.errors import FedbenchError
 from fedbench.names import nearest
@@ -67,7 +67,12 @@ class Registry:
         return self._find(METHODS, name)
 
     def find_scenario(self, name: str) -> tuple[Path, str]:
-        """The scenario's TOML file and split. Raises FedbenchError for an unknown or unreadable one."""
+        """The scenario's TOML file and split. Raises FedbenchError for an unknown or unreadable one.
+
+        `name` may be a file itself: `reviews.toml`, whose first split it then is, or `reviews.toml:natural`.
+        """
+        if name not in self.scenarios and (file := _file(name)):
+            return file
         for broken in self.scenarios.values():
             if broken.error and name not in self.scenarios and name.startswith(broken.name + "-"):
                 raise FedbenchError(broken.error)
@@ -100,7 +105,7 @@ class Registry:
             if entry.origin != "fedbench":
                 add_family(name, partial(self.load_family, name))
 
-    def load_host(self, name: str) -> type:
+    def load_host(self, name: str) -> Any:
         """The host's class; imports its module. Raises FedbenchError for an unknown or a broken host."""
         return import_class(self._find(HOSTS, name), object, "Host")
 
@@ -119,3 +124,21 @@ class Registry:
             said += f"; --plugin {plugin} brings {', '.join(entry.name for entry in entries) or 'nothing'}"
             said += "".join(f" ({entry.error})" for entry in entries if entry.error)
         return said
+
+
+def _file(name: str) -> tuple[Path, str] | None:
+    """The file and the split that a scenario's name says, where it is one of a file."""
+    from fedbench.scenario.load import split_names
+
+    path, split = name, ""
+    if ".toml:" in name:
+        path, _, split = name.rpartition(":")
+    if not path.endswith(".toml"):
+        return None
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FedbenchError(f"--scenario {name}: no such file")
+    known = split_names(file)
+    if split and split not in known:
+        raise FedbenchError(f"--scenario {name}: no split {split!r}; it has {', '.join(known)}")
+    return file, split or known[0]

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedbench.api.messages import ClientId
-from fedbench.data.partition import Partition, partition
-from fedbench.errors import DamagedFileError
+from fedbench.errors import DamagedFileError, FedbenchError
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.run.checkpoint import Checkpoint, read_checkpoint
 from fedbench.run.hosts.side import Host, Kept
@@ -33,10 +32,8 @@ class Run:
         self.progress = progress
         self.streams = p.brief.streams
         self.federation, self.evaluation = p.scenario.federation, p.scenario.evaluation
-        labels = p.loaded.data.train.labels
-        self.partition: Partition = partition(labels, p.scenario.split, self.streams.numpy("partition"))
-        self.label_counts = self.partition.label_counts(labels, len(p.loaded.data.class_names))
-        self.rows = [p.loaded.train.select(rows) for rows in self.partition.clients]
+        self.partition, self.label_counts = p.division.partition, p.division.label_counts
+        self.rows = p.rows()
         self.ledger = Ledger()
         self.refused: list[tuple[int, ClientId, str]] = []
         self.rounds: list[dict[str, Any]] = []
@@ -86,6 +83,7 @@ class Run:
         if scores:
             self.progress.advance(0, accuracy=scores[0])
         losses = [result.loss for result in trained.values()]
+        lost = [cid for cid in staying if cid not in trained]  # with the silo that held them
         self.rounds.append(
             {
                 "round": round,
@@ -95,6 +93,7 @@ class Run:
                 "loss": float(np.mean(losses)) if losses else None,
                 "bytes_up": self.ledger.total("up", round=round),
                 "bytes_down": self.ledger.total("down", round=round),
+                **({"lost": lost} if lost else {}),
                 **seen,
             }
         )
@@ -137,7 +136,12 @@ class Run:
         kept = self.host.server.kept()
         if len(self.notes) < len(self.rounds):
             self.notes += [{}] * (len(self.rounds) - 1 - len(self.notes)) + [kept.notes]
-        values = {"steps": self.steps, "step_flops": self.step_flops, "seconds": self.seconds()}
+        values = {
+            "steps": self.steps,
+            "step_flops": self.step_flops,
+            "seconds": self.seconds(),
+            "kept": self.host.keeps,
+        }
         self._saved.write(kept.parts, self.host.clients.states(), self._changed, self._history, values)
         self._changed = set()
 
@@ -159,12 +163,17 @@ class Run:
     def resume(self, folder: Path) -> bool:
         """Become the run that wrote the checkpoint in `folder`; False where there is none for this key.
 
-        Raises DamagedFileError for one that cannot be trusted or does not fit this code; this run may have taken up a
-        part of it by then, and is of no further use.
+        Raises FedbenchError for one whose clients' states another host keeps, and DamagedFileError for one that cannot
+        be trusted or does not fit this code; this run may have taken up a part of it by then, and is of no further use.
         """
         saved = read_checkpoint(folder, self.p.key)
         if saved is None:
             return False
+        if (kept := saved.values.get("kept", "")) != self.host.keeps:
+            raise FedbenchError(
+                f"{folder}: was begun with {kept or '--host here or apart'}, and what its clients keep lies there; go "
+                "on with that, or delete the folder"
+            )
         try:
             self.notes = [entry["notes"] for entry in saved.history]
             names = {name for notes in self.notes for name in notes}

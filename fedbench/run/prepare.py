@@ -9,11 +9,15 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
+from fedbench.data.natural import words_skew
+from fedbench.data.own.source import own_data_set
+from fedbench.data.partition import Partition, natural_partition, partition
 from fedbench.data.rows import RawData
 from fedbench.data.sets.dataset import DataSet
 from fedbench.data.sources import data_folder
@@ -27,7 +31,7 @@ from fedbench.models.families.known import is_built_in
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
 from fedbench.models.spec import Head
-from fedbench.models.zoo.load import load_fm
+from fedbench.models.zoo.load import load_fm, load_reader
 from fedbench.names import nearest
 from fedbench.objectives.named import LANGUAGE
 from fedbench.records import provenance
@@ -36,10 +40,18 @@ from fedbench.records.store import record_key
 from fedbench.registry import Registry
 from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import Host
+from fedbench.run.privacy import check_private
 from fedbench.run.request import RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
-from fedbench.scenario.tables import KEYS, DatasetSettings, ObjectiveSettings, PublicSettings, Scenario
+from fedbench.scenario.tables import (
+    KEYS,
+    DatasetSettings,
+    ObjectiveSettings,
+    PublicSettings,
+    Scenario,
+    SplitSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,8 @@ class Prepared:
     """A run ready to start: everything loaded, and its key known.
 
     host: makes the host that holds the two sides. unavailable: why the method cannot run here, if so. planned: dotted
-    settings that the method itself changed (`Method.plan`).
+    settings that the method itself changed (`Method.plan`). divided: the division, where the training rows it was made
+    of are not here.
     """
 
     request: RunRequest
@@ -60,6 +73,34 @@ class Prepared:
     key: str
     unavailable: str | None
     planned: tuple[str, ...]
+    divided: Division | None = None
+
+    @cached_property
+    def division(self) -> Division:
+        """Which client holds which training rows. Raises FedbenchError where the split cannot be."""
+        if self.divided is not None:
+            return self.divided
+        data, split = self.loaded.data, self.scenario.split
+        labels, classes = data.train.labels, len(data.class_names)
+        if split.kind == "natural":
+            assert data.clients is not None, "loaded for this split"
+            found = natural_partition(data.clients.train)
+        else:
+            found = partition(labels, split, self.brief.streams.numpy("partition"))
+        return Division(found, found.label_counts(labels, classes), found.skew(labels, classes) | words_skew(data))
+
+    def rows(self) -> list[Examples]:
+        """The training rows of each client; none where they are not here."""
+        if self.divided is not None:
+            return []
+        return [self.loaded.train.select(rows) for rows in self.division.partition.clients]
+
+    def without_rows(self) -> Prepared:
+        """The same without any client's rows, as a server has it."""
+        nothing = np.array([], dtype=np.int64)
+        data = replace(self.loaded.data, train=self.loaded.data.train.select(nothing))
+        loaded = replace(self.loaded, data=data, train=self.loaded.train.select(nothing))
+        return replace(self, loaded=loaded, divided=self.division)
 
     @property
     def brief(self) -> Brief:
@@ -75,7 +116,11 @@ class Prepared:
         loaded, rows = self.loaded, self.loaded.validation
         size = min(self.scenario.evaluation.probe_size, len(rows))
         probe = rows.select(self.brief.streams.numpy("probe").permutation(len(rows))[:size])
-        return HeldOut(rows, probe, loaded.test, loaded.data.test.labels, loaded.data.test_name, loaded.extra_tests)
+        data = loaded.data
+        return HeldOut(
+            rows, probe, loaded.test, data.test.labels, data.test_name, loaded.extra_tests,
+            None if data.clients is None else data.clients.test,
+        )  # fmt: skip
 
     @property
     def fm_name(self) -> str:
@@ -87,6 +132,15 @@ class Prepared:
         """What was loaded, in lines for the user."""
         fm = f"FM: {self.fm_name} ({self.loaded.fm.provenance['source']})"
         return (*self.loaded.data.notes, fm, *self.loaded.notes)
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which client holds which training rows, their labels by client and class, and how unlike that makes them."""
+
+    partition: Partition
+    label_counts: list[list[int]]
+    skew: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -116,14 +170,20 @@ def _load(
     fm: str,
     cache: Path,
     data_dir: Path | None,
+    weights: bool,
+    split: SplitSettings | None,
     objective: ObjectiveSettings | None,
 ) -> Loaded:
-    """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do."""
-    data = load_data(data_set, corpus, dataset, public, data_dir)
+    """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do.
+
+    `split`: a natural one, else None.
+    """
+    data = load_data(data_set, corpus, dataset, public, data_dir, split)
     if objective is not None:
         data = replace(data, objective=LANGUAGE[objective.normalised].name)
-    model = load_fm(fm, len(data.class_names), cache, data.class_names, head_for(objective))
-    if not is_built_in(model.spec.model_type):
+    load = load_fm if weights else load_reader
+    model = load(fm, len(data.class_names), cache, data.class_names, head_for(objective))
+    if weights and not is_built_in(model.spec.model_type):
         check_family(model)
     raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
     raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
@@ -174,8 +234,11 @@ def split_settings(
     return mine, scenario
 
 
-def prepare(request: RunRequest) -> Prepared:
-    """Load data and FM, validate all settings, and compute the run's key. Raises FedbenchError for bad input."""
+def prepare(request: RunRequest, weights: bool = True) -> Prepared:
+    """Load data and FM, validate all settings, and compute the run's key. Raises FedbenchError for bad input.
+
+    weights: whether the FM's are needed; without them nothing but rows can be read for it, and the key is not a run's.
+    """
     try_folder(request.results, "--results")
     try_folder(cache_folder(request.cache), "--cache")
     provenance.source_state()  # now, before anybody can commit while the run is under way
@@ -183,19 +246,25 @@ def prepare(request: RunRequest) -> Prepared:
     registry.add_families()
     kind = registry.load_method(request.method)
     host = registry.load_host(request.host)
+    host.ready(request)
     path, split = registry.find_scenario(request.scenario)
     mine, overrides = split_settings(request.settings, list(kind.model_fields), request.method)
     scenario = load_scenario(path, split, request.profile, overrides)
     given = {name: value for name, (value, _) in scenario_settings(kind, scenario).items()}
     method = make_method(kind, {**given, **parse_values(mine)}, request)
+    if scenario.privacy is not None:
+        check_private(method, scenario.privacy)
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
-    data_set = registry.load_dataset(scenario.dataset.name)
-    corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
+    data_set, corpus, natural = sets_of(registry, scenario)
     cache = cache_folder(request.cache)
-    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder, scenario.objective)
+    common = data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder
+    loaded = _load(*common, weights, natural, scenario.objective)
     data, fm = loaded.data, loaded.fm
+    if data.clients is not None:
+        split_found = scenario.split.model_copy(update={"clients": len(data.clients.names)})
+        scenario = scenario.model_copy(update={"split": split_found})
     split_used, federation = method.plan(scenario.split, scenario.federation, len(loaded.train))
     planned = [
         f"{table}.{name}"
@@ -233,6 +302,16 @@ def prepare(request: RunRequest) -> Prepared:
         unavailable=method.unavailable(fm),
         planned=tuple(planned),
     )
+
+
+def sets_of(registry: Registry, scenario: Scenario) -> tuple[DataSet, DataSet | None, SplitSettings | None]:
+    """A scenario's data set, its public corpus, and its split where that is natural."""
+    if scenario.dataset.kind is None:
+        data_set = registry.load_dataset(scenario.dataset.name)
+    else:
+        data_set = own_data_set(scenario.dataset, scenario.split, scenario.folder)
+    corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
+    return data_set, corpus, scenario.split if scenario.split.kind == "natural" else None
 
 
 def scenario_settings(kind: type[Method], scenario: Scenario) -> dict[str, tuple[Any, str]]:

@@ -8,12 +8,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedbench.api.messages import SETUP_KINDS
+from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
 from fedbench.records import provenance
 from fedbench.records.record import Record, complaint_of
 from fedbench.records.schema import SCHEMA
 from fedbench.run.loop import Run
+from fedbench.run.privacy import spent
 
 
 def finish(run: Run) -> Record:
@@ -27,11 +29,24 @@ def without_scores(run: Run, why: str) -> Record:
     return record_of(run, {"plug_in": None, "proxy": None, "unavailable": why})
 
 
+def privacy_of(run: Run) -> dict[str, Any]:
+    """The block of a run under differential privacy."""
+    settings = run.p.scenario.privacy
+    if settings is None:
+        return {}
+    clients = len(run.partition.clients)
+    return {"privacy": spent(settings, clients, run.federation.cohort_size(clients), run.federation.rounds)}
+
+
+def whose(data: RawData) -> dict[str, str]:
+    """Which column says whose rows are, and its hash, of a natural split."""
+    return {} if data.clients is None else {"by": data.clients.by, "clients_hash": data.clients.column_hash}
+
+
 def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
     """The record of a run with these scores. Raises FedbenchError where what a method says of itself fits none."""
     p, ledger, device = run.p, run.ledger, run.p.execution.device
     server, clients = run.host.server.report(), run.host.clients.report()
-    labels, classes = p.loaded.data.train.labels, len(p.loaded.data.class_names)
     content = {
         "schema": SCHEMA,
         "status": "complete",
@@ -59,6 +74,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
         },
         **server["blocks"],
         "distillation": server["residuals"],
+        **privacy_of(run),
         "compute": {
             "trainable_parameters": server["trainable_parameters"],
             "resident_parameters": clients["resident_parameters"],
@@ -72,8 +88,9 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "hash": run.partition.hash(),
             "sizes": run.partition.sizes(),
             "label_counts": run.label_counts,
-            "skew": run.partition.skew(labels, classes),
+            "skew": dict(p.division.skew),
             "attempts": run.partition.attempts,
+            **whose(p.loaded.data),
         },
         "provenance": {
             **provenance.collect(device),
@@ -82,6 +99,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
             "executor": p.execution.executor,
             "host": p.request.host,
             "workers": p.execution.workers,
+            **({"runtime": account} if (account := run.host.account()) else {}),
         },
     }
     try:

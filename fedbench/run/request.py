@@ -14,7 +14,11 @@ LARGEST_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a user asks for; every field as on the command line. Raises FedbenchError for a seed that no table holds."""
+    """What a user asks for; every field as on the command line. Raises FedbenchError for a seed that no table holds.
+
+    silos: processes that hold the clients, where the host has silos. silo_timeout: seconds that one is given for an
+    answer.
+    """
 
     method: str
     scenario: str
@@ -31,6 +35,8 @@ class RunRequest:
     executor: str = "auto"
     workers: int | None = None
     host: str = "here"
+    silos: int | None = None
+    silo_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if self.seed > LARGEST_SEED:

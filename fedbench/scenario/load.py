@@ -17,7 +17,8 @@ from fedbench.scenario.settings import leaves, mistake, parse_value
 from fedbench.scenario.tables import KEYS, Scenario, flatten
 
 _TABLES = (
-    *("title", "fm", "dataset", "public", "objective", "federation", "evaluation", "methods", "splits", "profiles"),
+    *("title", "fm", "dataset", "public", "objective", "privacy"),
+    *("federation", "evaluation", "methods", "splits", "profiles"),
 )
 
 
@@ -50,7 +51,7 @@ def load_scenario(
     splits = _tables(path, raw, "splits")
     # A split may carry tables of its own (federation, evaluation, methods), which win over the file's.
     own = dict(splits[split])
-    tables = ("federation", "evaluation", "methods", "public")
+    tables = ("federation", "evaluation", "methods", "public", "privacy")
     nested = {table: own.pop(table) for table in tables if isinstance(own.get(table), dict)}
     layers: list[tuple[str, dict[str, Any]]] = [
         (path.name, {k: v for k, v in raw.items() if k not in ("splits", "profiles")}),
@@ -82,6 +83,7 @@ def load_scenario(
         place = f"--set {where}" if sources.get(where) == "--set" else f"{path}: {where}"
         raise FedbenchError(f"{place}: {message}") from None
     scenario._sources.update(sources)
+    scenario._folder = path.resolve().parent
     return scenario
 
 

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 
 class Settings(BaseModel):
@@ -13,20 +25,128 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say nothing at their defaults, so that keys of runs from before there were any stay as they are."""
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = handler(self)
+        unsaid = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in said.items() if name not in unsaid}
+
+
+Texts = str | tuple[str, ...]
+"""One name or several of them."""
+
 
 class DatasetSettings(Settings):
     """The data set: `name` of a loader, `revision` pinned on the hub, token limit, and how many rows to use.
 
-    validation: rows held out of train for selection and probes. train_rows, test_rows: caps, drawn by a fixed stream
-    that does not depend on the seed; None takes all.
+    validation: rows held out of train for selection and probes, or files with them. train_rows, test_rows: caps, drawn
+    by a fixed stream that does not depend on the seed; None takes all.
+
+    A data set of the user's own has a `kind` instead of the name of a loader, and says where its rows are. train, test:
+    files, as glob patterns relative to the scenario's file; of a `hub` data set (with its `configuration`) the names of
+    splits. test_share: share of the training rows that is held out where there is no test. text: the column, or
+    columns: of pairs the two segments, else what is joined with a space. text2: the second segment of pairs. image: the
+    column of images in tables. label: the column of labels. client: the column, or columns, that say whose a row is.
+    header: whether tables in CSV and TSV begin with the names of columns, which are numbers from 1 otherwise.
+    encoding: of text files; None for UTF-8, or what is recognised. classes: names of the classes in the order of their
+    numbers; none takes what the training rows hold. bad_rows: what becomes of rows that cannot be used.
     """
 
-    name: str
+    later: ClassVar[frozenset[str]] = frozenset(
+        [
+            "kind",
+            "train",
+            "test",
+            "hub",
+            "configuration",
+            "test_share",
+            "text",
+            "text2",
+            "image",
+            "label",
+            "client",
+            "header",
+            "encoding",
+            "classes",
+            "bad_rows",
+        ]
+    )
+
+    kind: Literal["text", "pairs", "images", "chat"] | None = None
+    name: str = Field("", validate_default=True)
     revision: str | None = None
     max_length: int = Field(64, ge=4)
-    validation: int = Field(400, ge=1)
+    validation: int | str = 400
     train_rows: int | None = Field(None, ge=1)
     test_rows: int | None = Field(None, ge=1)
+    train: Texts = ()
+    test: Texts = ()
+    hub: str | None = None
+    configuration: str | None = None
+    test_share: float = Field(0.2, gt=0, lt=1)
+    text: Texts = "text"
+    text2: str | None = None
+    image: str = "image"
+    label: str = "label"
+    client: Texts = ()
+    header: bool = True
+    encoding: str | None = None
+    classes: tuple[str, ...] = ()
+    bad_rows: Literal["error", "drop"] = "error"
+
+    @field_validator("kind")
+    @classmethod
+    def _at_hand(cls, kind: str | None) -> str | None:
+        if kind == "chat":
+            raise ValueError("rows of chats need an objective of language, which is not there yet; use text or pairs")
+        return kind
+
+    @field_validator("name")
+    @classmethod
+    def _named(cls, name: str, info: ValidationInfo) -> str:
+        if not name and info.data.get("kind") is None:
+            raise PydanticCustomError("missing", "Field required")
+        return name or "own"
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _rows_or_files(cls, validation: Any) -> Any:
+        if isinstance(validation, int) and not isinstance(validation, bool) and validation < 1:
+            raise ValueError("input should be greater than or equal to 1")
+        if isinstance(validation, bool) or not isinstance(validation, (int, str)) or validation == "":
+            raise ValueError("input should be a valid integer, or the files of a data set of your own")
+        return validation
+
+    @model_validator(mode="after")
+    def _whole(self) -> DatasetSettings:
+        own = self.later - {"kind"}
+        if self.kind is None:
+            given = sorted(own & self.model_fields_set)
+            given += ["validation"] if isinstance(self.validation, str) else []
+            if given:
+                raise ValueError(f"{given[0]} is for data sets of your own, which have a kind")
+        elif not self.train:
+            raise ValueError("a data set of your own needs train, its files")
+        elif self.kind == "pairs" and len(self.segments) != 2:
+            raise ValueError('pairs need two columns: text = ["first", "second"]')
+        elif self.kind != "pairs" and self.text2 is not None:
+            raise ValueError('text2 is for kind = "pairs"')
+        elif self.hub is None and (self.revision or self.configuration):
+            raise ValueError("revision and configuration are for a data set of the hub; name it in hub")
+        return self
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The columns of text, in order."""
+        return (*listed(self.text), *([self.text2] if self.text2 else []))
+
+
+def listed(names: Texts) -> tuple[str, ...]:
+    """One name, or several, as several."""
+    return (names,) if isinstance(names, str) else names
 
 
 class PublicSettings(Settings):
@@ -42,13 +162,44 @@ class SplitSettings(Settings):
 
     dirichlet: per class over clients. dirichlet-clients: per client over classes, equal sizes, prior-weighted.
     quantity: label-blind, Dirichlet over sizes. min_size: fewest rows a client may have.
+
+    natural: clients are those of the data. by: the column, or columns, that say whose a row is; none takes what the
+    data set names as its clients. Clients with fewer than min_size rows are left out, or, with group_small, put
+    together until they have as many. max_clients: at most so many, a fixed draw. unseen_clients: how many more never
+    train, but are a further test set. `clients` is not set; it becomes how many there are.
     """
 
-    kind: Literal["iid", "dirichlet", "dirichlet-clients", "shards", "quantity"]
-    clients: int = Field(ge=1)
+    later: ClassVar[frozenset[str]] = frozenset({"by", "max_clients", "group_small", "unseen_clients"})
+
+    kind: Literal["iid", "dirichlet", "dirichlet-clients", "shards", "quantity", "natural"]
+    clients: int = Field(-1, ge=0, validate_default=True)
     alpha: float = Field(0.5, gt=0, le=1e9)  # shares are equal long before; draws overflow at 1e308
     shards_per_client: int = Field(2, ge=1)
     min_size: int = Field(1, ge=1)
+    by: Texts = ()
+    max_clients: int | None = Field(None, ge=1)
+    group_small: bool = False
+    unseen_clients: int = Field(0, ge=0)
+
+    @field_validator("clients", mode="before")
+    @classmethod
+    def _counted(cls, clients: Any, info: ValidationInfo) -> Any:
+        missing = type(clients) is int and clients == -1
+        if info.data.get("kind") == "natural":
+            if not missing:
+                raise ValueError("a natural split has the clients of its data; split.max_clients limits them")
+            return 0
+        if missing:
+            raise PydanticCustomError("missing", "Field required")
+        if type(clients) is int and clients < 1:
+            raise ValueError("input should be greater than or equal to 1")
+        return clients
+
+    @model_validator(mode="after")
+    def _natural(self) -> SplitSettings:
+        if self.kind != "natural" and (given := sorted(self.later & self.model_fields_set)):
+            raise ValueError(f'{given[0]} is for kind = "natural"')
+        return self
 
 
 class Federation(Settings):
@@ -96,6 +247,19 @@ class ObjectiveSettings(Settings):
     normalised: Literal["row", "batch"] = "row"
 
 
+class PrivacySettings(Settings):
+    """Differential privacy of a client's rows as a whole (DP-FedAvg, McMahan et al. 2018), over any method of sums.
+
+    clip: largest L2 norm of what a client's update changes; a larger one is scaled down. noise: standard deviation of
+    the Gaussian noise that the server adds to the sum of the updates, as a multiple of `clip`. delta: at which epsilon
+    is given.
+    """
+
+    clip: float = Field(gt=0)
+    noise: float = Field(ge=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+
+
 class Scenario(Settings):
     """A resolved scenario. `methods` holds hyper-parameters by method, validated by the method itself."""
 
@@ -108,20 +272,37 @@ class Scenario(Settings):
     fm: str = Field(min_length=1)
     public: PublicSettings | None = None
     objective: ObjectiveSettings | None = None
+    privacy: PrivacySettings | None = None
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def folder(self) -> Path:
+        """Where the scenario's file lies; the files of a data set of the user's own are named from there."""
+        return self._folder
 
     def identity(self) -> dict[str, Any]:
-        """What enters a run's key: everything but the title and the settings of methods, which the method holds."""
-        out = self.model_dump(mode="json", exclude={"title", "methods"})
-        if self.objective is None:  # as in keys from before there was one
-            del out["objective"]
+        """What enters a run's key: everything but the title and the settings of methods, which the method holds.
+
+        Of rows of the user's own their content enters the key by its hash, and not where they lie.
+        """
+        # What older keys know nothing of stays out where it is not set.
+        unset = {name for name in ("privacy", "objective") if getattr(self, name) is None}
+        out = self.model_dump(mode="json", exclude={"title", "methods", *unset})
+        if self.dataset.kind is not None:
+            places = ("train", "test", *(["validation"] if isinstance(self.dataset.validation, str) else []))
+            out["dataset"] = {name: value for name, value in out["dataset"].items() if name not in places}
         return out
 
     def provenance(self) -> dict[str, tuple[Any, str]]:
         """Dotted key -> (value, where it came from), for every setting."""
-        flat = flatten(self.model_dump(mode="json"))
-        return {key: (value, self._sources.get(key, "default")) for key, value in flat.items() if key != "name"}
+        unset = {"privacy"} if self.privacy is None else set()
+        flat = flatten(self.model_dump(mode="json", exclude=unset))
+        hidden = {"name"}
+        if self.split.kind == "natural":
+            hidden |= {"split.clients", "split.alpha", "split.shards_per_client"}  # of drawn clients
+        return {key: (value, self._sources.get(key, "default")) for key, value in flat.items() if key not in hidden}
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -146,6 +327,7 @@ KEYS: tuple[str, ...] = (
             ("evaluation", EvaluationSettings),
             ("public", PublicSettings),
             ("objective", ObjectiveSettings),
+            ("privacy", PrivacySettings),
         )
         for name in kind.model_fields
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -49,12 +51,18 @@ def _lines(record: Record) -> list[tuple[str, str]]:
     lines += _cost(record.compute)
     sizes, skew = record.partition.sizes, record.partition.skew
     if sizes and skew:
-        text = (
-            f"{len(sizes)} clients of {min(sizes)} to {max(sizes)} rows; mean total variation "
-            f"{skew.mean_total_variation:.2f}, Gini of sizes {skew.gini:.2f}"
-        )
-        lines.append(("split", text))
+        lines.append(("split", split_line(sizes, skew.to_json())))
     return lines
+
+
+def split_line(sizes: Sequence[int], skew: Mapping[str, float]) -> str:
+    """How many clients there are, how large, and how unlike, in one line; `skew` as a record holds it."""
+    text = (
+        f"{len(sizes)} clients of {min(sizes)} to {max(sizes)} rows; mean total variation "
+        f"{skew['mean_total_variation']:.2f}, Gini of sizes {skew['gini']:.2f}"
+    )
+    words = skew.get("mean_jensen_shannon")
+    return text if words is None else f"{text}, Jensen-Shannon of words {words:.2f} bits"
 
 
 def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
@@ -80,8 +88,14 @@ def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
         lines.append(("", text))
     if (untouched := accuracy.untouched) and not untouched.diverged:
         lines.append(("", f"{_percent(untouched.accuracy)} FM untouched"))
+    for name, extra in (accuracy.extra_tests or {}).items():
+        if not extra.plug_in.diverged:
+            text = f"{_percent(extra.plug_in.accuracy)} plug-in on {name} ({extra.plug_in.rows:,} rows)"
+            lines.append(("", text))
     if clients := accuracy.per_client:
         text = f"mean {_percent(clients.mean)} ± {100 * clients.std:.1f}, worst tenth {_percent(clients.worst_tenth)}"
+        if rows := clients.rows:
+            text += f"; {len(rows)} clients on {min(rows)} to {max(rows)} test rows of their own"
         lines.append(("per client", text))
     return lines
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from fedbench.files import load_tensors
 from fedbench.machine.device import Execution
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods import _distillation as d
+from fedbench.methods import _layerwise as layerwise
 from fedbench.methods.fedavg_lora import FedAvgLora, count, weighted_mean
 from fedbench.methods.fedot import FedOT, FedOTServer, uniform
 from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest, zeros
@@ -53,7 +54,7 @@ def test_fedavg_is_the_mean_weighted_by_sample_count() -> None:
 
 def test_fedavg_weights_go_with_their_own_clients_upload(tmp_path: Path) -> None:
     server = FedAvgLora().server(tiny_fm(), None, context(tmp_path))
-    names = server.expected(0)["adapter"]
+    names = server.expected(0, 0)["adapter"]
     uploads = {
         cid: [Message("adapter", {n: torch.full(s.shape, float(cid)) for n, s in names.items()}, {"num_examples": k})]
         for cid, k in ((9, 1), (2, 3))
@@ -90,7 +91,7 @@ def test_hidden_loss_by_hand_ignores_padding() -> None:
     teacher = torch.tensor([[[1.0, 2.0], [100.0, 100.0]]])
     student = torch.tensor([[[2.0, 4.0], [-7.0, 3.0]]])
     mask = torch.tensor([[1, 0]])
-    assert d.hidden_loss(teacher, student, mask).item() == pytest.approx(((1 + 4) / 2) / ((1 + 4) / 2))
+    assert layerwise.hidden_loss(teacher, student, mask).item() == pytest.approx(((1 + 4) / 2) / ((1 + 4) / 2))
 
 
 def test_distillation_loss_has_the_gradient_of_finite_differences(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_distillation_loss_has_the_gradient_of_finite_differences(tmp_path: Path
 
 def test_the_weight_regulariser_has_a_gradient_of_its_own() -> None:
     teacher, student = torch.randn(3, 3), torch.randn(3, 3, requires_grad=True)
-    d.weight_loss(teacher, student).backward()
+    layerwise.weight_loss(teacher, student).backward()
     expected = 2 * (student.detach() - teacher) / 9 / teacher.square().mean()
     assert student.grad is not None and torch.allclose(student.grad, expected)
 
@@ -209,8 +210,10 @@ def test_distillation_lowers_the_residual_and_is_cached(tmp_path: Path) -> None:
     settings = {"distil_steps": 40, "distil_batch": 8, "distil_lr": 3e-3}
     first = fedpft(tmp_path, **settings)
     [residual] = first.residuals()
-    assert set(residual) == {"layer", "hidden", "weight", "hidden_before", "weight_before"}
+    assert set(residual) == {"layer", "hidden", "weight", "hidden_before", "weight_before", "curve"}
     assert residual["hidden"] < 0.7 * residual["hidden_before"]
+    assert len(residual["curve"]) == 10
+    assert residual["curve"][-1] < residual["curve"][0]
     [cached] = (tmp_path / "proxies").iterdir()
     stamp = cached.stat().st_mtime_ns
     again = fedpft(tmp_path, **settings)
@@ -364,19 +367,19 @@ def test_a_distilled_proxy_is_taken_from_the_cache_only_where_all_that_made_it_i
 
 def test_the_schedule_of_distillation_by_hand() -> None:
     # 4.8% of 100 steps, rounded up, are 5: the rate rises to step 4, and falls to 1/95 in the last step.
-    factors = [d.Schedule(100, 8, 1.0).factor(step) for step in (0, 3, 4, 5, 6, 99)]
+    factors = [layerwise.Schedule(100, 8, 1.0).factor(step) for step in (0, 3, 4, 5, 6, 99)]
     assert factors == pytest.approx([1 / 5, 4 / 5, 1, 1, 94 / 95, 1 / 95])
-    assert [d.Schedule(2, 8, 1.0).factor(step) for step in (0, 1)] == [1, 1]
-    assert d.Schedule(1, 8, 1.0).factor(0) == 1
+    assert [layerwise.Schedule(2, 8, 1.0).factor(step) for step in (0, 1)] == [1, 1]
+    assert layerwise.Schedule(1, 8, 1.0).factor(0) == 1
 
 
 def test_public_batches_are_passes_over_permutations() -> None:
-    found = d.public_batches(10, d.Schedule(5, 4, 1.0), np.random.default_rng(3))
+    found = layerwise.public_batches(10, layerwise.Schedule(5, 4, 1.0), np.random.default_rng(3))
     rng = np.random.default_rng(3)
     orders = [rng.permutation(10) for _ in range(3)]
     expected = [order[at : at + 4] for order in orders for at in (0, 4)][:5]
     assert [b.tolist() for b in found] == [b.tolist() for b in expected]
-    [all_rows] = d.public_batches(3, d.Schedule(1, 4, 1.0), rng)
+    [all_rows] = layerwise.public_batches(3, layerwise.Schedule(1, 4, 1.0), rng)
     assert sorted(all_rows.tolist()) == [0, 1, 2], "fewer rows than a batch has"
 
 
@@ -391,7 +394,7 @@ def test_residuals_are_means_over_the_first_128_rows(tmp_path: Path) -> None:
             batch = rows.batch(np.arange(first, last), CPU)
             with torch.no_grad():
                 (theirs, mask), (ours, _) = (layer_outputs(m, batch) for m in (server.full, server.model))
-            losses.append(d.hidden_loss(theirs[layer], ours[layer], mask).item())
+            losses.append(layerwise.hidden_loss(theirs[layer], ours[layer], mask).item())
         assert found["layer"] == layer
         assert found["hidden"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
         products = [(p.ffn_out(layer).weight @ p.ffn_in(layer).weight).double() for p in (full, sub)]
@@ -399,42 +402,52 @@ def test_residuals_are_means_over_the_first_128_rows(tmp_path: Path) -> None:
         assert found["weight"] == pytest.approx(weight.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("free", [None, [1, 4]], ids=["whole", "rows"])
-def test_distillation_is_adamw_with_warm_up_and_clipped_gradients(tmp_path: Path, free: list[int] | None) -> None:
+def test_distillation_is_adamw_with_warm_up_and_clipped_gradients(
+    tmp_path: Path, free: list[int] | None, workers: int
+) -> None:
     server, rows = fedpft(tmp_path), public_rows()
     names = server._trainable(server.compressed)
     limited = f"{server.parts.ffn_in_path(1)}.weight"
     limits = None if free is None else {limited: (0, torch.tensor(free))}
     still = [i for i in range(5) if free is not None and i not in free]
-    schedule = d.Schedule(4, 8, 1e-2, warmup=0.5)
+    schedule = layerwise.Schedule(4, 8, 1e-2, warmup=0.5, clip_norm=1e-3)
     ours = deepcopy(server.model)
     theirs = dict(ours.named_parameters())
 
-    def loss(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], mask: object) -> torch.Tensor:
-        return 100 * (student[1] - teacher[1]).square().mean()
+    def regulariser() -> torch.Tensor:
+        return 0.1 * theirs[names[0]].square().sum()
 
+    loss = layerwise.LayerLoss([(1, 1), (2, 1)], regulariser)
     optimiser = torch.optim.AdamW([theirs[n] for n in names], lr=1.0, weight_decay=0.01)
     for name in names:
         theirs[name].requires_grad_(True)
-    batches = d.public_batches(len(rows), schedule, np.random.default_rng(0))
-    norms = []
+    batches = layerwise.public_batches(len(rows), schedule, np.random.default_rng(0))
+    norms, losses = [], []
     for batch, rate in zip(batches, (0.5e-2, 1e-2, 1e-2, 0.5e-2), strict=True):
         optimiser.zero_grad()
         inputs = rows.batch(batch, CPU)
         with torch.no_grad():
             target, _ = layer_outputs(server.full, inputs)
-        loss(target, layer_outputs(ours, inputs)[0], None).backward()
+        value = loss(target, *layer_outputs(ours, inputs))
+        losses.append((value - regulariser()).item())
+        value.backward()
         # What does not move has no part in the norm that is clipped.
         (theirs[limited].grad if free is not None else torch.zeros(5))[still] = 0.0  # type: ignore[index]
         before = theirs[limited].detach().clone()
-        norms.append(torch.nn.utils.clip_grad_norm_([theirs[n] for n in names], 1.0).item())
+        norms.append(torch.nn.utils.clip_grad_norm_([theirs[n] for n in names], 1e-3).item())
         optimiser.param_groups[0]["lr"] = rate
         optimiser.step()
         theirs[limited].data[still] = before[still]
-    assert min(norms) > 1, "or clipping would not be seen"
+    assert min(norms) > 1e-3, "or clipping would not be seen"
     server.model.train()
-    d.distil(server.full, server.model, names, loss, rows, schedule, np.random.default_rng(0), Execution(), limits)
     mine = dict(server.model.named_parameters())
+    loss = layerwise.LayerLoss(loss.pairs, lambda: 0.1 * mine[names[0]].square().sum())
+    execution, rng = Execution(workers=workers), np.random.default_rng(0)
+    found = layerwise.distil(server.full, server.model, names, loss, rows, schedule, rng, execution, limits)
+    assert found.shape == (4, 2)
+    assert found.mean(1) == pytest.approx(losses, rel=1e-5)
     for name in mine:
         assert torch.allclose(mine[name], theirs[name], atol=1e-5), name
         assert not mine[name].requires_grad or name not in names
@@ -452,9 +465,8 @@ def test_the_loss_of_a_layer_is_the_mean_over_layers_with_the_regulariser(tmp_pa
     # Layer 1: (5 - 2)² / 2²; layer 2: (8 - 3)² / 3².
     hidden = (9 / 4 + 25 / 9) / 2
     assert server.loss([1, 2], 0.0)(teacher, student, None).item() == pytest.approx(hidden)
-    weights = [
-        d.weight_loss(d.ffn_product(Parts(server.full), i), d.ffn_product(server.parts, i)).item() for i in (1, 2)
-    ]
+    product, full = layerwise.ffn_product, Parts(server.full)
+    weights = [layerwise.weight_loss(product(full, i), product(server.parts, i)).item() for i in (1, 2)]
     assert server.loss([1, 2], 0.5)(teacher, student, None).item() == pytest.approx(hidden + 0.5 * sum(weights) / 2)
 
 
@@ -472,8 +484,8 @@ def test_layers_and_neurons_that_a_sub_fm_keeps() -> None:
 def test_a_round_that_aligns_asks_for_statistics_and_averages_them_over_tokens(tmp_path: Path) -> None:
     server = fedpft(tmp_path, rounds=4, t=2)
     [layer] = server.compressed
-    assert [sorted(server.expected(r)) for r in range(3)] == [["adapter"], ["adapter", "statistics"], ["adapter"]]
-    assert server.expected(1)["statistics"] == {f"zeros.{layer}": TensorSpec((5,), torch.int64)}
+    assert [sorted(server.expected(r, 0)) for r in range(3)] == [["adapter"], ["adapter", "statistics"], ["adapter"]]
+    assert server.expected(1, 0)["statistics"] == {f"zeros.{layer}": TensorSpec((5,), torch.int64)}
     assert [server.adapter_meta(r)["count_zeros"] for r in range(3)] == ["", str(layer), ""]
     adapter = Message("adapter", server.values, {"num_examples": 2})
 
@@ -643,7 +655,7 @@ def test_statistics_of_several_layers_are_counted_asked_for_and_averaged(tmp_pat
     adapter, statistics = client.upload(0, result)
     assert (adapter.kind, adapter.tensors) == ("adapter", result.tunables)
     assert (statistics.kind, statistics.meta) == ("statistics", {"tokens": result.observed_tokens})
-    assert {n: TensorSpec.of(t) for n, t in statistics.tensors.items()} == server.expected(0)["statistics"]
+    assert {n: TensorSpec.of(t) for n, t in statistics.tensors.items()} == server.expected(0, 0)["statistics"]
     server.accept(0, [adapter, statistics])
     server.aggregate(0, {0: [adapter, statistics]})
     for layer in (1, 2):
@@ -665,9 +677,36 @@ def test_neurons_are_ranked_by_how_often_they_are_zero(tmp_path: Path, choice: s
     assert server.neurons(0, layer).tolist() == ([1, 3] if choice == "highest" else [0, 2])
 
 
+def test_a_distillation_is_the_same_to_the_bit_with_any_number_of_workers(tmp_path: Path) -> None:
+    found = []
+    for workers in (1, 2, 5):
+        ctx = replace(context(tmp_path / str(workers)), execution=Execution(workers=workers))
+        server = FedPFT(r=5, mu=0.5, distil_steps=3, distil_batch=7).server(tiny_fm(), public_rows(), ctx)
+        found.append((frozen_state(server.model), server.residuals()))
+    for state, residuals in found[1:]:
+        assert residuals == found[0][1]
+        assert all(torch.equal(tensor, found[0][0][name]) for name, tensor in state.items())
+
+
+def test_a_distillation_that_diverges_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FedbenchError, match=r"distillation diverged at step \d+ of 9; lower its rate"):
+        fedpft(tmp_path, distil_steps=9, distil_lr=1e30)
+
+
+def test_the_course_of_a_distillation_is_told_in_ten_means() -> None:
+    assert d.curve(np.arange(25.0)) == pytest.approx([1, 4, 7, 10, 13, 15.5, 17.5, 19.5, 21.5, 23.5])
+    assert d.curve(np.array([3.0, 1.0])) == [3, 1]
+    assert d.curve(np.zeros(0)) == []
+
+
 def test_batches_of_distillation_come_from_its_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
-    monkeypatch.setattr(d, "distil", lambda *arguments: drawn.append(arguments[6].random()))
+
+    def draw(*arguments: Any) -> np.ndarray:
+        drawn.append(arguments[6].random())
+        return np.zeros((1, 1))
+
+    monkeypatch.setattr(d, "distil", draw)
     for seed in (0, 1):
         ctx = replace(context(tmp_path), streams=Streams(seed, "unit"))
         FedPFT(r=5, distil_steps=1).server(tiny_fm(), public_rows(), ctx)

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_fm, train_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
@@ -28,11 +31,22 @@ from fedbench.models.cache import Frozen
 from fedbench.models.reading import encode
 from fedbench.models.weights import get_tensors
 from fedbench.objectives.base import IGNORED, Objective
+from fedbench.objectives.classification import macro_f1
 from fedbench.objectives.named import CLASSIFICATION, OBJECTIVES, objective_of
 from fedbench.training import fused
 from fedbench.training.alone import execute
 from fedbench.training.cohort import execute_all
 from fedbench.training.fused import execute_cohort
+
+classes = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30)
+
+
+@given(classes)
+def test_macro_f1_is_scikit_learns(pairs: list[tuple[int, int]]) -> None:
+    predicted, targets = np.array(pairs).T
+    expected = f1_score(targets, predicted, average="macro", zero_division=0.0)
+    assert macro_f1(predicted, targets) == pytest.approx(expected)
+
 
 EXECUTORS = ("packed", "fused", "reference")
 SIZES = {

@@ -21,7 +21,7 @@ from fedbench.api.local import AdamW, LocalTask
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import Execution
 from fedbench.machine.memory import own_peak, peak_memory, reset_peak
-from fedbench.machine.workers import can_fork, choose_workers, fork_map
+from fedbench.machine.workers import can_fork, choose_workers, fork_map, team
 from fedbench.measures.accuracy import evaluate
 from fedbench.measures.gradient import gradients
 from fedbench.methods.fedpft import zeros
@@ -215,3 +215,41 @@ def test_peak_memory_is_that_of_the_run_and_of_its_workers() -> None:
     used = peak_memory(CPU)
     assert used is not None
     assert own_peak() < more << 20 < used, "it was a worker that took it"
+
+
+def test_a_team_works_together_time_after_time() -> None:
+    shared = torch.zeros(3, dtype=torch.float64).share_memory_()
+    own: list[int] = []
+
+    def work(member: int, x: int) -> None:
+        own.append(x)
+        shared[member] = sum(own) + member
+
+    with team(work, 3) as ask:
+        ask(1)
+        assert shared.tolist() == [1, 2, 3]
+        ask(5)
+        assert shared.tolist() == [6, 7, 8], "what a member keeps stays its own"
+    assert own == [1, 5]
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_of_a_member_of_a_team_arrives_with_its_traceback() -> None:
+    def work(member: int, x: int) -> None:
+        if member == 1:
+            raise ValueError(f"no {x}")
+
+    with pytest.raises(ValueError, match="no 7") as caught, team(work, 2) as ask:
+        ask(7)
+    assert "in a worker process" in caught.value.__notes__[0]
+    assert not multiprocessing.active_children()
+
+
+def test_a_member_of_a_team_that_is_killed_is_one_line() -> None:
+    def work(member: int, x: int) -> None:
+        if member == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(FedbenchError, match="a worker process died .*--workers 1"), team(work, 2) as ask:
+        ask(0)
+    assert not multiprocessing.active_children()

@@ -74,7 +74,7 @@ def _from_folder(about: DataSet, kind: ImageSource, root: Path) -> Rows | None:
     return None
 
 
-def _images(source: Sequence[EncodedImage | Path]) -> np.ndarray | ImageFiles:
+def images_of(source: Sequence[EncodedImage | Path]) -> np.ndarray | ImageFiles:
     """Decoded, uint8 [n, H, W, 3], where all are of one size and that is little; else the files."""
     files = ImageFiles(source, np.arange(len(source)))
     if len(files) == 0:
@@ -94,7 +94,7 @@ def _images(source: Sequence[EncodedImage | Path]) -> np.ndarray | ImageFiles:
 def _part(read: Sequence[Labelled]) -> Part:
     """The rows of several files or folders as one part."""
     source = [item for items, _ in read for item in items]
-    return Part(np.concatenate([labels for _, labels in read]), images=_images(source))
+    return Part(np.concatenate([labels for _, labels in read]), images=images_of(source))
 
 
 # ---------------------------------------------------------------- parquet and image folders
@@ -129,11 +129,11 @@ def _parquet(folder: Path, kind: ImageSource, classes: Sequence[str]) -> Rows | 
 def _parquet_rows(path: Path, kind: ImageSource, classes: Sequence[str]) -> Labelled:
     table = read_parquet(path)
     column, label = _columns(f"{path}: unknown layout,", list(table), kind)
-    source = [_cell(f"{path}: row {row}", cell) for row, cell in enumerate(table[column], start=1)]
+    source = [image_cell(f"{path}: row {row}", cell) for row, cell in enumerate(table[column], start=1)]
     return source, class_numbers(str(path), table[label], classes)
 
 
-def _cell(where: str, cell: Any) -> EncodedImage:
+def image_cell(where: str, cell: Any) -> EncodedImage:
     """The image in a cell of parquet: a struct of the hub's with the file's bytes, or the bytes themselves."""
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
@@ -172,12 +172,12 @@ def _image_folder(folder: Path, classes: Sequence[str], remarks: list[str]) -> L
             f"{folder}: its {len(names)} folders are not the {count} classes, {odd!r} is missing or too many; name "
             "them as the classes are called, or by number"
         )
-    left_out = Counter(_kind_of_file(path) for path in folder.iterdir() if path.name not in names)
+    left_out = Counter(kind_of_file(path) for path in folder.iterdir() if path.name not in names)
     source: list[EncodedImage | Path] = []
     labels: list[int] = []
     empty = []
     for number, name in enumerate(called):
-        found, others = _image_paths(folder / name)
+        found, others = image_paths(folder / name)
         left_out += others
         source += found
         labels += [number] * len(found)
@@ -196,7 +196,7 @@ def _image_folder(folder: Path, classes: Sequence[str], remarks: list[str]) -> L
     return source, np.array(labels, dtype=np.int64)
 
 
-def _image_paths(folder: Path) -> tuple[list[Path], Counter[str]]:
+def image_paths(folder: Path) -> tuple[list[Path], Counter[str]]:
     """The images in a class's folder and the folders in it, in order, and how many files of what kind are none."""
     found, others = [], Counter[str]()
     for place, folders, files in os.walk(folder):
@@ -205,14 +205,14 @@ def _image_paths(folder: Path) -> tuple[list[Path], Counter[str]]:
             if path.suffix.lower() in SUFFIXES and not name.startswith("."):
                 found.append(path)
             else:
-                others[_kind_of_file(path)] += 1
+                others[kind_of_file(path)] += 1
         for name in [name for name in folders if name.startswith(".") or Path(place, name).is_symlink()]:
             folders.remove(name)
-            others[_kind_of_file(Path(place, name))] += 1
+            others[kind_of_file(Path(place, name))] += 1
     return sorted(found), others
 
 
-def _kind_of_file(path: Path) -> str:
+def kind_of_file(path: Path) -> str:
     """What is left out of an image folder, as a note calls it."""
     if path.name.startswith("."):
         return "hidden"
@@ -244,7 +244,7 @@ class _HubImages(Sequence[Any]):
         cell = self._split[int(i)][self._column]
         if isinstance(cell, dict) and cell["bytes"] is None and cell["path"] and Path(cell["path"]).is_file():
             return Path(cell["path"])
-        return _cell(f"{self._where}: row {int(i) + 1}", cell)
+        return image_cell(f"{self._where}: row {int(i) + 1}", cell)
 
 
 def _from_hub(about: DataSet, kind: ImageSource, revision: str | None) -> Rows:
@@ -268,5 +268,5 @@ def _from_hub(about: DataSet, kind: ImageSource, revision: str | None) -> Rows:
         column, label = _columns(f"{where} has", rows.column_names, kind)
         where = f"{where}: {' and '.join(map(str, splits))}"
         labels = class_numbers(where, rows[label], about.classes)
-        parts[role] = Part(labels, images=_images(_HubImages(where, rows, column)))
+        parts[role] = Part(labels, images=images_of(_HubImages(where, rows, column)))
     return parts, [note]

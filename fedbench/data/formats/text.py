@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedbench.data.labels import class_numbers, shown
 from fedbench.data.rows import Part
 from fedbench.data.sets.dataset import DataSet, Rows
@@ -227,17 +225,11 @@ def _from_folder(about: DataSet, kind: TextSource, root: Path) -> Rows | None:
                 f".parquet, but {listing(folder)}"
             )
         read = [read_text_file(path, kind, about.classes) for path in files]
-        parts[role] = _joined([part for part, _ in read])
+        parts[role] = Part.joined([part for part, _ in read])
         called = about.test_name if role == "test" else role
         shards = f" and {len(files) - 1} further shards" if len(files) > 1 else ""
         notes.append(f"{called}: {files[0]}{shards} ({read[0][1]}), {len(parts[role])} rows")
     return parts, notes
-
-
-def _joined(shards: Sequence[Part]) -> Part:
-    pairs = [t for part in shards for t in part.text_pairs or ()]
-    texts = [t for part in shards for t in part.texts or ()]
-    return Part(np.concatenate([part.labels for part in shards]), texts, text_pairs=pairs or None)
 
 
 def _from_hub(about: DataSet, kind: TextSource, revision: str | None) -> Rows:

@@ -28,8 +28,11 @@ class DataSet:
     folder of data sets (either may be None); gives rows by role, and notes. about: one line that says what it is,
     whose, and under which licence. test_name: what the test set is called where there are others beside it. public:
     whether the source sets rows aside for a public corpus. note: what a user should know before trusting a number.
+    client: the columns among `Part.groups` that together say whose a row is, for natural splits. held_out: whether the
+    source sets validation rows aside.
 
-    Roles are "train" and "test"; "public" where rows are set aside; any other is a further test set of that name.
+    Roles are "train" and "test"; "public" where rows are set aside, and "validation"; any other is a further test set
+    of that name.
     A data set is equal to itself only, so that nothing read for one is ever taken for another of its name.
     """
 
@@ -40,6 +43,8 @@ class DataSet:
     test_name: str = "test"
     public: bool = False
     note: str | None = None
+    client: tuple[str, ...] = ()
+    held_out: bool = False
 
     def read(self, revision: str | None, root: Path | None) -> Rows:
         """Rows by role and notes, checked. Raises FedbenchError where they cannot be had, or are no data set."""
@@ -54,6 +59,7 @@ class DataSet:
 
     def _check(self, parts: Mapping[str, Part]) -> None:
         wanted = [*(("train", "test") if self.classes else ()), *(("public",) if self.public else ())]
+        wanted += ["validation"] if self.held_out else []
         if missing := [role for role in wanted if role not in parts]:
             raise FedbenchError(f"data set {self.name}: its source gives no {missing[0]!r} rows, but {list(parts)}")
         if not self.public and "public" in parts:
@@ -78,9 +84,12 @@ def _fault(part: Any, classes: int | None) -> str | None:
         return f"has the label {wrong[0]}, expected 0 to {classes - 1}"
     if (part.texts is None) == (part.images is None):
         return "holds both texts and images, or neither"
-    columns = [column for column in (part.texts, part.text_pairs, part.images) if column is not None]
+    columns: list[Any] = [column for column in (part.texts, part.text_pairs, part.images) if column is not None]
+    columns += part.groups.values()
     if lengths := [len(column) for column in columns if len(column) != len(labels)]:
         return f"has {len(labels)} labels and {lengths[0]} rows"
+    if not all(isinstance(column, np.ndarray) for column in part.groups.values()):
+        return "groups are no arrays"
     for texts in (part.texts, part.text_pairs):
         if (row := next((i for i, text in enumerate(texts or ()) if not isinstance(text, str)), None)) is not None:
             return f"row {row + 1} is no text"

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from fedbench.errors import FedbenchError
 from fedbench.files import packaged_file
-from fedbench.models.checkpoint import (
-    _checkpoint,
-)
+from fedbench.models.checkpoint import _checkpoint, without_weights
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.spec import Head
 from fedbench.models.zoo.names import FMS, fetched_folder, fm_folder
@@ -50,11 +48,12 @@ def load_fm(
 
         return vit_digits(cache, num_labels)
     if name in PACKAGED:
-        fetched = fetched_folder(cache, name)
-        if not fetched.is_dir():
-            raise FedbenchError(f"FM {name!r} is not in the cache; run `fedbench fetch {name}` once, or give --fm PATH")
         return _checkpoint(
-            name, fetched, num_labels, {"source": "packages", "packages": [*PACKAGED[name].packages]}, head=head
+            name,
+            _fetched(cache, name),
+            num_labels,
+            {"source": "packages", "packages": [*PACKAGED[name].packages]},
+            head=head,
         )
     if path := fm_folder(name):
         return _checkpoint(name, path, num_labels, {"source": "local folder"}, class_names, head)
@@ -70,6 +69,35 @@ def load_fm(
     return _checkpoint(name, folder, num_labels, {"source": repository, "revision": resolved}, class_names, head)
 
 
+def load_reader(
+    name: str, num_labels: int, cache: Path, class_names: tuple[str, ...] = (), head: Head = "classes"
+) -> FoundationModel:
+    """The FM called `name` without its weights, for whoever only reads rows for it; a folder need not hold any.
+
+    Arguments and errors as of `load_fm`. Those that are pre-trained here, of public data, come whole.
+    """
+    if name in ("vit-digits", "tiny-llama"):
+        return load_fm(name, num_labels, cache, class_names, head)
+    if name == "minilm-l6":
+        return without_weights(name, minilm_folder(), num_labels, head)
+    if name in PACKAGED:
+        return without_weights(name, _fetched(cache, name), num_labels, head)
+    if path := fm_folder(name):
+        return without_weights(name, path, num_labels, head)
+    repository, revision = HUB.get(name, (name, "main"))
+    if "/" not in repository or repository.startswith((".", "/", "~")):
+        return load_fm(name, num_labels, cache, class_names, head)  # says what is wrong with the name
+    return without_weights(name, from_hub(name, repository, revision, weights=False)[0], num_labels, head)
+
+
+def _fetched(cache: Path, name: str) -> Path:
+    """Where `fedbench fetch` has put a packaged model."""
+    folder = fetched_folder(cache, name)
+    if not folder.is_dir():
+        raise FedbenchError(f"FM {name!r} is not in the cache; run `fedbench fetch {name}` once, or give --fm PATH")
+    return folder
+
+
 def minilm_folder() -> Path:
     """The embedded checkpoint's folder, its weights verified against the pinned SHA-256."""
     return packaged_file(
@@ -77,19 +105,18 @@ def minilm_folder() -> Path:
     ).parent
 
 
-def from_hub(name: str, repository: str, revision: str) -> tuple[Path, str]:
+def from_hub(name: str, repository: str, revision: str, weights: bool = True) -> tuple[Path, str]:
     """The folder of a checkpoint in the hub's cache, fetched where it is not there, and its resolved revision.
 
-    Raises FedbenchError where it cannot be had, saying how to supply it.
+    `weights`: whether its weights are wanted. Raises FedbenchError where it cannot be had, saying how to supply it.
     """
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.model"]
+    asked = [*patterns, "model*.safetensors"] if weights else patterns
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[*patterns, "model*.safetensors"])
-        )
-        if not any(folder.glob("model*.safetensors")):
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=asked))
+        if weights and not any(folder.glob("model*.safetensors")):
             # Older checkpoints are pickled. transformers reads those with torch's weights_only, which runs no code.
             snapshot_download(repository, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"])
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had

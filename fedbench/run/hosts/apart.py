@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -77,11 +78,11 @@ class Apart(Host):
         p = prepared
         method = Named(p.method.name, p.method.model_dump(mode="json"), p.request.plugins)
         names, public = p.loaded.data.class_names, p.loaded.public
-        self._server = _Child(
+        self._server = Child(
             "server", partial(_server, p.brief, method, names, public, p.held_out, label_counts, server_watch)
         )
-        self._clients = _Child("clients", partial(_clients, p.brief, method, list(rows), client_watch))
-        self.server, self.clients = _RemoteServer(self._server), _RemoteClients(self._clients)
+        self._clients = Child("clients", partial(_clients, p.brief, method, list(rows), client_watch))
+        self.server, self.clients = RemoteServer(self._server.ask), RemoteClients(self._clients.ask)
 
     def close(self) -> None:
         self._server.close()
@@ -110,7 +111,7 @@ def _clients(brief: Brief, method: Named, rows: Sequence[Examples], watch: Watch
     return make_clients(brief, method.load(), rows)
 
 
-class _Child:
+class Child:
     """A process that answers questions over a pipe; an error there is raised here."""
 
     def __init__(self, role: str, make: partial[Any]) -> None:
@@ -124,7 +125,10 @@ class _Child:
         theirs.close()
 
     def ask(self, question: str, *arguments: Any) -> Any:
-        """What the side there answers. Raises FedbenchError for an error of its method or for its end."""
+        """What the method of that name, which may be dotted, answers there.
+
+        Raises what it raised there, and FedbenchError where the process has ended.
+        """
         try:
             self.connection.send_bytes(pickle.dumps((question, arguments), protocol=5))
             ok, answer = pickle.loads(self.connection.recv_bytes())
@@ -144,7 +148,7 @@ class _Child:
 
 
 def _answer(connection: Connection, parent: int, threads: int, make: partial[Any]) -> None:
-    """Answer questions by the methods of the side that `make` makes."""
+    """Answer questions by the methods of what `make` makes; its last argument is a watch, or None."""
     end_with(parent)
     torch.set_num_threads(threads)
     watch: Watch | None = make.args[-1]
@@ -157,7 +161,7 @@ def _answer(connection: Connection, parent: int, threads: int, make: partial[Any
         answer: tuple[bool, Any]
         try:
             side = side or make()
-            answer = (True, getattr(side, question)(*arguments))
+            answer = (True, attrgetter(question)(side)(*arguments))
         except FedbenchError as error:
             answer = (False, error)
         except Exception as error:  # a method may raise anything
@@ -168,11 +172,12 @@ def _answer(connection: Connection, parent: int, threads: int, make: partial[Any
         connection.send_bytes(pickle.dumps(answer, protocol=5))
 
 
-class _RemoteServer:
-    """The server's side, in its process."""
+class RemoteServer:
+    """The server's side, in another process."""
 
-    def __init__(self, child: _Child) -> None:
-        self._ask = child.ask
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        """ask: asks that process a question by the name of a side's method."""
+        self._ask = ask
 
     def start(self) -> None:
         self._ask("start")
@@ -212,11 +217,12 @@ class _RemoteServer:
         return adapter
 
 
-class _RemoteClients:
-    """The clients' side, in its process."""
+class RemoteClients:
+    """The clients' side, in another process."""
 
-    def __init__(self, child: _Child) -> None:
-        self._ask = child.ask
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        """ask: as of `RemoteServer`."""
+        self._ask = ask
 
     def train(
         self, round: int, outbox: Outbox, staying: Sequence[ClientId], report: Callable[[float], None]
