@@ -54,11 +54,8 @@ def test_a_layer_that_holds_gate_and_up_has_two_slices_of_each_neuron() -> None:
 def test_the_regularisers_product_is_down_times_up_and_leaves_the_gate_out(family: str) -> None:
     parts = Parts(fm_of(family).build(None, CPU))
     layer = parts.layer(1)
-    if family == "llama":
-        up = layer.get_parameter("mlp.up_proj.weight")
-    else:
-        up = layer.get_parameter("mlp.Wi.weight")[24:]
-    down = layer.get_parameter("mlp.down_proj.weight" if family == "llama" else "mlp.Wo.weight")
+    path_up, path_down = {"llama": ("up_proj", "down_proj"), "modernbert": ("Wi", "Wo")}[family]
+    up, down = layer.get_parameter(f"mlp.{path_up}.weight")[-24:], layer.get_parameter(f"mlp.{path_down}.weight")
     assert torch.equal(d.ffn_product(parts, 1), down @ up)
     assert list(d.ffn_product(parts, 1).shape) == [16, 16]
 

@@ -1,4 +1,4 @@
-"""The decoder that is pre-trained here: made once, kept as a checkpoint, made anew where it is damaged. A short recipe."""
+"""The decoder that is pre-trained here: made once, kept as a checkpoint, made anew where it is damaged."""
 
 from __future__ import annotations
 
