@@ -25,7 +25,7 @@ class ZeroShot(Method):
     needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     def unavailable(self, fm: FoundationModel) -> str | None:
-        return None if fm.trained_head else f"{fm.name} has no head trained for this task"
+        return None if fm.trained_head is not None else f"{fm.name} has no head trained for this task"
 
     def plan(self, split: SplitSettings, federation: Federation, rows: int) -> tuple[SplitSettings, Federation]:
         return split, federation.model_copy(update={"rounds": 0})

@@ -35,7 +35,7 @@ from fedbench.forward.encoder import Layer, layers_of, whole_layers
 from fedbench.forward.layout import Layout
 from fedbench.forward.masks import Masks
 from fedbench.machine.device import Execution
-from fedbench.models.decoder import body_of
+from fedbench.models.decoder import NextToken, body_of
 from fedbench.models.linear import reordered
 from fedbench.models.parts import Parts, family_of
 from fedbench.models.spec import POOLING
@@ -153,13 +153,17 @@ class Forward:
 
         Packed by `layout` if one is given; as they are where `padded`, or where nothing is packed. With `gather`, what
         follows the last layer sees the first tokens [B, 1, d] in the batch's order, as a pooler or head expects, and a
-        decoder's head the last ones; without, states stay packed. `observed`: paths of modules whose output is wanted
+        decoder's head the last ones, and a language model is given what is asked of each token and answers in the rows
+        of the batch, [B, T, 2]; without, states stay packed. `observed`: paths of modules whose output is wanted
         for all tokens.
         """
-        if padded or not self.packed or batch.mask is None:
-            yield batch.inputs, batch.mask
-            return
         model, family = self.model, self.family
+        given, answers = batch.inputs, gather and isinstance(model, NextToken)
+        if answers:
+            given = {**given, "targets": batch.labels}
+        if padded or not self.packed or batch.mask is None:
+            yield given, batch.mask
+            return
         chosen = layout or Layout.of(batch.mask)
         config: Any = model.config
         offset: Any = family.position_offset
@@ -183,8 +187,14 @@ class Forward:
             output.last_hidden_state = states[0].index_select(0, chosen.last)[:, None]
             return output
 
+        def in_rows(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            output.logits = chosen.unpack(output.logits, batch.labels.shape)
+            return output
+
         hooks = []
-        if gather and family.reads == "last":
+        if answers:
+            hooks.append(model.register_forward_hook(in_rows))
+        elif gather and family.reads == "last":
             hooks.append(body_of(model).register_forward_hook(last_tokens))
         elif gather:
             hooks.append(model.get_submodule(last).register_forward_hook(first_tokens))
@@ -194,7 +204,7 @@ class Forward:
         set_attention(config, NAME)
         try:
             with whole_layers(self._whole(chosen), chosen.buckets, chosen.first, trim):
-                yield pack(batch.inputs, chosen, offset), chosen.real
+                yield pack(given, chosen, offset), chosen.real
         finally:
             set_attention(config, before)
             _layout.reset(token)

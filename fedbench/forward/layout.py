@@ -44,6 +44,12 @@ class Layout:
     gather: Tensor | None = None
     scatter: Tensor | None = None
 
+    def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
+        """What a packed row holds of each token, [1, N, n], in the padded batch of that shape: [B, T, n]."""
+        real = self.real[0]
+        out = packed.new_zeros(shape.numel(), packed.shape[-1])
+        return out.index_copy(0, self.source[real], packed[0][real]).unflatten(0, shape)
+
     @classmethod
     def of(cls, attention_mask: Tensor) -> Layout:
         """The layout of a right-padded batch, from its mask [B, T]; blocks are filled up to a common size."""

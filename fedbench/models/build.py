@@ -10,7 +10,7 @@ from torch import nn
 from fedbench.compat import has_fused_attention, set_attention, without_initial_values
 from fedbench.errors import FedbenchError
 from fedbench.models.bottleneck import Bottleneck
-from fedbench.models.decoder import read_last
+from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear, family_of
@@ -25,9 +25,8 @@ def build(spec: ModelSpec) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import AutoConfig
 
-    family = spec.family
     config = AutoConfig.for_model(spec.model_type, **{k: v for k, v in spec.config.items() if k != "model_type"})
-    kind = getattr(transformers, family.architecture)
+    kind = getattr(transformers, spec.architecture)
     set_attention(config, "sdpa" if has_fused_attention(kind) else "eager")
     with without_initial_values():
         model = kind(config)
@@ -64,8 +63,9 @@ def build(spec: ModelSpec) -> nn.Module:
 def as_computed_here(model: nn.Module) -> None:
     """Make a model of transformers' one whose parts look alike in all families; what it computes stays the same.
 
-    Transposed linear layers are straightened, gated FFNs can be watched, and a decoder's head reads the last real token
-    by the mask, where transformers goes by the number of the padding token.
+    Transposed linear layers are straightened, gated FFNs can be watched, and a decoder's head for classes reads the
+    last real token by the mask, where transformers goes by the number of the padding token; one for the next token
+    gives what is asked for alone.
     """
     family = family_of(model)
     if family.transposed:
@@ -74,7 +74,9 @@ def as_computed_here(model: nn.Module) -> None:
         parts = Parts(model)
         for i in range(parts.count):
             GatedFFN.adopt(model.get_submodule(parts.ffn_path(i)), family)
-    if family.reads == "last":
+    if type(model).__name__ == family.language:
+        predict_next(model)
+    elif family.reads == "last":
         read_last(model)
 
 

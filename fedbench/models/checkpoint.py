@@ -27,7 +27,7 @@ from fedbench.models.families.refused import NOT_COMPUTED, WITHOUT_MEANING
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
 from fedbench.models.reading import read_image_processor, read_tokenizer
-from fedbench.models.spec import LAYER_KINDS, POOLING, ModelSpec
+from fedbench.models.spec import LAYER_KINDS, POOLING, Head, ModelSpec
 from fedbench.models.weights import frozen_state
 from fedbench.models.zoo.names import fm_label
 
@@ -204,38 +204,42 @@ def check_left_over(folder: Path, family: Family, names: Iterable[str]) -> None:
 
 
 def _checkpoint(
-    name: str, folder: Path, num_labels: int, provenance: dict[str, Any], class_names: tuple[str, ...] = ()
+    name: str,
+    folder: Path,
+    num_labels: int,
+    provenance: dict[str, Any],
+    class_names: tuple[str, ...] = (),
+    head: Head = "classes",
 ) -> FoundationModel:
     """A FoundationModel from a checkpoint folder in transformers' format. Raises FedbenchError for any other."""
     try:
         check_files(folder)
         config = read_config(folder)
-        spec = _spec_of(folder, config, num_labels)
-        state, head = _weights(folder, spec)
+        spec = _spec_of(folder, config, num_labels, head)
+        state, trained = _weights(folder, spec)
         if spec.family.modality == "text":
             table = state[f"{spec.family.embeddings}.{spec.family.words}"]
             processor = read_tokenizer(folder, spec, len(table))
-            if spec.family.reads == "last":  # transformers' own head, in whatever is exported, goes by this number
-                spec = replace(spec, config={**spec.config, "pad_token_id": int(processor.pad_token_id)})
+            spec = _with_padding(spec, processor)
         else:
             processor = read_image_processor(folder / "preprocessor_config.json", spec)
     except FedbenchError as error:
         raise FedbenchError(f"FM {name!r}: {error}") from None
-    if not _same_labels(config, class_names):
-        head = None
+    if head == "classes" and not _same_labels(config, class_names):
+        trained = None
     # What is trained and adapted follows from the family's description; that of a plugin can change under its name.
     described = "" if is_built_in(spec.model_type) else spec.family.described()
-    digest = hashlib.sha256((spec.to_json() + state_digest(state | (head or {})) + described).encode()).hexdigest()
+    digest = hashlib.sha256((spec.to_json() + state_digest(state | (trained or {})) + described).encode()).hexdigest()
     label = fm_label(name)
     notes: tuple[str, ...] = ()
     if spec.family.modality == "text" and not spec.family.packed(spec.config.get(POOLING)):
         notes += (f"FM {label}: batches keep their padding, for {spec.family.name} is not packed; runs take longer",)
     if unused := unused_settings(config):
         notes += (f"FM {label}: config.json has settings that the model makes no use of: {', '.join(unused)}",)
-    return FoundationModel(label, spec, state, processor, digest, head, provenance, notes)
+    return FoundationModel(label, spec, state, processor, digest, trained, provenance, notes)
 
 
-def without_weights(name: str, folder: Path, num_labels: int) -> FoundationModel:
+def without_weights(name: str, folder: Path, num_labels: int, head: Head = "classes") -> FoundationModel:
     """What reads rows for the checkpoint in a folder, which need not hold weights: tensors have shapes and no values.
 
     `content_hash` is empty. Raises FedbenchError for a folder that is not in transformers' format.
@@ -243,18 +247,31 @@ def without_weights(name: str, folder: Path, num_labels: int) -> FoundationModel
     import transformers
 
     try:
-        spec = _spec_of(folder, read_config(folder), num_labels)
+        spec = _spec_of(folder, read_config(folder), num_labels, head)
         config = transformers.AutoConfig.for_model(spec.model_type, **spec.config)
         with torch.device("meta"):
-            state = frozen_state(getattr(transformers, spec.family.architecture)(config))
+            model = getattr(transformers, spec.architecture)(config)
+            as_computed_here(model)
+            state = frozen_state(model)
         if spec.family.modality == "text":
             words = state[f"{spec.family.embeddings}.{spec.family.words}"]
             processor = read_tokenizer(folder, spec, len(words))
+            spec = _with_padding(spec, processor)
         else:
             processor = read_image_processor(folder / "preprocessor_config.json", spec)
     except FedbenchError as error:
         raise FedbenchError(f"FM {name!r}: {error}") from None
     return FoundationModel(fm_label(name), spec, state, processor, "", provenance={"source": "without weights"})
+
+
+def _with_padding(spec: ModelSpec, tokenizer: Any) -> ModelSpec:
+    """A decoder's specification with the padding token that it is fed, which few of their checkpoints name.
+
+    transformers' own head, in whatever is exported, goes by this number.
+    """
+    if spec.family.reads != "last":
+        return spec
+    return replace(spec, config={**spec.config, "pad_token_id": int(tokenizer.pad_token_id)})
 
 
 def own_labels(folder: Path) -> tuple[str, ...]:
@@ -275,15 +292,17 @@ _NOT_OURS = (
 """Settings of a task or of a caller, which are no part of the model."""
 
 
-def _spec_of(folder: Path, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
+def _spec_of(folder: Path, config: Mapping[str, Any], num_labels: int, head: Head) -> ModelSpec:
     try:
-        return model_spec(config["model_type"], config, num_labels)
+        spec = model_spec(config["model_type"], config, num_labels, head)
     except Exception as error:  # transformers checks settings in ways of its own, and raises as many kinds
         why = " ".join(str(error).split())
         raise FedbenchError(f"{folder / 'config.json'} cannot be a configuration: {why}") from None
+    _ = spec.architecture  # which says where there is none
+    return spec
 
 
-def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
+def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int, head: Head = "classes") -> ModelSpec:
     """The specification of a checkpoint's configuration: this task's labels, dropout off, nothing irrelevant."""
     from transformers import AutoConfig
 
@@ -297,6 +316,8 @@ def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> M
         "id2label": {str(i): f"LABEL_{i}" for i in range(num_labels)},
         "label2id": {f"LABEL_{i}": i for i in range(num_labels)},
     }
+    if head == "vocabulary":
+        labels = {}
     family = family_called(model_type)
     if kinds := getattr(full, LAYER_KINDS, None):
         kept[LAYER_KINDS] = kinds  # written out, so that a model of some of the layers keeps theirs
@@ -305,7 +326,7 @@ def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> M
     if width is None:
         width = 4 * full.hidden_size  # what transformers takes where GPT-2's configuration says nothing
     width = int(width)
-    return ModelSpec(model_type, merged, (width,) * layers)
+    return ModelSpec(model_type, merged, (width,) * layers, head=head)
 
 
 def _weights(folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -324,7 +345,7 @@ def _weights(folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str
     transformers.utils.logging.disable_progress_bar()
     try:
         with torch.random.fork_rng([]):
-            model, info = getattr(transformers, spec.family.architecture).from_pretrained(
+            model, info = getattr(transformers, spec.architecture).from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,

@@ -24,6 +24,7 @@ from fedbench.data.image_files import ImageFiles
 from fedbench.data.pixels import ImageProcessor, resize, to_pixels
 from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
+from fedbench.models.conversation import encode_language
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.spec import ModelSpec
 from fedbench.objectives.named import objective_of
@@ -186,11 +187,14 @@ CHUNK = 8192
 """Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""
 
 
-def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "classification") -> Examples:
+def encode(
+    part: Part, fm: FoundationModel, max_length: int, objective: str = "classification", answers_only: bool = True
+) -> Examples:
     """Tokenise texts for this FM, or make images ready for it, with targets as the named objective encodes them.
 
-    A row keeps at most `max_length` tokens; of a pair the longer segment is cut first. Raises FedbenchError where FM
-    and data set are of different kinds, and where a row has more tokens than the FM has positions or token types.
+    A row keeps at most `max_length` tokens; of a pair the longer segment is cut first. answers_only: of a row of
+    language with a second text, whether that alone is asked for. Raises FedbenchError where FM and data set are of
+    different kinds, and where a row has more tokens than the FM has positions or token types.
     """
     asks = objective_of(objective)
     if fm.family.modality == "image":
@@ -200,6 +204,10 @@ def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "c
         return replace(images, objective=objective)
     if part.texts is None:
         raise FedbenchError(f"FM {fm.name} reads text, the data set holds images; choose another --fm")
+    if asks.every_token and fm.spec.head == "vocabulary":
+        rows = encode_language(part, fm, max_length, asks, answers_only)
+        _check_lengths(rows.tokens or (), fm, max_length)
+        return rows
     decoder = fm.family.reads == "last"
     tokens: list[np.ndarray] = []
     segments: list[np.ndarray] | None = [] if part.text_pairs is not None and fm.family.token_types else None
@@ -210,15 +218,11 @@ def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "c
             texts[1] = [f"\n{text}" for text in texts[1]]  # decoders' tokenizers put nothing between two texts
         asked = {} if segments is None else {"return_token_type_ids": True}
         found = fm.processor(*texts, truncation="longest_first", max_length=max_length, padding=False, **asked)
-        rows = [_without_padding(row, fm.processor) for row in found["input_ids"]] if decoder else found["input_ids"]
-        tokens += [np.asarray(row, dtype=np.int32) for row in rows]
+        ids = [_without_padding(row, fm.processor) for row in found["input_ids"]] if decoder else found["input_ids"]
+        tokens += [np.asarray(row, dtype=np.int32) for row in ids]
         if segments is not None:
             segments += [np.asarray(row, dtype=np.int8) for row in found["token_type_ids"]]
-    if (longest := max(map(len, tokens), default=0)) > (room := fm.positions()):
-        raise FedbenchError(
-            f"dataset.max_length is {max_length} and a row has {longest} tokens, but FM {fm.name} has positions for "
-            f"{room}; set dataset.max_length to {room} or less"
-        )
+    _check_lengths(tokens, fm, max_length)
     if segments and (types := 1 + max(int(row.max()) for row in segments)) > fm.segments():
         raise FedbenchError(
             f"FM {fm.name}: its tokenizer gives {types} token types to pairs, the model has {fm.segments()}; they "
@@ -226,6 +230,14 @@ def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "c
         )
     labels, pad_token = asks.targets(part.labels, tokens), int(fm.processor.pad_token_id)
     return Examples(labels, tokens, None, pad_token, segments, objective=objective)
+
+
+def _check_lengths(tokens: Sequence[np.ndarray], fm: FoundationModel, max_length: int) -> None:
+    if (longest := max(map(len, tokens), default=0)) > (room := fm.positions()):
+        raise FedbenchError(
+            f"dataset.max_length is {max_length} and a row has {longest} tokens, but FM {fm.name} has positions for "
+            f"{room}; set dataset.max_length to {room} or less"
+        )
 
 
 def _without_padding(row: Sequence[int], tokenizer: Any) -> Sequence[int]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from fedbench.errors import FedbenchError
 from fedbench.models.families.family import Family
 from fedbench.models.families.known import family_called
 
 PROJECTIONS = ("query", "key", "value", "output")
 """The linear layers of an attention, in the order of `Family.attention`."""
 
+Head = Literal["classes", "vocabulary"]
+"""What a model answers with: classes of a row, or of each token the next one."""
 POOLING = "classifier_pooling"
 """The setting of how a head makes one state of a row's, in families that leave it open."""
 LAYER_KINDS = "layer_types"
@@ -32,11 +35,12 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything needed to build a classifier but its weights; survives JSON.
+    """Everything needed to build a model but its weights; survives JSON.
 
     config: a transformers configuration as a dictionary, labels and layer count included.
     ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, with
     `biases` every bias of the model itself, and adapters of `bottleneck` neurons behind each layer's attention and FFN.
+    head: what the model answers with, classes of a row or, of each token, the next one.
     """
 
     model_type: str
@@ -45,6 +49,19 @@ class ModelSpec:
     lora: LoraSpec | None = None
     biases: bool = False
     bottleneck: int | None = None
+    head: Head = "classes"
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers; FedbenchError where the family has none with such a head."""
+        if self.head == "classes":
+            return self.family.architecture
+        if self.family.language is None:
+            raise FedbenchError(
+                f"a model of type {self.model_type} predicts no next token, which the objective of language asks for; "
+                "give --fm a decoder"
+            )
+        return self.family.language
 
     @property
     def family(self) -> Family:
@@ -90,6 +107,8 @@ class ModelSpec:
             body["biases"] = True
         if self.bottleneck is not None:
             body["bottleneck"] = self.bottleneck
+        if self.head != "classes":
+            body["head"] = self.head
         return json.dumps(body, sort_keys=True)
 
     @classmethod
@@ -99,5 +118,5 @@ class ModelSpec:
         if body["lora"] is not None:
             r, alpha, dropout, layers, *rest = body["lora"]
             lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
-        more = body.get("biases", False), body.get("bottleneck")
+        more = body.get("biases", False), body.get("bottleneck"), body.get("head", "classes")
         return cls(body["type"], body["config"], tuple(body["ffn"]), lora, *more)

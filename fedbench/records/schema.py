@@ -92,6 +92,8 @@ class Score(Block):
 
     accuracy: Share | None
     macro_f1: Share | None = None
+    perplexity: Annotated[float, Field(ge=1)] | None = None  # e to the mean loss of a token, of a language objective
+    tokens: Positive | None = None  # that were asked for, of which accuracy is the share that is right
     loss: Finite | None = None  # null where it was not finite
     rows: Annotated[int, Field(ge=1, le=ROWS)]
     correct: str | None = None  # which rows were answered rightly: packed bits in base64

@@ -16,7 +16,10 @@ from fedbench.names import bad_name, nearest, plugin_name
 from fedbench.scenario.settings import leaves, mistake, parse_value
 from fedbench.scenario.tables import KEYS, Scenario, flatten
 
-_TABLES = ("title", "fm", "dataset", "public", "privacy", "federation", "evaluation", "methods", "splits", "profiles")
+_TABLES = (
+    *("title", "fm", "dataset", "public", "objective", "privacy"),
+    *("federation", "evaluation", "methods", "splits", "profiles"),
+)
 
 
 def split_names(path: Path) -> list[str]:

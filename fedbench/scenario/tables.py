@@ -235,6 +235,18 @@ class EvaluationSettings(Settings):
     batch_size: int = Field(64, ge=1)
 
 
+class ObjectiveSettings(Settings):
+    """What is asked of a row where that is not its class: `kind` language, which token comes next.
+
+    loss_on: of a row with a second text, its answer alone, or all of it. normalised: whether in training rows count
+    alike ("row") or the tokens of a batch do ("batch").
+    """
+
+    kind: Literal["language"]
+    loss_on: Literal["answers", "all"] = "answers"
+    normalised: Literal["row", "batch"] = "row"
+
+
 class PrivacySettings(Settings):
     """Differential privacy of a client's rows as a whole (DP-FedAvg, McMahan et al. 2018), over any method of sums.
 
@@ -259,6 +271,7 @@ class Scenario(Settings):
     evaluation: EvaluationSettings
     fm: str = Field(min_length=1)
     public: PublicSettings | None = None
+    objective: ObjectiveSettings | None = None
     privacy: PrivacySettings | None = None
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -275,7 +288,7 @@ class Scenario(Settings):
         Of rows of the user's own their content enters the key by its hash, and not where they lie.
         """
         # What older keys know nothing of stays out where it is not set.
-        unset = {"privacy"} if self.privacy is None else set()
+        unset = {name for name in ("privacy", "objective") if getattr(self, name) is None}
         out = self.model_dump(mode="json", exclude={"title", "methods", *unset})
         if self.dataset.kind is not None:
             places = ("train", "test", *(["validation"] if isinstance(self.dataset.validation, str) else []))
@@ -313,6 +326,7 @@ KEYS: tuple[str, ...] = (
             ("federation", Federation),
             ("evaluation", EvaluationSettings),
             ("public", PublicSettings),
+            ("objective", ObjectiveSettings),
             ("privacy", PrivacySettings),
         )
         for name in kind.model_fields

@@ -111,7 +111,7 @@ def execute(task: LocalTask, execution: Execution) -> LocalResult:
         values = list(parameters.values())
         optimiser = made(task.optimiser, values)
         losses, row_losses = [], task.row_losses
-        padded = task.observe_padding or task.objective.every_token
+        padded = task.observe_padding or task.objective.padded
         sums = {n: torch.zeros_like(p) for n, p in parameters.items()} if task.mean_gradient else {}
         slopes: list[Tensor] = []
 

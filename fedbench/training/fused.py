@@ -97,7 +97,7 @@ def clients_per_pass(tasks: Sequence[LocalTask], execution: Execution) -> int:
     to keep 3.1 to 3.5, in fp32 and in bf16, whose casts are kept as well.
     """
     module, data, device = tasks[0].frozen.module, tasks[0].data, execution.device
-    packed = Forward(module, execution.packed).packed and not tasks[0].objective.every_token
+    packed = Forward(module, execution.packed).packed and not tasks[0].objective.padded
 
     def tokens(task: LocalTask, rows: np.ndarray) -> int:
         lengths = task.data.lengths[rows]
@@ -225,7 +225,7 @@ class _Step:
     def losses(self, tasks: Sequence[LocalTask], outputs: Tensor) -> Tensor:
         """The mean loss of each client's rows, [k]."""
         outputs, targets = self.rows(outputs.float()), self.rows(self.batch.labels)
-        if all(task.loss == tasks[0].loss for task in tasks):
+        if tasks[0].objective.row_by_row and all(task.loss == tasks[0].loss for task in tasks):
             each = tasks[0].row_losses(outputs, targets)
         else:
             shares = zip(tasks, outputs.split(self.counts), targets.split(self.counts), strict=True)
@@ -352,7 +352,7 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
     fixed = held.views(held.stack([task.fixed for task in tasks])) if held else {}
     under_way = _Pass(matrix.views(values) | fixed)
     sums = torch.zeros_like(values) if any(task.mean_gradient for task in tasks) else None
-    padded = tasks[0].objective.every_token
+    padded = tasks[0].objective.padded
     curve: list[Tensor] = []
     k = 0
     with (

@@ -24,12 +24,13 @@ class Family:
 
     ffn_gate: the linear layer whose activation is multiplied with the output of ffn_in (GLU variants, Shazeer 2020);
     the same path as ffn_in where one layer holds both, the gate's rows first. None for a plain FFN. reads: which token
-    of a row the head reads: "last" in decoders, where no other token has seen the whole row. rotary: whether positions
-    are turned into the attention, so that the model has no table of them. beside: modules of embeddings outside of
-    `embeddings`. packs: whether packed batches are computed; others are fed padded. transposed: whether checkpoints
-    keep linear layers transposed (transformers' `Conv1D`); they are straightened when read. padding_token: the number
-    of the padding token where the model has it built in. computes: settings among those of
-    `fedbench.models.families.refused.NOT_COMPUTED` that this family's class does compute.
+    of a row the head reads: "last" in decoders, where no other token has seen the whole row. language: the class of
+    transformers that predicts the next token, in decoders. rotary: whether positions are turned into the attention, so
+    that the model has no table of them. beside: modules of embeddings outside of `embeddings`. packs: whether packed
+    batches are computed; others are fed padded. transposed: whether checkpoints keep linear layers transposed
+    (transformers' `Conv1D`); they are straightened when read. padding_token: the number of the padding token where the
+    model has it built in. computes: settings among those of `fedbench.models.families.refused.NOT_COMPUTED` that this
+    family's class does compute.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Family:
     ffn_gate: str | None = field(default=None, repr=False)
     reads: Literal["first", "last"] = field(default="first", repr=False)
     rotary: bool = field(default=False, repr=False)
+    language: str | None = field(default=None, repr=False)
     beside: tuple[str, ...] = field(default=(), repr=False)
     packs: bool = field(default=True, repr=False)
     transposed: bool = field(default=False, repr=False)

@@ -26,5 +26,6 @@ GPT2 = Family(
     left_over=(".attn.bias", ".attn.masked_bias"),
     beside=("transformer.wpe",),
     reads="last",
+    language="GPT2LMHeadModel",
     transposed=True,
 )

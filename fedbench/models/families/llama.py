@@ -24,6 +24,7 @@ LLAMA = Family(
     words="weight",
     left_over=("rotary_emb.inv_freq",),
     reads="last",
+    language="LlamaForCausalLM",
     rotary=True,
     computes=("rope_theta", "rope_scaling", "rope_parameters"),
 )

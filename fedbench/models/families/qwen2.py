@@ -11,5 +11,6 @@ QWEN2: Family = replace(
     LLAMA,
     name="qwen2",
     architecture="Qwen2ForSequenceClassification",
+    language="Qwen2ForCausalLM",
     computes=(*LLAMA.computes, "sliding_window"),
 )

@@ -11,5 +11,6 @@ QWEN3: Family = replace(
     LLAMA,
     name="qwen3",
     architecture="Qwen3ForSequenceClassification",
+    language="Qwen3ForCausalLM",
     computes=(*LLAMA.computes, "sliding_window"),
 )

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 FMS: dict[str, str] = {
     "minilm-l6": "all-MiniLM-L6-v2, BERT of 6 layers, width 384 (embedded: extra 'bundled')",
     "vit-digits": "ViT of 6 layers, width 64, pre-trained here on 5,000 MNIST images (embedded: extra 'bundled')",
+    "tiny-llama": "LLaMA of 6 layers, width 160, pre-trained here on Python's documentation (embedded)",
     "mpnet-base": "all-mpnet-base-v2, MPNet of 12 layers, width 768 (`fedbench fetch mpnet-base`)",
     "smollm2-135m": "SmolLM2-135M-Instruct in 4 bits, written out: LLaMA, 30 layers, width 576 (`fedbench fetch`)",
     "bert-base": "google-bert/bert-base-uncased, 12 layers, width 768 (hub, hub cache or --fm PATH)",

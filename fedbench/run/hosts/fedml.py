@@ -37,7 +37,7 @@ from fedbench.run.hosts.hub import Hub
 from fedbench.run.hosts.make import make_clients, make_server
 from fedbench.run.hosts.side import Host, ServerSide
 from fedbench.run.hosts.silo import Memory, Silo, silo_of
-from fedbench.run.prepare import Prepared
+from fedbench.run.prepare import Prepared, head_for
 from fedbench.run.request import RunRequest
 
 SILOS = 2
@@ -255,7 +255,7 @@ def _station(
 ) -> _Station:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
     hub = line.hub()
-    fm = load_fm(brief.scenario.fm, len(class_names), brief.cache, class_names)
+    fm = load_fm(brief.scenario.fm, len(class_names), brief.cache, class_names, head_for(brief.scenario.objective))
     return _Station(make_server(brief, method.load(), fm, public, rows, label_counts, bytes_only=True), hub)
 
 
