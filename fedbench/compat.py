@@ -79,6 +79,11 @@ def set_attention(config: Any, name: str) -> None:
     config._attn_implementation = name
 
 
+def has_fused_attention(kind: type[nn.Module]) -> bool:
+    """Whether a model class of transformers takes its attention from the registry, torch's fused kernel among it."""
+    return bool(getattr(kind, "_supports_sdpa", False))
+
+
 def without_initial_values() -> AbstractContextManager[None]:
     """Inside the block models are built without drawing the initial values of their parameters."""
     from transformers.initialization import no_init_weights

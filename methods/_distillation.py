@@ -60,17 +60,20 @@ class ProxyServer(AdapterServer):
         return self.distilled
 
 
-def saliency(w_in: Tensor, w_out: Tensor) -> Tensor:
+def saliency(w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None) -> Tensor:
     """Saliency of each FFN neuron, [d_ff]: the L2 norm of its input and output weights, biases excluded.
 
-    w_in: [d_ff, d], w_out: [d, d_ff] (FedPFT, section 3.2).
+    w_in: [d_ff, d], w_out: [d, d_ff] (FedPFT, section 3.2); w_gate: [d_ff, d] of a gated FFN, which counts as input.
     """
-    return (w_in.double().square().sum(1) + w_out.double().square().sum(0)).sqrt()
+    squares = w_in.double().square().sum(1) + w_out.double().square().sum(0)
+    if w_gate is not None:
+        squares += w_gate.double().square().sum(1)
+    return squares.sqrt()
 
 
-def most_salient(w_in: Tensor, w_out: Tensor, keep: int) -> Tensor:
+def most_salient(w_in: Tensor, w_out: Tensor, keep: int, w_gate: Tensor | None = None) -> Tensor:
     """Indices of the `keep` most salient neurons in their original order; of equals, the earlier one stays."""
-    order = torch.sort(saliency(w_in, w_out), descending=True, stable=True).indices
+    order = torch.sort(saliency(w_in, w_out, w_gate), descending=True, stable=True).indices
     return order[:keep].sort().values
 
 

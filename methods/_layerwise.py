@@ -20,6 +20,7 @@ from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
 from fedbench.forward.feed import Forward, forward
 from fedbench.machine.device import Execution
+from fedbench.machine.memory import give_back
 from fedbench.machine.workers import one_thread, team
 from fedbench.models.parts import Parts
 
@@ -39,8 +40,9 @@ def hidden_loss(teacher: Tensor, student: Tensor, mask: Tensor | None) -> Tensor
 
 
 def ffn_product(parts: Parts, layer: int) -> Tensor:
-    """W2 · W1 of a layer's FFN, [d, d]: the linear part of what the FFN does."""
-    return parts.ffn_out(layer).weight @ parts.ffn_in(layer).weight
+    """W2 · W1 of a layer's FFN, [d, d]: the linear part of what the FFN does; of a gated one, down · up."""
+    up, down, _ = parts.ffn_weights(layer)
+    return down @ up
 
 
 def weight_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -156,6 +158,7 @@ def distil(
         for p in chosen.values():
             p.requires_grad_(False)
             p.grad = None
+        give_back()
     return residuals
 
 

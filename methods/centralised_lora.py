@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedbench.methods.fedavg_lora import LoraMethod
 from fedbench.scenario.tables import Federation, SplitSettings
@@ -17,6 +17,7 @@ class CentralisedLora(LoraMethod):
 
     name: ClassVar[str] = "centralised-lora"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     def plan(self, split: SplitSettings, federation: Federation, rows: int) -> tuple[SplitSettings, Federation]:
         clients = split.clients

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.local import AdamW, LocalResult, LocalTask
+from fedbench.api.local import AdamW, LocalResult, LocalTask, Trainer
 from fedbench.api.messages import ClientId, Kind, Message, State, TensorSpec
 from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
@@ -35,6 +35,15 @@ def weighted_mean(values: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
     }
 
 
+FIXED = "fixed."
+"""How the names of fixed tunables begin in a set-up message, and in a client's state."""
+
+MEMORY = "memory."
+"""The same of what a subclass keeps in `memory`."""
+
+Memory = dict[str, dict[str, Tensor]]
+"""What a side of a subclass's own keeps between rounds: some tensors by name, under a name without dots."""
+
 MOST = {"num_examples": 2**31 - 1, "tokens": 2**53}
 """What no client can have more of. The harness knows better for each client (`fedbench.api.sides.Server.accept`)."""
 
@@ -45,6 +54,22 @@ def count(message: Message, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST[name]:
         raise MessageError(f"{message.kind}: {name} is not a whole number from 1 to {MOST[name]}")
     return value
+
+
+def flat(memory: Memory) -> dict[str, Tensor]:
+    """Memory as tensors of a state."""
+    return {f"{MEMORY}{own}.{name}": tensor for own, each in memory.items() for name, tensor in each.items()}
+
+
+def remembered(state: State) -> tuple[Memory, State]:
+    """The memory in a state, in tensors of its own, and the state without it."""
+    memory: Memory = {}
+    for name, tensor in state.tensors.items():
+        if name.startswith(MEMORY):
+            own, _, inner = name.removeprefix(MEMORY).partition(".")
+            memory.setdefault(own, {})[inner] = tensor.clone()
+    rest = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(MEMORY)}
+    return memory, State(rest, state.values)
 
 
 class TuningMethod(Method):
@@ -58,6 +83,15 @@ class TuningMethod(Method):
     lr_decay: Literal["linear", "none"] = "linear"
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
+
+    def weight(self, rows: int) -> int:
+        """What the upload of a client of so many rows counts in a mean (FedAvg)."""
+        return rows
+
+    def trainer(self, lr: float) -> Trainer:
+        """How clients step at the round's learning rate."""
+        return AdamW(lr=lr, weight_decay=self.weight_decay)
 
     def learning_rate(self, round: int, rounds: int) -> float:
         """The learning rate of `round` (from 0) of `rounds`."""
@@ -65,8 +99,12 @@ class TuningMethod(Method):
 
     @property
     def lora(self) -> LoraSpec | None:
-        """Adapters on the attention projections of every layer; None tunes the head alone."""
+        """Adapters on the attention projections of every layer; None for none."""
         return None
+
+    def tuned(self, spec: ModelSpec) -> ModelSpec:
+        """The FM's specification with what is tuned beside the head."""
+        return spec.with_lora(self.lora)
 
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
         return AdapterServer(self, fm, ctx)
@@ -96,25 +134,30 @@ class FedAvgLora(LoraMethod):
 
     name: ClassVar[str] = "fedavg-lora"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
 
 class AdapterServer(Server):
     """Ships a model once per client and tunables every round; aggregates by sample count.
 
-    Subclasses replace `model`, what clients train, and say where its tunables belong in the FM.
+    Subclasses replace `model`, what clients train, and say where its tunables belong in the FM. `values` are the
+    tunables that cross in every round, `fixed` those that are sent along with the model, once. Tensors that a subclass
+    puts into `memory` are part of its state.
     """
 
     setup: Kind = "fm"
 
     def __init__(self, method: TuningMethod, fm: FoundationModel, ctx: ServerContext) -> None:
         self.method, self.ctx = method, ctx
-        self.full = fm.build(method.lora, ctx.device)
+        self.spec: ModelSpec = method.tuned(fm.spec)
+        self.full = fm.tuned(self.spec, ctx.device)
         # Untuned places of the FM hold the initial adapter (B = 0), which changes nothing.
         self.initial = initial_tunables(self.full, ctx.streams)
         set_tensors(self.full, self.initial)
-        self.spec: ModelSpec = fm.spec.with_lora(method.lora)
         self.model: nn.Module = self.full
         self.values: dict[str, Tensor] = dict(self.initial)
+        self.fixed: dict[str, Tensor] = {}
+        self.memory: Memory = {}
         self.held: dict[ClientId, int] = {}
         self.version = 0
 
@@ -126,25 +169,36 @@ class AdapterServer(Server):
         """What a client that holds `version` of the model lacks; only methods that change the model answer."""
         raise NotImplementedError(f"{self.method.name} changed its model but cannot say how")
 
+    def whole(self) -> tuple[Message, int]:
+        """What a client is sent that holds nothing yet, and which version of the model that is."""
+        tensors = frozen_state(self.model) | {f"{FIXED}{name}": value for name, value in self.fixed.items()}
+        return Message(self.setup, tensors, {"spec": self.spec.to_json()}), self.version
+
+    def adapters(self, round: int, cohort: Sequence[ClientId]) -> Mapping[ClientId, Message]:
+        """The adapter each of these clients is sent; those who are sent the same share one message."""
+        return dict.fromkeys(cohort, Message("adapter", self.values, self.adapter_meta(round)))
+
     def broadcast(self, round: int, cohort: Sequence[ClientId]) -> Mapping[ClientId, Sequence[Message]]:
-        adapter = Message("adapter", self.values, self.adapter_meta(round))
-        whole: Message | None = None
+        adapters = self.adapters(round, cohort)
+        whole: tuple[Message, int] | None = None
         updates: dict[int, Message] = {}
         outbox: dict[ClientId, list[Message]] = {}
         for client in cohort:
-            outbox[client] = [adapter]
+            outbox[client] = []
             held = self.held.get(client)
             if held is None:
-                whole = whole or Message(self.setup, frozen_state(self.model), {"spec": self.spec.to_json()})
-                outbox[client].insert(0, whole)
-            elif held < self.version:
+                whole = whole or self.whole()
+                outbox[client].append(whole[0])
+                held = whole[1]
+            if held < self.version:
                 if held not in updates:
                     updates[held] = self.update_since(held)
-                outbox[client].insert(0, updates[held])
+                outbox[client].append(updates[held])
+            outbox[client].append(adapters[client])
             self.held[client] = self.version
         return outbox
 
-    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
+    def expected(self, round: int, client: ClientId) -> Mapping[str, Mapping[str, TensorSpec]]:
         return {"adapter": {name: TensorSpec.of(tensor) for name, tensor in self.values.items()}}
 
     def accept(self, round: int, messages: Sequence[Message]) -> None:
@@ -167,21 +221,27 @@ class AdapterServer(Server):
 
     def state(self) -> State:
         held = {str(client): version for client, version in self.held.items()}
-        return State(dict(self.values), {"held": held, "version": self.version})
+        return State({**self.values, **flat(self.memory)}, {"held": held, "version": self.version})
 
     def restore(self, state: State) -> None:
+        self.memory, _ = remembered(state)
         self.values = {name: state.tensors[name] for name in self.values}
         self.held = {int(client): version for client, version in state.values["held"].items()}
         self.version = state.values["version"]
 
 
 class AdapterClient(Client):
-    """Keeps the model it was sent, trains the tunables it is sent each round, and sends them back."""
+    """Keeps the model it was sent, trains the tunables it is sent each round, and sends them back.
+
+    Tensors that a subclass puts into `memory` are part of its state.
+    """
 
     def __init__(self, method: TuningMethod, ctx: ClientContext) -> None:
         self.method, self.ctx = method, ctx
         self.spec: ModelSpec | None = None
         self.frozen: dict[str, Tensor] = {}
+        self.fixed: dict[str, Tensor] = {}
+        self.memory: Memory = {}
         self.rows = 0
 
     def receive(self, message: Message) -> None:
@@ -189,7 +249,12 @@ class AdapterClient(Client):
         if message.kind not in ("fm", "sub_fm"):
             raise ValueError(f"a client of {self.method.name} cannot read a message of kind {message.kind!r}")
         self.spec = ModelSpec.from_json(str(message.meta["spec"]))
-        self.frozen = self.ctx.modules.intern(message.tensors)
+        self._hold(message.tensors)
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        kept = self.ctx.modules.intern(tensors)
+        self.fixed = {n.removeprefix(FIXED): t for n, t in kept.items() if n.startswith(FIXED)}
+        self.frozen = {n: t for n, t in kept.items() if not n.startswith(FIXED)}
 
     def task(self, round: int, inbox: Sequence[Message], data: Examples) -> LocalTask:
         adapter: Message | None = None
@@ -206,18 +271,21 @@ class AdapterClient(Client):
             tunables=adapter.tensors,
             data=data,
             batches=self.ctx.batches(round, len(data)),
-            optimiser=AdamW(lr=float(adapter.meta["lr"]), weight_decay=self.method.weight_decay),
+            optimiser=self.method.trainer(float(adapter.meta["lr"])),
             clip_norm=self.method.clip_norm,
+            fixed=self.fixed,
             seed=self.ctx.seed(round),
         )
 
     def upload(self, round: int, result: LocalResult) -> Sequence[Message]:
-        return [Message("adapter", result.tunables, {"num_examples": self.rows})]
+        return [Message("adapter", result.tunables, {"num_examples": self.method.weight(self.rows)})]
 
     def state(self) -> State:
-        return State(self.frozen, {"spec": self.spec.to_json() if self.spec else None})
+        fixed = {f"{FIXED}{name}": value for name, value in self.fixed.items()}
+        return State(self.frozen | fixed | flat(self.memory), {"spec": self.spec.to_json() if self.spec else None})
 
     def restore(self, state: State) -> None:
+        self.memory, state = remembered(state)
         if state.values["spec"]:
             self.spec = ModelSpec.from_json(state.values["spec"])
-            self.frozen = self.ctx.modules.intern(state.tensors)
+            self._hold(state.tensors)

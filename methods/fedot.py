@@ -36,6 +36,7 @@ class FedOT(LoraMethod):
 
     name: ClassVar[str] = "fedot"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     front: int = Field(1, ge=1)
     emulator: Annotated[int, Field(ge=1)] | Literal["fedpft"] | None = None
@@ -100,8 +101,9 @@ class FedOTServer(ProxyServer):
         held = {n: adapters + sum(bare[i] for i in uniform(middle, n)) for n in range(1, len(middle) + 1)}
         widths = FedPFT().widths(fm.spec.ffn_widths)
         # A neuron is a row of W1 with its bias, and a column of W2.
+        numbers = {name: tensor.numel() for name, tensor in frozen_state(self.full).items()}
         target = sum(whole) - sum(
-            (full - kept) * (2 * parts.ffn_in(i).in_features + 1)
+            (full - kept) * sum(numbers[slices.name] for slices in parts.neurons(i).values()) // full
             for i, (full, kept) in enumerate(zip(fm.spec.ffn_widths, widths, strict=True))
         )
         keep = min(held, key=lambda n: abs(held[n] - target))

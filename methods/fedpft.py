@@ -25,7 +25,7 @@ from fedbench.methods._layerwise import LayerLoss, Schedule, distil, ffn_product
 from fedbench.methods.fedavg_lora import AdapterClient, LoraMethod, count
 from fedbench.models.build import build
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.parts import Parts
+from fedbench.models.parts import NeuronSlices, Parts
 from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import frozen_state, load_frozen, set_tensors, tunable_names
 
@@ -45,6 +45,7 @@ class FedPFT(LoraMethod):
 
     name: ClassVar[str] = "fedpft"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     r: int | None = Field(None, ge=1)
     layers_retained: tuple[int, ...] | None = None
@@ -88,14 +89,12 @@ class FedPFT(LoraMethod):
         return FedPFTClient(self, ctx)
 
 
-def neuron_names(parts: Parts, layer: int) -> dict[str, tuple[str, int]]:
-    """role -> (name, dimension of the neurons) of the tensors of a layer's FFN that have one slice a neuron."""
-    up, down = parts.ffn_in_path(layer), parts.ffn_out_path(layer)
-    return {"w_in": (f"{up}.weight", 0), "b_in": (f"{up}.bias", 0), "w_out": (f"{down}.weight", 1)}
-
-
 def zeros(rule: ZeroRule, eps: float) -> Statistic:
-    """The statistic that counts zeros of each neuron: activations [N, d_ff] -> counts [d_ff], int64."""
+    """The statistic that counts zeros of each neuron: activations [N, d_ff] -> counts [d_ff], int64.
+
+    Of a gated FFN the activations are activation(gate) · |up|: "non-positive" counts shut gates, the other rules go by
+    the size of what the neuron gives.
+    """
     tests = {
         "non-positive": lambda a: a <= 0,
         "exact-zero": lambda a: a == 0,
@@ -120,10 +119,10 @@ class FedPFTServer(ProxyServer):
         self.fm_parts = Parts(self.full)
         widths, retained = method.widths(fm.spec.ffn_widths), method.retained(self.fm_parts.count)
         self.compressed = [i for i in range(self.fm_parts.count) if i not in retained]
-        self.kept = {
-            i: most_salient(self.fm_parts.ffn_in(i).weight, self.fm_parts.ffn_out(i).weight, widths[i])
-            for i in self.compressed
-        }
+        self.kept = {}
+        for i in self.compressed:
+            up, down, gate = self.fm_parts.ffn_weights(i)
+            self.kept[i] = most_salient(up, down, widths[i], gate)
         self.spec = self.spec.with_ffn_widths(widths).with_lora(self.client_lora(fm))
         self.model = build(self.spec).to(ctx.device)
         self.parts = Parts(self.model)
@@ -153,15 +152,17 @@ class FedPFTServer(ProxyServer):
         return self.compressed
 
     def _shared_names(self, layer: int) -> list[str]:
-        """The output bias and, in text models, the LayerNorm behind the FFN: updated as a whole."""
-        norm = self.parts.ffn_norm_path(layer)
-        return [f"{self.parts.ffn_out_path(layer)}.bias"] + ([f"{norm}.weight", f"{norm}.bias"] if norm else [])
+        """The output bias and, in post-norm models, the norm behind the FFN, where there are any; updated whole."""
+        modules = [self.parts.ffn_out_path(layer), self.parts.ffn_norm_path(layer)]
+        found = [f"{path}.{name}" for path in modules if path for name in ("weight", "bias")]
+        known = dict(self.model.named_parameters())
+        return [name for name in found if name in known and name != f"{modules[0]}.weight"]
 
     def _trainable(self, layers: Sequence[int]) -> list[str]:
         return [
             name
             for i in layers
-            for name in [n for n, _ in neuron_names(self.parts, i).values()] + self._shared_names(i)
+            for name in [slices.name for slices in self.parts.neurons(i).values()] + self._shared_names(i)
         ]
 
     def product(self, layer: int) -> Tensor:
@@ -210,8 +211,8 @@ class FedPFTServer(ProxyServer):
         layers = ",".join(map(str, self.aligned)) if self.aligns(round) else ""
         return super().adapter_meta(round) | {"count_zeros": layers}
 
-    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
-        expected = dict(super().expected(round))
+    def expected(self, round: int, client: ClientId) -> Mapping[str, Mapping[str, TensorSpec]]:
+        expected = dict(super().expected(round, client))
         if self.aligns(round):
             expected["statistics"] = {
                 f"zeros.{i}": TensorSpec((self.spec.ffn_widths[i],), torch.int64) for i in self.aligned
@@ -264,7 +265,7 @@ class FedPFTServer(ProxyServer):
         for i in self.aligned:
             chosen = self.neurons(round, i)
             self.changed[i][chosen] = self.version
-            rows |= {name: (dim, chosen) for name, dim in neuron_names(self.parts, i).values()}
+            rows |= {s.name: (s.dim, s.index(chosen, self.spec.ffn_widths[i])) for s in self.parts.neurons(i).values()}
         distil(
             self.teacher(),
             self.student(),
@@ -285,10 +286,11 @@ class FedPFTServer(ProxyServer):
         for i in self.aligned:
             index = (self.changed[i] > version).nonzero().squeeze(1)
             tensors[f"{i}.index"] = index.to(torch.int32)
-            for role, (name, dim) in neuron_names(self.parts, i).items():
-                tensors[f"{i}.{role}"] = state[name].cpu().index_select(dim, index)
+            for role, slices in self.parts.neurons(i).items():
+                places = slices.index(index, self.spec.ffn_widths[i])
+                tensors[f"{i}.{role}"] = state[slices.name].cpu().index_select(slices.dim, places)
             tensors |= {f"{i}.whole.{name}": state[name] for name in self._shared_names(i)}
-        names = {f"{i}.{role}": name for i in self.aligned for role, (name, _) in neuron_names(self.parts, i).items()}
+        names = {f"{i}.{role}": slices.name for i in self.aligned for role, slices in self.parts.neurons(i).items()}
         return Message("alignment", tensors, names)
 
     def fm_names(self) -> Mapping[str, str]:
@@ -296,9 +298,9 @@ class FedPFTServer(ProxyServer):
 
     def fm_sources(self) -> Mapping[str, Source]:
         return {
-            name: Source(name, dim, self.kept[i])
-            for i in self.compressed
-            for name, dim in neuron_names(self.fm_parts, i).values()
+            slices.name: Source(slices.name, slices.dim, slices.index(self.kept[i], fm_width))
+            for i, fm_width in ((i, self.fm_parts.ffn_out(i).in_features) for i in self.compressed)
+            for slices in self.fm_parts.neurons(i).values()
         }
 
     def state(self) -> State:
@@ -338,9 +340,13 @@ class FedPFTClient(AdapterClient):
             if role.startswith("whole."):
                 patched[role.removeprefix("whole.")] = value
             elif role != "index":
-                target = str(message.meta[name])
-                index = message.tensors[f"{layer}.index"].long()
-                patched[target] = patched[target].index_copy(1 if role == "w_out" else 0, index, value)
+                target, dim = str(message.meta[name]), 1 if role == "w_out" else 0
+                before, index = patched[target], message.tensors[f"{layer}.index"].long()
+                if len(index):
+                    # One layer may hold gate and up: then each neuron has two slices.
+                    slices = NeuronSlices(target, dim, value.shape[dim] // len(index))
+                    before = before.index_copy(dim, slices.index(index, before.shape[dim] // slices.times), value)
+                patched[target] = before
         self.frozen = self.ctx.modules.intern(patched)
 
     def task(self, round: int, inbox: Sequence[Message], data: Examples) -> LocalTask:

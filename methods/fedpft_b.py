@@ -12,5 +12,6 @@ class FedPFTB(FedPFT):
 
     name: ClassVar[str] = "fedpft-b"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     t: Literal[0] = 0

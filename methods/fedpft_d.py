@@ -12,5 +12,6 @@ class FedPFTD(FedPFT):
 
     name: ClassVar[str] = "fedpft-d"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     distil_steps: Literal[0] = 0

@@ -12,6 +12,7 @@ class FedPFTN(FedPFT):
 
     name: ClassVar[str] = "fedpft-n"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     distil_steps: Literal[0] = 0
     t: Literal[0] = 0

@@ -39,6 +39,7 @@ class FedPFTOfficial(FedPFT):
 
     name: ClassVar[str] = "fedpft-official"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "each"
 
     detached_regulariser: bool = True
     zero_rule: ZeroRule = "exact-zero"

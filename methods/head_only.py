@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedbench.methods.fedavg_lora import TuningMethod
 
@@ -12,3 +12,4 @@ class HeadOnly(TuningMethod):
 
     name: ClassVar[str] = "head-only"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -22,9 +22,10 @@ class ZeroShot(Method):
 
     name: ClassVar[str] = "zero-shot"
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     def unavailable(self, fm: FoundationModel) -> str | None:
-        return None if fm.trained_head else f"{fm.name} has no head trained for this task"
+        return None if fm.trained_head is not None else f"{fm.name} has no head trained for this task"
 
     def plan(self, split: SplitSettings, federation: Federation, rows: int) -> tuple[SplitSettings, Federation]:
         return split, federation.model_copy(update={"rounds": 0})

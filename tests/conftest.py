@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 FOLDERS = ("unit", "contract", "golden", "benchmarks", "gpu")
-ON_REQUEST = ("slow", "benchmarks")
+ON_REQUEST = ("slow", "benchmarks", "fedml")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,15 @@ WORDS = [
 ]
 
 
-def save_tiny_bert(folder: Path, layers: int = 3, hidden: int = 16, ffn: int = 24, seed: int = 0) -> Path:
+def save_tiny_bert(
+    folder: Path, layers: int = 3, hidden: int = 16, ffn: int = 24, seed: int = 0, first: Sequence[str] = ()
+) -> Path:
     """A random BERT of a few thousand parameters with a WordPiece tokenizer, in the format of a real checkpoint."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
+    vocabulary = [*first, "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
     vocabulary = list(dict.fromkeys(vocabulary))
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     config = BertConfig(
@@ -101,6 +104,37 @@ def save_tiny_bert(folder: Path, layers: int = 3, hidden: int = 16, ffn: int = 2
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 
 
+SPECIAL = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+DECODERS = ("gpt2", "llama", "qwen2", "qwen3")
+
+
+def save_tiny_decoder(family: str, folder: Path, **changes: Any) -> None:
+    """A random decoder with a head for its vocabulary, as they are published, and a tokenizer of bytes."""
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer
+
+    words = ByteLevelBPETokenizer()
+    words.train_from_iterator([" ".join(WORDS)] * 3, vocab_size=300, special_tokens=["<|endoftext|>"])
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    common = {**ends, "vocab_size": words.get_vocab_size(), "initializer_range": 0.2}
+    rotary = {**SMALL, **common, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    config: Any = {
+        "gpt2": lambda: transformers.GPT2Config(
+            **(common | {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_inner": 24, "n_positions": 64} | changes)
+        ),
+        "llama": lambda: transformers.LlamaConfig(**(rotary | changes)),
+        "qwen2": lambda: transformers.Qwen2Config(
+            **(rotary | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2} | changes)
+        ),
+        "qwen3": lambda: transformers.Qwen3Config(**(rotary | {"head_dim": 12} | changes)),
+    }[family]()
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words.save_model(str(folder))
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(str(folder))
+    tokenizer.save_pretrained(folder)
+
+
 def save_tiny(family: str, folder: Path) -> Path:
     """A random checkpoint of the family, with tokenizer or image settings."""
     import transformers
@@ -118,13 +152,27 @@ def save_tiny(family: str, folder: Path) -> Path:
             **sizes, vocab_size=200, max_position_embeddings=64, sinusoidal_pos_embds=True, initializer_range=0.2
         )
         transformers.DistilBertForSequenceClassification(distilbert).save_pretrained(folder)
+    elif family == "electra":  # embeddings narrower than the layers, as in the published ones
+        electra = transformers.ElectraConfig(**SMALL, embedding_size=8, vocab_size=200, initializer_range=0.2)
+        transformers.ElectraForSequenceClassification(electra).save_pretrained(folder)
+    elif family == "mpnet":
+        mpnet = transformers.MPNetConfig(**SMALL, vocab_size=200, max_position_embeddings=66, initializer_range=0.2)
+        transformers.MPNetForMaskedLM(mpnet).save_pretrained(folder)
+    elif family == "modernbert":
+        modernbert = transformers.ModernBertConfig(
+            **SMALL, **SPECIAL, vocab_size=200, max_position_embeddings=64, initializer_range=0.2, local_attention=6
+        )
+        transformers.ModernBertForMaskedLM(modernbert).save_pretrained(folder)
+    elif family in DECODERS:
+        save_tiny_decoder(family, folder)
+        return folder
     else:
         # The padding token of the tokenizer below: positions are counted from it.
         sizes = {**SMALL, "max_position_embeddings": 66, "pad_token_id": 0}
         roberta = transformers.RobertaConfig(**sizes, vocab_size=200, initializer_range=0.2)
         transformers.RobertaForSequenceClassification(roberta).save_pretrained(folder)
     if family != "vit":
-        save_tiny_bert(folder / "t")  # any tokenizer will do
+        save_tiny_bert(folder / "t", first=(["<s>"] if family == "mpnet" else []))  # any tokenizer will do
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (folder / "t" / file).rename(folder / file)
     return folder
@@ -180,7 +228,7 @@ def layer_outputs(model: nn.Module, batch: Batch, packed: bool = True) -> tuple[
 def context(cache: Path, rounds: int = 4, evaluate_every: int = 1) -> ServerContext:
     """A server's context: 4 clients of which half are sampled, batches of 4."""
     federation = Federation(fraction=0.5, rounds=rounds, batch_size=4)
-    return ServerContext(Streams(0, "unit"), federation, Execution(), cache, evaluate_every)
+    return ServerContext(Streams(0, "unit"), federation, Execution(), cache, evaluate_every, clients=4)
 
 
 def smoke_request(folder: Path, method: str, scenario: str, fm: Path, **settings: str) -> RunRequest:

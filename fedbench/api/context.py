@@ -22,7 +22,7 @@ from fedbench.scenario.tables import Federation
 class ServerContext:
     """The server's view: streams, federation settings, how to compute, and a folder for what may be reused.
 
-    evaluate_every: rounds between evaluations, as the scenario sets them.
+    evaluate_every: rounds between evaluations, as the scenario sets them. clients: how many there are in all.
     """
 
     streams: Streams
@@ -30,6 +30,7 @@ class ServerContext:
     execution: Execution
     cache: Path
     evaluate_every: int
+    clients: int
 
     @property
     def device(self) -> torch.device:

@@ -104,6 +104,20 @@ Statistic = Callable[[Tensor], Tensor]
 """Maps activations [N, d] of N real tokens to a sum over them, [d]."""
 
 
+@dataclass(frozen=True, slots=True)
+class ZerothOrder:
+    """Gradients estimated from losses, without a backward pass: (L(w + scale z) - L(w - scale z)) / (2 scale) · z.
+
+    The estimate of a step is the mean over its directions z (`fedbench.api.directions`), and takes the gradient's place
+    in the trainer's step (MeZO, Malladi et al. 2023; DeComFL, Li et al. 2025).
+
+    seeds: those of the directions of each step, an equal number for each. scale: how far along a direction to look.
+    """
+
+    seeds: Sequence[Sequence[int]]
+    scale: float = 1e-3
+
+
 @dataclass(slots=True)
 class LocalTask:
     """One client's local training, declared.
@@ -125,6 +139,12 @@ class LocalTask:
         rank_mask: multiplied into gradient and value of each named tunable (adapters of mixed ranks).
         observers: module path -> statistic of that module's output, summed over real tokens while training.
         observe_padding: sum over padding positions too; such a task is trained in padded batches, by itself.
+        fixed: values of further parameters of `frozen.module` that are put in place, are not trained, and are not in
+            the result: one factor of LoRA while the other is trained (FFA-LoRA, RoLoRA). Frozen weights of linear
+            layers are no such thing: they come with `frozen`. A parameter that no task names keeps its own value,
+            which for adapters and head is zero.
+        mean_gradient: give the mean gradient of the round in the result.
+        zeroth_order: estimate gradients from losses alone; None for back-propagation.
         seed: seeds dropout, which reads torch's global generator, inside `fork_rng`.
     """
 
@@ -140,6 +160,9 @@ class LocalTask:
     rank_mask: Mapping[str, Tensor] | None = None
     observers: Mapping[str, Statistic] = field(default_factory=dict)
     observe_padding: bool = False
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
+    mean_gradient: bool = False
+    zeroth_order: ZerothOrder | None = None
     seed: int = 0
 
     @property
@@ -159,6 +182,10 @@ class LocalResult:
 
     `observed[path]` is the statistic summed over `observed_tokens` tokens of all training steps: a text's real tokens
     (all positions of its padded batches with `observe_padding`), an image's patches and class token.
+
+    mean_gradient: where the task asks for it, the mean over steps of each tunable's gradient of loss and penalty, as it
+    is before anything is added to it or cut. slopes: of a task without back-propagation, the loss's slope along each
+    direction of each step, [steps, directions].
     """
 
     tunables: Mapping[str, Tensor]
@@ -166,3 +193,5 @@ class LocalResult:
     loss: float
     observed: Mapping[str, Tensor] = field(default_factory=dict)
     observed_tokens: int = 0
+    mean_gradient: Mapping[str, Tensor] = field(default_factory=dict)
+    slopes: Tensor | None = None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 ClientId = int
-Kind = Literal["fm", "sub_fm", "adapter", "alignment", "statistics"]
-KINDS: tuple[str, ...] = ("fm", "sub_fm", "adapter", "alignment", "statistics")
+Kind = Literal["fm", "sub_fm", "adapter", "alignment", "statistics", "control"]
+KINDS: tuple[str, ...] = ("fm", "sub_fm", "adapter", "alignment", "statistics", "control")
 SETUP_KINDS = ("fm", "sub_fm")
 """Kinds that a client is sent once, before it can train."""
 

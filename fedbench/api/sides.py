@@ -13,9 +13,10 @@ Clients do not loop over their data: they *declare* their local training as a `L
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -48,7 +49,11 @@ class Server(ABC):
 
     @abstractmethod
     def put_in_fm(self) -> nn.Module:
-        """Write the tuned parameters into the FM and return it, to be evaluated."""
+        """Write the tuned parameters into the FM and return it, to be evaluated.
+
+        Frozen weights are part of it: a method that changes them at its clients changes them here as well, and whatever
+        is measured on the FM then is measured on the changed one.
+        """
 
     def put_in_proxy(self) -> nn.Module | None:
         """Write the global tunables into the model that clients train and return it; None where it is the FM."""
@@ -62,9 +67,17 @@ class Server(ABC):
         """Name of each frozen tensor of the proxy -> where it was taken from; default: the same name, whole."""
         return {}
 
-    def expected(self, round: int) -> Mapping[str, Mapping[str, TensorSpec]]:
-        """Kind -> tensors an upload of that kind must hold in this round; kinds left out are refused."""
+    def expected(self, round: int, client: ClientId) -> Mapping[str, Mapping[str, TensorSpec]]:
+        """Kind -> tensors an upload of that kind of this client must hold in this round; kinds left out are refused.
+
+        Asked after `broadcast`, for each client that was sent something. Clients may be asked for different shapes:
+        adapters of mixed ranks travel, and are charged, at their own.
+        """
         return {}
+
+    def trainable(self, client: ClientId) -> int:
+        """How many parameters a client trains, head included; by default those of the adapter it sends back."""
+        return sum(math.prod(spec.shape) for spec in self.expected(0, client).get("adapter", {}).values())
 
     def accept(self, round: int, messages: Sequence[Message]) -> None:  # noqa: B027 - most need no more than `expected`
         """Raise MessageError to refuse an upload that `expected` lets through: plain values missing or impossible."""
@@ -114,12 +127,17 @@ class Method(BaseModel, ABC):
 
     A subclass declares hyper-parameters as pydantic fields. Raise `version` whenever a change alters results:
     records of another version are never taken for the method's own.
+
+    needs: what the server has to see of a round's uploads. "sum": no more than their sum, which is what secure
+    aggregation leaves it (`fedbench.api.sums` says how a round's messages become one); `fedbench check` then hands
+    `aggregate` that alone. "each": every client's upload.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    needs: ClassVar[Literal["sum", "each"]] = "each"
 
     @property
     def dropout(self) -> float:

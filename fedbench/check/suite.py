@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fedbench.api.local import LocalResult, LocalTask
-from fedbench.api.messages import ClientId
+from fedbench.api.messages import ClientId, Message
 from fedbench.api.sides import Server
+from fedbench.api.sums import summed
 from fedbench.check.guards import CLIENTS_DATA, THE_FM, Guard, Violation
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
@@ -67,11 +68,13 @@ def check_method(
     profile: str | None = "smoke",
     settings: Mapping[str, str] | None = None,
     data_dir: Path | None = None,
+    apart: bool = True,
     report: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
     """Run the contract suite on the method called `name`; one result a clause, in a fixed order.
 
-    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. Raises
+    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. apart:
+    look at server and clients in processes of their own too, which take longer to start than all else takes. Raises
     FedbenchError if the method cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -103,8 +106,10 @@ def check_method(
                 ("every tunable is trained", tunables_are_trained),
                 ("the method learns", learns),
                 ("what clients send is what the server expects", uploads_are_expected),
-                ("server and clients in separate processes", separate_processes),
+                ("the server needs what it says", needs_what_it_says),
             ]
+            if apart:
+                clauses.append(("server and clients in separate processes", separate_processes))
         results = []
         for label, clause in clauses:
             results.append(_result(label, clause, subject))
@@ -121,12 +126,17 @@ class Subject:
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
+        self.before: dict[str, Tensor] = {}
+        self.after: dict[str, Tensor] = {}
 
     @cached_property
     def whole(self) -> Run:
         """All its rounds, in one process."""
         this = Run(_with_workers(self.prepared, 1), Silent())
+        assert isinstance(this.host, Here)
+        self.before = _parameters(this.host.server.server.put_in_fm())
         this.loop(None)
+        self.after = _parameters(this.host.server.server.put_in_fm())
         return this
 
     @cached_property
@@ -232,10 +242,12 @@ def tunables_are_trained(subject: Subject) -> str | None:
     require(not still, f"{_few(still)} ends every client's training as it began")
     after, names = _parameters(server.put_in_fm()), server.fm_names()
     moved = {n for n, tensor in after.items() if n not in before or not torch.equal(tensor, before[n])}
+    # A product of LoRA may end in the frozen weight it is added to, with the adapter as it was.
+    moved |= {n for n in after if f"{n.partition('.lora_')[0]}.base_layer.weight" in moved}
     require(bool(moved), "the tuned FM is after all rounds what it was before the first")
     kept = sorted({names.get(n, n) for n in watch.sent} & set(after) - moved)
     require(not kept, f"{_few(kept)} is trained and sent, but is in the tuned FM as it was before the first round")
-    return None if watch.steps else "gradients were not looked at: clients train in a way of their own"
+    return None if watch.steps else "gradients were not looked at: clients train without"
 
 
 def learns(subject: Subject) -> str | None:
@@ -301,7 +313,8 @@ class _Watch:
                     parameter.requires_grad_(not frozen)
             result = execute(task, Execution(executor="reference"))
         self.moved |= {n for n, t in result.tunables.items() if not torch.equal(t, task.tunables[n])}
-        self.steps += result.steps
+        # Estimated from losses, gradients are noise: no loss has to fall by them, and no tunable to be without.
+        self.steps += result.steps if task.zeroth_order is None else 0
         return result
 
 
@@ -347,6 +360,36 @@ def uploads_are_expected(subject: Subject) -> None:
     require(not run.refused, f"an upload was refused: {run.refused[:1]}")
     require(run.ledger.total("up") > 0, "clients send nothing")
     require(run.ledger.total("down") > 0, "the server sends nothing")
+
+
+def needs_what_it_says(subject: Subject) -> str | None:
+    """A server that says it needs the sum of a round's uploads comes to the same model with that alone.
+
+    So it may run behind secure aggregation, which leaves it no more (`fedbench.api.sums`).
+    """
+    method = subject.prepared.method
+    require(method.needs in ("sum", "each"), f"needs is {method.needs!r}; say 'sum' or 'each'")
+    if method.needs == "each":
+        return "each client's upload"
+    run = Run(_with_workers(subject.prepared, 1), Silent())
+    assert isinstance(run.host, Here)
+    server = run.host.server.server
+    with_each = server.aggregate
+
+    def with_the_sum(round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
+        with_each(round, {min(uploads): summed(list(uploads.values()))})
+
+    server.aggregate = with_the_sum  # type: ignore[method-assign]
+    run.loop(None)
+    assert subject.whole
+    after = _parameters(server.put_in_fm())
+    expected, found = ({n: t - subject.before[n] for n, t in each.items()} for each in (subject.after, after))
+    require(
+        tensors_close(expected, found, 1e-3),
+        "needs is 'sum', but from the sum of each round's uploads the server makes another model than from the uploads "
+        "themselves; say needs = 'each', or aggregate by sums",
+    )
+    return "their sum"
 
 
 def separate_processes(subject: Subject) -> None:

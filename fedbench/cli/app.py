@@ -15,13 +15,15 @@ import typer
 from fedbench.cli.check import check_command
 from fedbench.cli.doctor import doctor_command
 from fedbench.cli.export import export_command
-from fedbench.cli.federate import server_command, silo_command
+from fedbench.cli.fetch import fetch_command
 from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
 from fedbench.cli.new import new_app
 from fedbench.cli.run import run_command
+from fedbench.cli.server import server_command
 from fedbench.cli.show import show_command
+from fedbench.cli.silo import silo_command
 from fedbench.cli.table import table_command
 from fedbench.errors import FedbenchError, printable
 
@@ -58,13 +60,14 @@ app.command("check")(check_command)
 app.command("export", epilog="Example: fedbench export runs/records/tweets-noniid/fedpft/s0-….json adapter")(
     export_command
 )
-app.add_typer(new_app, name="new")
 app.command("server", epilog="docs/federation.md shows a server and its silos in terminals of their own.")(
     server_command
 )
 app.command(
     "silo", epilog="Example: fedbench silo 1 --addresses addresses.csv --method fedpft --scenario tweets-noniid"
 )(silo_command)
+app.add_typer(new_app, name="new")
+app.command("fetch", epilog="Example: fedbench fetch mpnet-base")(fetch_command)
 app.command("doctor")(doctor_command)
 
 

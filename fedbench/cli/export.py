@@ -27,9 +27,10 @@ def export_command(
     known(plugin).add_families()
     done = export_adapter(record, folder, cache_folder(cache), fm)
     revision = f", revision={done.revision!r}" if done.revision else ""
+    padding = "" if done.pad_token is None else f", pad_token_id={done.pad_token}"
     print(f"{folder}: adapter_config.json, adapter_model.safetensors; to use them:\n")
     print(f"from peft import PeftModel\nfrom transformers import {done.architecture}\n")
     print(f"base = {done.architecture}.from_pretrained(")
-    print(f"    {done.base!r}{revision}, num_labels={done.num_labels}, ignore_mismatched_sizes=True")
+    print(f"    {done.base!r}{revision}, num_labels={done.num_labels}{padding}, ignore_mismatched_sizes=True")
     print(")")
     print(f"model = PeftModel.from_pretrained(base, {str(folder)!r})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,10 +44,9 @@ def list_command(
         errors = {name: entry.error for name, entry in registry.methods.items()}
         if check:
             errors |= {name: _import_error(registry, name) for name, error in errors.items() if not error}
-        rows = [
-            (e.name, errors[e.name] or e.summary, e.origin, bool(errors[e.name])) for e in registry.methods.values()
-        ]
-        console.print(_listing("methods", rows))
+        methods = registry.methods.values()
+        rows = [(e.name, errors[e.name] or e.summary, e.origin, bool(errors[e.name])) for e in methods]
+        console.print(_listing("methods", rows, {e.name: e.needs for e in methods}))
     if kind in (None, Kind.scenarios):
         rows = [(e.name, e.error or e.summary, e.origin, bool(e.error)) for e in registry.scenarios.values()]
         console.print(_listing("scenarios", rows))
@@ -63,7 +63,8 @@ def list_command(
         from fedbench.models.zoo.names import FMS
 
         console.print(_listing("foundation models", [(name, text, "", False) for name, text in FMS.items()]))
-        console.print("--fm also takes the hub id or the folder of any BERT, RoBERTa, DistilBERT or ViT checkpoint.")
+        families = ", ".join(sorted(registry.families))
+        console.print(f"--fm also takes the hub id or the folder of a checkpoint of these families: {families}.")
 
 
 def _import_error(registry: Registry, name: str) -> str | None:
@@ -74,13 +75,17 @@ def _import_error(registry: Registry, name: str) -> str | None:
     return None
 
 
-def _listing(title: str, rows: list[tuple[str, str, str, bool]]) -> Table:
-    """A table of name, text and origin, a row each; a row that is broken says so in red."""
+def _listing(title: str, rows: list[tuple[str, str, str, bool]], needs: Mapping[str, str] | None = None) -> Table:
+    """A table of name, text and origin, a row each; a row that is broken says so in red.
+
+    needs: what a server needs of its clients' uploads, a column of its own.
+    """
     from rich.text import Text
 
-    table = column_table(title, "", "")
+    table = column_table(title, *(["needs"] if needs is not None else []), "", "")
     for name, text, origin, broken in rows:
         origin = "" if origin == "fedbench" else origin
         shown = Text(printable(text), style="red" if broken else "")
-        table.add_row(Text(name), shown, Text(printable(origin), style="dim"))
+        middle = [Text(needs.get(name, ""))] if needs is not None else []
+        table.add_row(Text(name), *middle, shown, Text(printable(origin), style="dim"))
     return table

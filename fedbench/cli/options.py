@@ -132,6 +132,15 @@ ExecutorOption = Annotated[
         "in one pass) or the padded reference; auto takes fused on CUDA, else packed.",
     ),
 ]
+Addresses = Annotated[
+    Path,
+    typer.Option(
+        "--addresses",
+        metavar="FILE",
+        help="CSV file of where the server (rank 0) and each silo (1 to N) listen, as FedML has it: "
+        "eid,rank,grpc_server_ip,grpc_server_port.",
+    ),
+]
 SiloTimeout = Annotated[
     float,
     typer.Option(

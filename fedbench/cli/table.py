@@ -41,6 +41,10 @@ def table_command(
             metavar="NAME|ID|PATH", parser=given("--fm"), help="Only records of this FM, instead of the grid's."
         ),
     ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A column for this measure too, aggregation_error say; may be repeated."),
+    ] = None,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
     from fedbench.tables.folder import compare_folder
@@ -50,7 +54,7 @@ def table_command(
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():
         raise FedbenchError(f"--results {results}: no such folder")
-    comparison = compare_folder(folder, grid, scenario or (), fm)
+    comparison = compare_folder(folder, grid, scenario or (), fm, measure or ())
     if format is Format.terminal:
         make_console().print(terminal(comparison))
     else:

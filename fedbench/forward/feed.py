@@ -33,14 +33,17 @@ from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
 from fedbench.forward.encoder import Layer, layers_of, whole_layers
 from fedbench.forward.layout import Layout
+from fedbench.forward.masks import Masks
 from fedbench.machine.device import Execution
+from fedbench.models.decoder import NextToken, body_of
 from fedbench.models.linear import reordered
 from fedbench.models.parts import Parts, family_of
+from fedbench.models.spec import POOLING
 
 NAME = "fedbench_packed"
 
 
-_layout: ContextVar[Layout] = ContextVar("layout")
+_layout: ContextVar[tuple[Layout, Masks]] = ContextVar("layout")
 
 
 def _attention(
@@ -55,8 +58,12 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention within each row: query, key, value [1, heads, N, d] -> [1, N, heads, d]."""
     heads, width = query.shape[1], query.shape[3]
-    layout = _layout.get()
+    layout, masks = _layout.get()
+    shared = heads // key.shape[1]  # queries that share a key and a value (Ainslie et al. 2023)
+    if shared > 1:
+        key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, heads, d], as the projections lie in memory
+    buckets = masks.buckets(layout, bool(getattr(module, "is_causal", False)), kwargs.get("sliding_window"))
     if layout.gather is not None:
         tokens = [x.index_select(0, layout.gather) for x in tokens]
     if query.device.type == "cpu":
@@ -64,15 +71,15 @@ def _attention(
         tokens = [x.float() if x.dtype is torch.bfloat16 else x for x in tokens]
     if layout.blocks and not dropout:
         with torch.autocast("cpu", enabled=False):
-            mixed: Tensor = _Blocks.apply(*tokens, layout.buckets, width**-0.5 if scaling is None else scaling)
+            mixed: Tensor = _Blocks.apply(*tokens, buckets, width**-0.5 if scaling is None else scaling)
         return mixed[None], None
     # Split, not sliced: the gradient of each slice would be as large as the whole.
-    parts = [x.split([b.rows * b.length for b in layout.buckets]) for x in tokens]
+    parts = [x.split([b.rows * b.length for b in buckets]) for x in tokens]
     out = []
     with torch.autocast("cpu", enabled=False):
-        for b, *qkv in zip(layout.buckets, *parts, strict=True):
+        for b, *qkv in zip(buckets, *parts, strict=True):
             q, k, v = (x.unflatten(0, (b.rows, b.length)).transpose(1, 2) for x in qkv)
-            mask = b.mask.to(q.dtype) if b.mask is not None and layout.blocks else b.mask
+            mask = b.mask.to(q.dtype) if b.mask is not None and b.mask.is_floating_point() else b.mask
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
             out.append(mixed.transpose(1, 2).reshape(b.rows * b.length, heads, width))
     joined = torch.cat(out) if len(out) > 1 else out[0]
@@ -129,7 +136,7 @@ class Forward:
         """live: inside a `reordered` block, in which the structure of the model stays as it is."""
         self.model = model
         self.family = family_of(model)
-        self.packed = packed and self.family.position_offset is not None
+        self.packed = packed and self.family.packed(getattr(model.config, POOLING, None))
         self._live = live
         self._layers: list[Layer] | None = None
 
@@ -145,13 +152,18 @@ class Forward:
         """The inputs to call the model with inside the block, and the mask [B, T] or [1, N] of their real tokens.
 
         Packed by `layout` if one is given; as they are where `padded`, or where nothing is packed. With `gather`, what
-        follows the last layer sees the first tokens [B, 1, d] in the batch's order, as a pooler or head expects;
-        without, states stay packed. `observed`: paths of modules whose output is wanted for all tokens.
+        follows the last layer sees the first tokens [B, 1, d] in the batch's order, as a pooler or head expects, and a
+        decoder's head the last ones, and a language model is given what is asked of each token and answers in the rows
+        of the batch, [B, T, 2]; without, states stay packed. `observed`: paths of modules whose output is wanted
+        for all tokens.
         """
-        if padded or not self.packed or batch.mask is None:
-            yield batch.inputs, batch.mask
-            return
         model, family = self.model, self.family
+        given, answers = batch.inputs, gather and isinstance(model, NextToken)
+        if answers:
+            given = {**given, "targets": batch.labels}
+        if padded or not self.packed or batch.mask is None:
+            yield given, batch.mask
+            return
         chosen = layout or Layout.of(batch.mask)
         config: Any = model.config
         offset: Any = family.position_offset
@@ -170,16 +182,29 @@ class Forward:
         def first_only(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(x.index_select(1, chosen.first) for x in inputs)
 
+        def last_tokens(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            states = output.last_hidden_state
+            output.last_hidden_state = states[0].index_select(0, chosen.last)[:, None]
+            return output
+
+        def in_rows(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            output.logits = chosen.unpack(output.logits, batch.labels.shape)
+            return output
+
         hooks = []
-        if gather:
+        if answers:
+            hooks.append(model.register_forward_hook(in_rows))
+        elif gather and family.reads == "last":
+            hooks.append(body_of(model).register_forward_hook(last_tokens))
+        elif gather:
             hooks.append(model.get_submodule(last).register_forward_hook(first_tokens))
         if trim:
             hooks.append(model.get_submodule(f"{last}.{family.residual}").register_forward_pre_hook(first_only))
-        token = _layout.set(chosen)
+        token = _layout.set((chosen, Masks()))
         set_attention(config, NAME)
         try:
             with whole_layers(self._whole(chosen), chosen.buckets, chosen.first, trim):
-                yield pack(batch.inputs, chosen, offset), chosen.real
+                yield pack(given, chosen, offset), chosen.real
         finally:
             set_attention(config, before)
             _layout.reset(token)

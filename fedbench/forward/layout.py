@@ -28,20 +28,27 @@ class Layout:
     """Where the tokens of a padded batch [B, T] lie in the packed row [1, N].
 
     source: [N] index into the flattened padded batch. position: [N] place in its own row. real: [1, N] False for
-    padding. first: packed place of each row's first token, in the batch's own order. sizes: positions of each client,
-    whose rows lie together. blocks: whether its buckets are blocks. gather, scatter: [M] and [N], from the packed row
-    to that of the buckets and back; None where the two are one.
+    padding. first, last: packed place of each row's first and last token, in the batch's own order. sizes: positions
+    of each client, whose rows lie together. blocks: whether its buckets are blocks. gather, scatter: [M] and
+    [N], from the packed row to that of the buckets and back; None where the two are one.
     """
 
     source: Tensor
     position: Tensor
     real: Tensor
     first: Tensor
+    last: Tensor
     buckets: tuple[Bucket, ...]
     sizes: tuple[int, ...]
     blocks: bool = False
     gather: Tensor | None = None
     scatter: Tensor | None = None
+
+    def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
+        """What a packed row holds of each token, [1, N, n], in the padded batch of that shape: [B, T, n]."""
+        real = self.real[0]
+        out = packed.new_zeros(shape.numel(), packed.shape[-1])
+        return out.index_copy(0, self.source[real], packed[0][real]).unflatten(0, shape)
 
     @classmethod
     def of(cls, attention_mask: Tensor) -> Layout:
@@ -57,7 +64,9 @@ class Layout:
         buckets is added, which suits a device where time goes by tokens. In blocks on a CPU, where no row is long.
         `fill`: padding that the last block of each client gets, as one more row, which nobody reads.
         """
-        sources, positions, reals, buckets, sizes, first = [], [], [], [], [], []
+        sources, positions, reals, buckets, sizes = [], [], [], [], []
+        first: list[int] = []
+        last: list[int] = []
         blocks = device.type == "cpu" and max(map(max, lengths)) <= SHORT
         start = before = 0
         for own in lengths:
@@ -89,12 +98,14 @@ class Layout:
                 start += len(place)
             before += len(own)
             first += places
+            last += [place + n - 1 for place, n in zip(places, own, strict=True)]
             sizes.append(start - begin)
         return cls(
             torch.cat(sources).to(device),
             torch.cat(positions).to(device),
             torch.cat(reals)[None].to(device),
             torch.tensor(first, device=device),
+            torch.tensor(last, device=device),
             tuple(buckets),
             tuple(sizes),
             blocks,
@@ -112,16 +123,17 @@ class Layout:
         position = torch.zeros(len(lengths), size, dtype=torch.int64)
         real = torch.zeros(len(lengths), size, dtype=torch.bool)
         first = torch.empty(len(lengths), most, dtype=torch.int64)
+        final = torch.empty(len(lengths), most, dtype=torch.int64)
         starts: list[int] = []
         row = 0
         for c, own in enumerate(lengths):
             # Whatever fills up is the client's own: no value of one client, not even NaN, ever reaches another.
-            source[c], first[c] = row * width, c * size
+            source[c], first[c], final[c] = row * width, c * size, c * size
             place = 0
             for i, n in enumerate(own):
                 source[c, place : place + n] = torch.arange(row * width, row * width + n)
                 position[c, place : place + n] = torch.arange(n)
-                first[c, i] = c * size + place
+                first[c, i], final[c, i] = c * size + place, c * size + place + n - 1
                 starts.append(c * size + place)
                 place += n
                 row += 1
@@ -149,6 +161,7 @@ class Layout:
             position.flatten().to(device),
             real.view(1, -1).to(device),
             first.flatten().to(device),
+            final.flatten().to(device),
             tuple(buckets),
             (size,) * len(lengths),
             gather=torch.cat(gathers).to(device),

@@ -35,6 +35,11 @@ class Evaluation:
         return self.objective.correct(self.predicted, self.labels)
 
     @property
+    def shares(self) -> np.ndarray:
+        """Of each row the share of its answers that are right, [n]."""
+        return self.objective.shares(self.predicted, self.labels)
+
+    @property
     def accuracy(self) -> float:
         """Share of what was asked that is answered rightly, 0 to 1."""
         return self.objective.accuracy(self.predicted, self.labels)
@@ -45,14 +50,19 @@ class Evaluation:
         return self.objective.more_scores(self.predicted, self.labels, self.loss)
 
     def block(self, rows: bool = False) -> dict[str, Any]:
-        """The record's block; with `rows`, per-row correctness too, so paired tests can be made later."""
+        """The record's block; with `rows`, per-row correctness too, so paired tests can be made later.
+
+        Not so of answers to each token: rows that are right as a whole say little of them, and their mean is another.
+        """
         out: dict[str, Any] = {
             "accuracy": self.accuracy,
             **self.more_scores,
             "loss": self.loss,
             "rows": len(self.labels),
         }
-        return out | {"correct": pack_correct(self.correct)} if rows else out
+        if rows and not self.objective.every_token:
+            out["correct"] = pack_correct(self.correct)
+        return out
 
 
 def evaluate(model: nn.Module, data: Examples, size: int, execution: Execution) -> Evaluation:
@@ -66,7 +76,7 @@ def evaluate(model: nn.Module, data: Examples, size: int, execution: Execution) 
     def answer(indices: np.ndarray) -> tuple[np.ndarray, float, int]:
         with torch.inference_mode(), execution.autocast():
             batch = data.batch(indices, execution.device)
-            out = passing.logits(batch, objective.every_token).float()
+            out = passing.logits(batch, objective.padded).float()
             loss = objective.total(out, batch.labels).item()
             lost = int((~objective.finite(out)).sum())
             return objective.predict(out).cpu().numpy(), loss, lost
@@ -97,10 +107,10 @@ def per_client(test: Evaluation, classes: np.ndarray, label_counts: Sequence[Seq
     are alike, this says little; under label skew it is what differs. `worst_tenth` is the mean of the lowest 10%.
     """
     counts = np.asarray(label_counts, dtype=np.float64)
-    by_class = np.zeros(counts.shape[1])
+    by_class, shares = np.zeros(counts.shape[1]), test.shares
     for c in range(counts.shape[1]):
         rows = classes == c
-        by_class[c] = test.correct[rows].mean() if rows.any() else np.nan
+        by_class[c] = shares[rows].mean() if rows.any() else np.nan
     # A class without test rows says nothing: its weight goes to the client's other classes.
     counts[:, np.isnan(by_class)] = 0.0
     totals = counts.sum(axis=1)
@@ -115,9 +125,7 @@ def on_own_rows(test: Evaluation, whose: np.ndarray) -> dict[str, Any]:
     lowest 10%; where clients have few rows, those are low by chance too.
     """
     counts = np.bincount(whose[whose >= 0])
-    of_row = np.asarray(test.correct, dtype=np.float64)
-    if of_row.ndim > 1:
-        of_row = of_row.mean(axis=1)
+    of_row = test.shares
     right = np.bincount(whose[whose >= 0], weights=of_row[whose >= 0], minlength=len(counts))
     held = counts > 0
     return _over_clients(right[held] / counts[held]) | {"rows": counts[held].tolist()}

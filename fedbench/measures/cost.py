@@ -21,7 +21,7 @@ def most_tokens(task: LocalTask) -> int:
 
 
 def step_flops(task: LocalTask, device: torch.device) -> int:
-    """Floating-point operations of one local step: forward and backward pass over the task's first batch, padded.
+    """Floating-point operations of one local step: all passes over the task's first batch, padded.
 
     Products and attention are counted, by torch; what goes element by element is not. Attention runs as plain products
     meanwhile: torch has no formula for the kernel that it takes on a CPU.
@@ -30,5 +30,8 @@ def step_flops(task: LocalTask, device: torch.device) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        execute(replace(task, batches=task.batches[:1], observers={}), Execution(device, executor="reference"))
+        first = replace(task, batches=task.batches[:1], observers={})
+        if task.zeroth_order is not None:
+            first.zeroth_order = replace(task.zeroth_order, seeds=task.zeroth_order.seeds[:1])
+        execute(first, Execution(device, executor="reference"))
     return int(counter.get_total_flops())

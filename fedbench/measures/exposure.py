@@ -28,10 +28,10 @@ class Exposure:
     What was sent stays sent: `observe` only ever adds. Adapters and head are not part of the FM's frozen state.
     """
 
-    def __init__(self, fm: Mapping[str, Tensor], embeddings: str) -> None:
-        """`fm`: the FM's frozen tensors by name; `embeddings`: the name prefix of its embedding tables."""
+    def __init__(self, fm: Mapping[str, Tensor], *embeddings: str) -> None:
+        """`fm`: the FM's frozen tensors by name; `embeddings`: the modules of its embedding tables."""
         self._fm = {n: t.detach().cpu() for n, t in fm.items() if t.is_floating_point()}
-        self._embeddings = embeddings + "."
+        self._embeddings = tuple(f"{module}." for module in embeddings)
         self._verbatim = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self._fm.items()}
         self._near = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in self._fm.items()}
         self._whole: set[str] = set()  # tensors of which every element is out: nothing can be added to them
@@ -61,6 +61,10 @@ class Exposure:
             if bool(self._verbatim[source.name].all() and self._near[source.name].all()):
                 self._whole.add(source.name)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the FM has a tensor of this name."""
+        return name in self._fm
+
     def _share(self, masks: Mapping[str, Tensor], embeddings: bool) -> float:
         names = [n for n in masks if embeddings or not n.startswith(self._embeddings)]
         total = sum(masks[n].numel() for n in names)
@@ -89,12 +93,16 @@ class Exposures(Observer):
     name = "exposure"
 
     def __init__(self, fm: FoundationModel) -> None:
-        self.exposure = Exposure(fm.state, fm.family.embeddings)
+        self.exposure = Exposure(fm.state, fm.family.embeddings, *fm.family.beside)
         self._alignments: set[str] = set()
         self._last: Message | None = None
 
     def sent(self, round: int, server: Server, messages: Sequence[Message]) -> None:
         for message in messages:
+            # Tunables that are the FM's own, as biases may be: where they start is what they are in it.
+            own = {n: t for n, t in message.tensors.items() if n in self.exposure} if message.kind == "adapter" else {}
+            if own:
+                self.exposure.observe(own, {})
             # A large message that has not changed is the same object, round after round.
             if message.kind in SETUP_KINDS and message is not self._last:
                 self.exposure.observe(message.tensors, server.fm_sources())

@@ -43,7 +43,7 @@ def gradients(
 
     def gradient(indices: np.ndarray) -> list[np.ndarray]:
         batch = probe.batch(indices, execution.device)
-        loss = objective.total(passing.logits(batch, objective.every_token), batch.labels) / count
+        loss = objective.total(passing.logits(batch, objective.padded), batch.labels) / count
         return [grad.double().cpu().numpy() for grad in torch.autograd.grad(loss, values)]
 
     model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from fedbench.api.messages import Message, State
+from fedbench.api.messages import ClientId, Message, State
 from fedbench.api.sides import Server
 
 
@@ -26,8 +26,14 @@ class Observer:
     def sent(self, round: int, server: Server, messages: Sequence[Message]) -> None:
         """A broadcast has been sent; each of its messages once, however many clients it went to."""
 
+    def aggregating(self, round: int, server: Server, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
+        """Uploads have been let in, and are about to be aggregated."""
+
+    def aggregated(self, round: int, server: Server) -> None:
+        """They have been aggregated."""
+
     def aligning(self, round: int, server: Server) -> None:
-        """Uploads have been aggregated, and the proxy is about to be aligned."""
+        """The proxy is about to be aligned."""
 
     def aligned(self, round: int, server: Server) -> None:
         """The proxy has been aligned."""

@@ -115,7 +115,7 @@ class Scores(Observer):
             proxy_model = server.put_in_proxy()
             proxy = None if proxy_model is None else self.evaluate(proxy_model, self.rows.test, selected)
             untouched = None
-            if self.fm.trained_head:
+            if self.fm.trained_head is not None:
                 model = self.fm.build(None, self.execution.device)
                 model.load_state_dict(self.fm.trained_head, strict=False)
                 untouched = self.evaluate(model, self.rows.test, selected)

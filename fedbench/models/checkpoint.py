@@ -11,6 +11,7 @@ import json
 import logging
 import pickle
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from fedbench.errors import FedbenchError
 from fedbench.files import state_digest
+from fedbench.models.build import as_computed_here
 from fedbench.models.families.family import Family
 from fedbench.models.families.known import family_called, is_built_in, is_known, unknown
 from fedbench.models.families.refused import NOT_COMPUTED, WITHOUT_MEANING
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
 from fedbench.models.reading import read_image_processor, read_tokenizer
-from fedbench.models.spec import ModelSpec
+from fedbench.models.spec import LAYER_KINDS, POOLING, Head, ModelSpec
 from fedbench.models.weights import frozen_state
 from fedbench.models.zoo.names import fm_label
 
@@ -105,16 +107,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or not is_known(kind):
         raise FedbenchError(f"{path}: {unknown(kind)}")
+    family = family_called(kind)
     for setting, (plain, what) in NOT_COMPUTED.items():
         value = config.get(setting)
-        if value and value != plain:
+        if value and value != plain and setting not in family.computes:
             raise FedbenchError(f"{path}: {setting} {_short(value)} asks for {what}, which is not supported")
     if not config.get("quantization_config"):
         config.pop("quantization_config", None)  # transformers up to 5.9 reads it where it is null
     code = config.get("auto_map")
     if isinstance(code, dict) and any(str(name).startswith("AutoModel") for name in code):
         raise FedbenchError(f"{path}: auto_map asks for model code of the checkpoint's own, which is not run")
-    family = family_called(kind)
+    _check_rotary(path, config)
+    if family.padding_token not in (None, config.get("pad_token_id", family.padding_token)):
+        raise FedbenchError(
+            f"{path}: pad_token_id is {config['pad_token_id']}; a model of type {kind} counts positions from token "
+            f"{family.padding_token}"
+        )
     if family.position_offset == "after padding token" and type(config.get("pad_token_id", 1)) is not int:
         raise FedbenchError(f"{path}: pad_token_id is {config['pad_token_id']}; positions are counted from it")
     for side in ("image_size", "patch_size"):
@@ -124,10 +132,29 @@ def read_config(folder: Path) -> dict[str, Any]:
             config[side] = value[0]
     from transformers.activations import ACT2FN
 
-    activation = config.get(family.activation, "gelu")
+    activation = config.get(family.activation, "gelu")  # left out, it is transformers' own
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise FedbenchError(f"{path}: {family.activation} {activation!r} is no activation known to transformers")
     return config
+
+
+_ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions by which what a row is does not depend on the longest row beside it."""
+
+
+def _check_rotary(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise FedbenchError for rotary positions that are stretched with the longest row of a batch."""
+    for setting in ("rope_scaling", "rope_parameters"):
+        given = config.get(setting)
+        each = (
+            given.values() if isinstance(given, dict) and all(isinstance(v, dict) for v in given.values()) else [given]
+        )
+        for found in each:
+            kind = (found.get("rope_type") or found.get("type")) if isinstance(found, dict) else None
+            if kind not in (None, *_ROTARY):
+                raise FedbenchError(
+                    f"{path}: {setting} asks for rotary positions of kind {kind!r}, which is not supported"
+                )
 
 
 def unused_settings(config: Mapping[str, Any]) -> list[str]:
@@ -177,34 +204,42 @@ def check_left_over(folder: Path, family: Family, names: Iterable[str]) -> None:
 
 
 def _checkpoint(
-    name: str, folder: Path, num_labels: int, provenance: dict[str, Any], class_names: tuple[str, ...] = ()
+    name: str,
+    folder: Path,
+    num_labels: int,
+    provenance: dict[str, Any],
+    class_names: tuple[str, ...] = (),
+    head: Head = "classes",
 ) -> FoundationModel:
     """A FoundationModel from a checkpoint folder in transformers' format. Raises FedbenchError for any other."""
     try:
         check_files(folder)
         config = read_config(folder)
-        spec = _spec_of(folder, config, num_labels)
-        state, head = _weights(folder, spec)
+        spec = _spec_of(folder, config, num_labels, head)
+        state, trained = _weights(folder, spec)
         if spec.family.modality == "text":
             table = state[f"{spec.family.embeddings}.{spec.family.words}"]
             processor = read_tokenizer(folder, spec, len(table))
+            spec = _with_padding(spec, processor)
         else:
             processor = read_image_processor(folder / "preprocessor_config.json", spec)
     except FedbenchError as error:
         raise FedbenchError(f"FM {name!r}: {error}") from None
-    if not _same_labels(config, class_names):
-        head = None
+    if head == "classes" and not _same_labels(config, class_names):
+        trained = None
     # What is trained and adapted follows from the family's description; that of a plugin can change under its name.
-    described = "" if is_built_in(spec.model_type) else repr(spec.family)
-    digest = hashlib.sha256((spec.to_json() + state_digest(state | (head or {})) + described).encode()).hexdigest()
+    described = "" if is_built_in(spec.model_type) else spec.family.described()
+    digest = hashlib.sha256((spec.to_json() + state_digest(state | (trained or {})) + described).encode()).hexdigest()
     label = fm_label(name)
     notes: tuple[str, ...] = ()
+    if spec.family.modality == "text" and not spec.family.packed(spec.config.get(POOLING)):
+        notes += (f"FM {label}: batches keep their padding, for {spec.family.name} is not packed; runs take longer",)
     if unused := unused_settings(config):
-        notes = (f"FM {label}: config.json has settings that the model makes no use of: {', '.join(unused)}",)
-    return FoundationModel(label, spec, state, processor, digest, head, provenance, notes)
+        notes += (f"FM {label}: config.json has settings that the model makes no use of: {', '.join(unused)}",)
+    return FoundationModel(label, spec, state, processor, digest, trained, provenance, notes)
 
 
-def without_weights(name: str, folder: Path, num_labels: int) -> FoundationModel:
+def without_weights(name: str, folder: Path, num_labels: int, head: Head = "classes") -> FoundationModel:
     """What reads rows for the checkpoint in a folder, which need not hold weights: tensors have shapes and no values.
 
     `content_hash` is empty. Raises FedbenchError for a folder that is not in transformers' format.
@@ -212,18 +247,31 @@ def without_weights(name: str, folder: Path, num_labels: int) -> FoundationModel
     import transformers
 
     try:
-        spec = _spec_of(folder, read_config(folder), num_labels)
+        spec = _spec_of(folder, read_config(folder), num_labels, head)
         config = transformers.AutoConfig.for_model(spec.model_type, **spec.config)
         with torch.device("meta"):
-            state = frozen_state(getattr(transformers, spec.family.architecture)(config))
+            model = getattr(transformers, spec.architecture)(config)
+            as_computed_here(model)
+            state = frozen_state(model)
         if spec.family.modality == "text":
             words = state[f"{spec.family.embeddings}.{spec.family.words}"]
             processor = read_tokenizer(folder, spec, len(words))
+            spec = _with_padding(spec, processor)
         else:
             processor = read_image_processor(folder / "preprocessor_config.json", spec)
     except FedbenchError as error:
         raise FedbenchError(f"FM {name!r}: {error}") from None
     return FoundationModel(fm_label(name), spec, state, processor, "", provenance={"source": "without weights"})
+
+
+def _with_padding(spec: ModelSpec, tokenizer: Any) -> ModelSpec:
+    """A decoder's specification with the padding token that it is fed, which few of their checkpoints name.
+
+    transformers' own head, in whatever is exported, goes by this number.
+    """
+    if spec.family.reads != "last":
+        return spec
+    return replace(spec, config={**spec.config, "pad_token_id": int(tokenizer.pad_token_id)})
 
 
 def own_labels(folder: Path) -> tuple[str, ...]:
@@ -244,15 +292,17 @@ _NOT_OURS = (
 """Settings of a task or of a caller, which are no part of the model."""
 
 
-def _spec_of(folder: Path, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
+def _spec_of(folder: Path, config: Mapping[str, Any], num_labels: int, head: Head) -> ModelSpec:
     try:
-        return model_spec(config["model_type"], config, num_labels)
+        spec = model_spec(config["model_type"], config, num_labels, head)
     except Exception as error:  # transformers checks settings in ways of its own, and raises as many kinds
         why = " ".join(str(error).split())
         raise FedbenchError(f"{folder / 'config.json'} cannot be a configuration: {why}") from None
+    _ = spec.architecture  # which says where there is none
+    return spec
 
 
-def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> ModelSpec:
+def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int, head: Head = "classes") -> ModelSpec:
     """The specification of a checkpoint's configuration: this task's labels, dropout off, nothing irrelevant."""
     from transformers import AutoConfig
 
@@ -266,10 +316,17 @@ def model_spec(model_type: str, config: Mapping[str, Any], num_labels: int) -> M
         "id2label": {str(i): f"LABEL_{i}" for i in range(num_labels)},
         "label2id": {f"LABEL_{i}": i for i in range(num_labels)},
     }
+    if head == "vocabulary":
+        labels = {}
     family = family_called(model_type)
+    if kinds := getattr(full, LAYER_KINDS, None):
+        kept[LAYER_KINDS] = kinds  # written out, so that a model of some of the layers keeps theirs
     merged = json.loads(json.dumps({**kept, **labels, **family.dropout}))
-    layers, width = int(getattr(full, family.layer_count)), int(getattr(full, family.ffn_width))
-    return ModelSpec(model_type, merged, (width,) * layers)
+    layers, width = int(getattr(full, family.layer_count)), getattr(full, family.ffn_width)
+    if width is None:
+        width = 4 * full.hidden_size  # what transformers takes where GPT-2's configuration says nothing
+    width = int(width)
+    return ModelSpec(model_type, merged, (width,) * layers, head=head)
 
 
 def _weights(folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -288,7 +345,7 @@ def _weights(folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str
     transformers.utils.logging.disable_progress_bar()
     try:
         with torch.random.fork_rng([]):
-            model, info = getattr(transformers, spec.family.architecture).from_pretrained(
+            model, info = getattr(transformers, spec.architecture).from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -310,6 +367,7 @@ def _weights(folder: Path, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str
         loading.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+    as_computed_here(model)
     parts = Parts(model)
     absent = set(info["missing_keys"])
     if wrong := sorted(key for key in absent if not parts.is_head(key)):

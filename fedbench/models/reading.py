@@ -24,6 +24,7 @@ from fedbench.data.image_files import ImageFiles
 from fedbench.data.pixels import ImageProcessor, resize, to_pixels
 from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
+from fedbench.models.conversation import encode_language
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.spec import ModelSpec
 from fedbench.objectives.named import objective_of
@@ -40,7 +41,8 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
     """The tokenizer in a checkpoint's folder, which has to be one of a model with that many token embeddings.
 
     Raises FedbenchError where there is no vocabulary, where its size or a token's number does not fit the model, where
-    a special token is missing, and where rows do not begin with a special token, which is what a head reads.
+    a special token is missing, and where rows do not begin with a special token, which is what a head reads. A decoder
+    needs a token for padding alone, for which the one that ends texts will do.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -58,6 +60,9 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
     except Exception as error:  # transformers and tokenizers raise many kinds for files that are not what they seem
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise FedbenchError(f"{folder} has no tokenizer that can be read ({why}); fetch its files again") from None
+    decoder = spec.family.reads == "last"
+    if decoder and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders are trained without padding; a mask hides it
     special = {str(token) for token in tokenizer.all_special_tokens}
     if not set(vocabulary) - special:
         raise FedbenchError(f"{folder}: the vocabulary holds special tokens alone; fetch the tokenizer's files again")
@@ -66,12 +71,14 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
             f"{folder}: the tokenizer has {len(vocabulary)} tokens up to number {largest}, the model has embeddings of "
             f"{embeddings}; they belong to different models"
         )
-    for role, token in (
-        ("padding", tokenizer.pad_token_id),
-        ("unknown words", tokenizer.unk_token_id),
-        ("the start of a row", tokenizer.cls_token_id),
-        ("the end of a segment", tokenizer.sep_token_id),
-    ):
+    roles = [("padding", tokenizer.pad_token_id)]
+    if not decoder:
+        roles += [
+            ("unknown words", tokenizer.unk_token_id),
+            ("the start of a row", tokenizer.cls_token_id),
+            ("the end of a segment", tokenizer.sep_token_id),
+        ]
+    for role, token in roles:
         if token is None or token not in vocabulary.values():
             raise FedbenchError(f"{folder}: the tokenizer has no token for {role}; complete its files")
     if spec.family.position_offset == "after padding token" and tokenizer.pad_token_id != spec.config["pad_token_id"]:
@@ -79,6 +86,13 @@ def read_tokenizer(folder: Path, spec: ModelSpec, embeddings: int) -> Any:
             f"{folder}: the model counts positions from padding token {spec.config['pad_token_id']}, the tokenizer "
             f"pads with {tokenizer.pad_token_id}; they belong to different models"
         )
+    if spec.family.padding_token not in (None, tokenizer.pad_token_id):
+        raise FedbenchError(
+            f"{folder}: the model counts positions from padding token {spec.family.padding_token}, the tokenizer pads "
+            f"with {tokenizer.pad_token_id}; they belong to different models"
+        )
+    if decoder:
+        return tokenizer
     row = tokenizer("a")["input_ids"]
     if len(row) < 3 or row[0] != tokenizer.cls_token_id or row[-1] != tokenizer.sep_token_id:
         raise FedbenchError(
@@ -93,6 +107,8 @@ def unknown_tokens(tokenizer: Any, rows: Sequence[np.ndarray]) -> str | None:
     tokens = np.concatenate(rows)
     other = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
     words = tokens[~np.isin(tokens, other)]
+    if tokenizer.unk_token_id is None:  # bytes: every text can be written with them
+        return None
     share = float((words == tokenizer.unk_token_id).mean()) if len(words) else 0.0
     if share <= UNKNOWN_NOTED:
         return None
@@ -171,35 +187,42 @@ CHUNK = 8192
 """Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""
 
 
-def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "classification") -> Examples:
+def encode(
+    part: Part, fm: FoundationModel, max_length: int, objective: str = "classification", answers_only: bool = True
+) -> Examples:
     """Tokenise texts for this FM, or make images ready for it, with targets as the named objective encodes them.
 
-    A row keeps at most `max_length` tokens; of a pair the longer segment is cut first. Raises FedbenchError where FM
-    and data set are of different kinds, and where a row has more tokens than the FM has positions or token types.
+    A row keeps at most `max_length` tokens; of a pair the longer segment is cut first. answers_only: of a row of
+    language with a second text, whether that alone is asked for. Raises FedbenchError where FM and data set are of
+    different kinds, and where a row has more tokens than the FM has positions or token types.
     """
     asks = objective_of(objective)
     if fm.family.modality == "image":
         if part.images is None:
             raise FedbenchError(f"FM {fm.name} reads images, the data set holds text; choose another --fm")
-        rows = _encode_images(asks.targets(part.labels, None), part.images, fm.processor)
-        return replace(rows, objective=objective)
+        images = _encode_images(asks.targets(part.labels, None), part.images, fm.processor)
+        return replace(images, objective=objective)
     if part.texts is None:
         raise FedbenchError(f"FM {fm.name} reads text, the data set holds images; choose another --fm")
+    if asks.every_token and fm.spec.head == "vocabulary":
+        rows = encode_language(part, fm, max_length, asks, answers_only)
+        _check_lengths(rows.tokens or (), fm, max_length)
+        return rows
+    decoder = fm.family.reads == "last"
     tokens: list[np.ndarray] = []
     segments: list[np.ndarray] | None = [] if part.text_pairs is not None and fm.family.token_types else None
     for start in range(0, len(part), CHUNK):
         chosen = slice(start, start + CHUNK)
         texts = [list(t[chosen]) for t in (part.texts, part.text_pairs) if t is not None]
+        if decoder and len(texts) == 2:
+            texts[1] = [f"\n{text}" for text in texts[1]]  # decoders' tokenizers put nothing between two texts
         asked = {} if segments is None else {"return_token_type_ids": True}
         found = fm.processor(*texts, truncation="longest_first", max_length=max_length, padding=False, **asked)
-        tokens += [np.asarray(row, dtype=np.int32) for row in found["input_ids"]]
+        ids = [_without_padding(row, fm.processor) for row in found["input_ids"]] if decoder else found["input_ids"]
+        tokens += [np.asarray(row, dtype=np.int32) for row in ids]
         if segments is not None:
             segments += [np.asarray(row, dtype=np.int8) for row in found["token_type_ids"]]
-    if (longest := max(map(len, tokens), default=0)) > (room := fm.positions()):
-        raise FedbenchError(
-            f"dataset.max_length is {max_length} and a row has {longest} tokens, but FM {fm.name} has positions for "
-            f"{room}; set dataset.max_length to {room} or less"
-        )
+    _check_lengths(tokens, fm, max_length)
     if segments and (types := 1 + max(int(row.max()) for row in segments)) > fm.segments():
         raise FedbenchError(
             f"FM {fm.name}: its tokenizer gives {types} token types to pairs, the model has {fm.segments()}; they "
@@ -207,6 +230,26 @@ def encode(part: Part, fm: FoundationModel, max_length: int, objective: str = "c
         )
     labels, pad_token = asks.targets(part.labels, tokens), int(fm.processor.pad_token_id)
     return Examples(labels, tokens, None, pad_token, segments, objective=objective)
+
+
+def _check_lengths(tokens: Sequence[np.ndarray], fm: FoundationModel, max_length: int) -> None:
+    if (longest := max(map(len, tokens), default=0)) > (room := fm.positions()):
+        raise FedbenchError(
+            f"dataset.max_length is {max_length} and a row has {longest} tokens, but FM {fm.name} has positions for "
+            f"{room}; set dataset.max_length to {room} or less"
+        )
+
+
+def _without_padding(row: Sequence[int], tokenizer: Any) -> Sequence[int]:
+    """A decoder's row without padding tokens at its end, and with at least one token.
+
+    The token that ends texts may be that of padding; transformers' own heads read the last token before it.
+    """
+    end = len(row)
+    while end and row[end - 1] == tokenizer.pad_token_id:
+        end -= 1
+    start = tokenizer.bos_token_id
+    return row[:end] or [tokenizer.pad_token_id if start is None else start]
 
 
 def inputs_hash(parts: Mapping[str, Examples], fm: FoundationModel) -> str:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from fedbench.errors import FedbenchError
 from fedbench.models.families.family import Family
 from fedbench.models.families.known import family_called
 
 PROJECTIONS = ("query", "key", "value", "output")
 """The linear layers of an attention, in the order of `Family.attention`."""
+
+Head = Literal["classes", "vocabulary"]
+"""What a model answers with: classes of a row, or of each token the next one."""
+POOLING = "classifier_pooling"
+"""The setting of how a head makes one state of a row's, in families that leave it open."""
+LAYER_KINDS = "layer_types"
+"""The setting that says of each layer how it attends, in families whose layers differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +35,33 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything needed to build a classifier but its weights; survives JSON.
+    """Everything needed to build a model but its weights; survives JSON.
 
     config: a transformers configuration as a dictionary, labels and layer count included.
-    ffn_widths: neurons of each layer's FFN.
+    ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, with
+    `biases` every bias of the model itself, and adapters of `bottleneck` neurons behind each layer's attention and FFN.
+    head: what the model answers with, classes of a row or, of each token, the next one.
     """
 
     model_type: str
     config: Mapping[str, Any]
     ffn_widths: tuple[int, ...]
     lora: LoraSpec | None = None
+    biases: bool = False
+    bottleneck: int | None = None
+    head: Head = "classes"
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers; FedbenchError where the family has none with such a head."""
+        if self.head == "classes":
+            return self.family.architecture
+        if self.family.language is None:
+            raise FedbenchError(
+                f"a model of type {self.model_type} predicts no next token, which the objective of language asks for; "
+                "give --fm a decoder"
+            )
+        return self.family.language
 
     @property
     def family(self) -> Family:
@@ -46,6 +71,14 @@ class ModelSpec:
         """The same model with other adapters."""
         return replace(self, lora=lora)
 
+    def with_biases(self, tunable: bool = True) -> ModelSpec:
+        """The same model with its biases tunable, or frozen."""
+        return replace(self, biases=tunable)
+
+    def with_bottleneck(self, neurons: int | None) -> ModelSpec:
+        """The same model with bottleneck adapters of so many neurons."""
+        return replace(self, bottleneck=neurons)
+
     def with_ffn_widths(self, widths: Sequence[int]) -> ModelSpec:
         """The same model with other FFN widths, one a layer."""
         return replace(self, ffn_widths=tuple(widths))
@@ -53,6 +86,8 @@ class ModelSpec:
     def with_layers(self, layers: Sequence[int]) -> ModelSpec:
         """A shallower model made of these layers of this one."""
         config = {**self.config, self.family.layer_count: len(layers)}
+        if kinds := self.config.get(LAYER_KINDS):
+            config[LAYER_KINDS] = [kinds[i] for i in layers]
         return replace(self, config=config, ffn_widths=tuple(self.ffn_widths[i] for i in layers))
 
     def to_json(self) -> str:
@@ -62,7 +97,18 @@ class ModelSpec:
             lora = [self.lora.r, self.lora.alpha, self.lora.dropout, None if layers is None else list(layers)]
             if projections != PROJECTIONS:
                 lora.append(list(projections))
-        body = {"type": self.model_type, "config": dict(self.config), "ffn": list(self.ffn_widths), "lora": lora}
+        body: dict[str, Any] = {
+            "type": self.model_type,
+            "config": dict(self.config),
+            "ffn": list(self.ffn_widths),
+            "lora": lora,
+        }
+        if self.biases:
+            body["biases"] = True
+        if self.bottleneck is not None:
+            body["bottleneck"] = self.bottleneck
+        if self.head != "classes":
+            body["head"] = self.head
         return json.dumps(body, sort_keys=True)
 
     @classmethod
@@ -72,4 +118,5 @@ class ModelSpec:
         if body["lora"] is not None:
             r, alpha, dropout, layers, *rest = body["lora"]
             lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
-        return cls(body["type"], body["config"], tuple(body["ffn"]), lora)
+        more = body.get("biases", False), body.get("bottleneck"), body.get("head", "classes")
+        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, *more)

@@ -1,7 +1,7 @@
 """Weights in and out of a model.
 
-Frozen weights go by the names of the plain checkpoint, tunables (LoRA and head) by their parameter names in the
-built module.
+Frozen weights go by the names of the plain checkpoint, tunables (LoRA, head, and biases where the model's specification
+says so) by their parameter names in the built module.
 """
 
 from __future__ import annotations
@@ -21,12 +21,24 @@ def checkpoint_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
+def set_tunable(model: nn.Module, biases: bool) -> None:
+    """Note in a model that was just built whether its own biases are tunables too."""
+    model._tunable_biases = biases  # type: ignore[assignment]  # no module and no parameter
+
+
+def _is_added(name: str) -> bool:
+    """Whether a parameter is of an adapter: of LoRA, or of a bottleneck."""
+    return ".lora_" in name or ".adapter_" in name
+
+
 def _is_frozen(parts: Parts, name: str) -> bool:
-    return ".lora_" not in name and not parts.is_head(name)
+    if _is_added(name) or parts.is_head(name):
+        return False
+    return not (getattr(parts.model, "_tunable_biases", False) and name.endswith(".bias"))
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    """Frozen tensors by checkpoint name: no LoRA, no head. They share memory with the model; do not write to them."""
+    """Frozen tensors by checkpoint name: no tunables. They share memory with the model; do not write to them."""
     parts = Parts(model)
     return {checkpoint_name(n): t.detach() for n, t in model.state_dict().items() if _is_frozen(parts, n)}
 
@@ -53,7 +65,7 @@ def load_frozen(model: nn.Module, state: Mapping[str, Tensor], share: bool = Fal
 
 
 def tunable_names(model: nn.Module) -> list[str]:
-    """Names of all LoRA and head parameters, in the model's order."""
+    """Names of all tunables, in the model's order: LoRA and head, and biases where they are tunable."""
     parts = Parts(model)
     return [n for n, _ in model.named_parameters() if not _is_frozen(parts, n)]
 
@@ -75,19 +87,28 @@ def set_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def initial_tunables(model: nn.Module, streams: Streams) -> dict[str, Tensor]:
-    """Start values of all tunables of an FM: LoRA A Kaiming-uniform (a = sqrt 5), B zero, head normal, biases zero.
+    """Start values of all tunables of an FM: LoRA A Kaiming-uniform (a = sqrt 5), B zero, head normal, its biases zero.
 
-    Each tensor has a stream of its own, named after it, so every method starts from the same values.
+    Of a bottleneck down is normal and up zero, so that it changes nothing at first. Biases of the FM itself start as
+    they are.
+
+    Norms within a head start as one. Each tensor has a stream of its own, named after it, so every method starts from
+    the same values.
     """
     deviation = float(getattr(model.config, "initializer_range", 0.02))
-    parameters = dict(model.named_parameters())
+    parameters, parts = dict(model.named_parameters()), Parts(model)
     out = {}
     for name in tunable_names(model):
         value = torch.zeros(parameters[name].shape)
+        if not _is_added(name) and not parts.is_head(name):
+            out[name] = parameters[name].detach().to("cpu", copy=True)
+            continue
         generator = streams.torch("initialisation", name)
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
-        elif ".lora_" not in name and value.dim() > 1:
+        elif ".lora_" not in name and value.dim() == 1 and name.endswith(".weight"):
+            nn.init.ones_(value)
+        elif ".lora_" not in name and ".adapter_up." not in name and value.dim() > 1:
             nn.init.normal_(value, std=deviation, generator=generator)
         out[name] = value
     return out

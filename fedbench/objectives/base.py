@@ -23,11 +23,15 @@ class Objective(ABC):
 
     name: what rows say they are for (`fedbench.data.examples.Examples.objective`).
     every_token: whether outputs and targets are of each token, [B, T, ..] and [B, T], and not of the row as a whole,
-    [B, ..] and [B]. Batches are then fed padded: a packed one gives the first token of each row alone.
+    [B, ..] and [B]. padded: whether batches are fed padded, because a packed one gives the first token of each row
+    alone; not so where the model has answers for all of them. row_by_row: whether a row's loss depends on that row
+    alone.
     """
 
     name: ClassVar[str]
     every_token: ClassVar[bool] = False
+    padded: ClassVar[bool] = False
+    row_by_row: ClassVar[bool] = True
 
     @abstractmethod
     def targets(self, labels: np.ndarray, tokens: Sequence[np.ndarray] | None) -> Tensor:
@@ -59,6 +63,10 @@ class Objective(ABC):
     @abstractmethod
     def correct(self, predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Which rows are answered rightly, [n] of bool; records keep it, for paired tests."""
+
+    def shares(self, predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Of each row the share of its answers that are right, [n]; scores by client are means of it."""
+        return self.correct(predicted, targets).astype(np.float64)
 
     @abstractmethod
     def accuracy(self, predicted: np.ndarray, targets: np.ndarray) -> float:

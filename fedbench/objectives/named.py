@@ -6,10 +6,13 @@ from fedbench.errors import FedbenchError
 from fedbench.names import nearest
 from fedbench.objectives.base import Objective
 from fedbench.objectives.classification import Classification
+from fedbench.objectives.language import Language
 
 CLASSIFICATION = Classification()
+LANGUAGE = {"row": Language("row"), "batch": Language("batch")}
+"""The objective of language, by what a row's loss is normalised by."""
 
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (CLASSIFICATION,)}
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (CLASSIFICATION, *LANGUAGE.values())}
 
 
 def objective_of(name: str) -> Objective:

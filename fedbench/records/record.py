@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedbench.errors import FedbenchError, one_line
 from fedbench.records.schema import (
     Accuracy,
+    AggregationError,
     Communication,
     Compute,
     Direction,
@@ -25,6 +26,7 @@ from fedbench.records.schema import (
     Identity,
     Method,
     Partition,
+    Privacy,
     Provenance,
     Residual,
     Round,
@@ -52,6 +54,8 @@ class Record(BaseModel):
     accuracy: Accuracy = Accuracy()
     communication: Communication = Communication()
     gradient_error: GradientError | None = None  # null where clients train the FM itself
+    aggregation_error: AggregationError | None = None  # null where no adapters of LoRA are averaged
+    privacy: Privacy | None = None  # null where a run gives none
     distillation: list[Residual] = []  # one entry a layer
     exposure: Exposure | None = None
     compute: Compute = Compute()
@@ -144,6 +148,8 @@ def _contradictions(record: Record) -> Iterator[str]:
     yield from _course(record)
     if record.gradient_error is not None:
         yield from _gradients(record.gradient_error)
+    if record.aggregation_error is not None:
+        yield from _aggregation(record.aggregation_error)
     for i, (size, counts) in enumerate(zip(record.partition.sizes or (), record.partition.label_counts, strict=False)):
         if sum(counts) != size:
             yield f"partition.sizes.{i}: {size}, but its label_counts sum to {sum(counts)}"
@@ -225,6 +231,19 @@ def _course(record: Record) -> Iterator[str]:
         for way, said, measured in (("up", size.up, entry.bytes_up), ("down", size.down, entry.bytes_down)):
             if measured not in (None, said):
                 yield f"communication.per_round.{i}.{way}: {said}, but rounds has {measured}"
+
+
+def _aggregation(aggregation: AggregationError) -> Iterator[str]:
+    errors = [point.model for point in aggregation.points if point.model is not None]
+    if not errors:
+        yield "aggregation_error.points: none of them has a number"
+        return
+    for name, said, value in (
+        ("mean", aggregation.mean, float(np.mean(errors))),
+        ("final", aggregation.final, errors[-1]),
+    ):
+        if not _close(said, value):
+            yield f"aggregation_error.{name}: {said}, but its points say {value:.9g}"
 
 
 def _gradients(gradient: GradientError) -> Iterator[str]:

@@ -92,6 +92,8 @@ class Score(Block):
 
     accuracy: Share | None
     macro_f1: Share | None = None
+    perplexity: Annotated[float, Field(ge=1)] | None = None  # e to the mean loss of a token, of a language objective
+    tokens: Positive | None = None  # that were asked for, of which accuracy is the share that is right
     loss: Finite | None = None  # null where it was not finite
     rows: Annotated[int, Field(ge=1, le=ROWS)]
     correct: str | None = None  # which rows were answered rightly: packed bits in base64
@@ -240,6 +242,38 @@ class GradientError(Block):
     final: Size | None
 
 
+class AggregationPoint(Block):
+    """After one round, against the mean of the products B A that its clients trained: relative Frobenius norms."""
+
+    round: Count
+    factors: Size | None  # of the product of the means of B and of A
+    model: Size | None  # of what the FM with the tuned parameters has gained
+
+
+class AggregationError(Block):
+    """How far the aggregated model is from the mean of what clients trained; the two numbers are of the model."""
+
+    points: list[AggregationPoint]
+    mean: Size
+    final: Size
+
+
+class Privacy(Block):
+    """Differential privacy that a run gives: of what, how it was made, and what it comes to."""
+
+    unit: str  # "client": all rows of one
+    neighbours: str
+    clip: Size  # L2 norm of a client's update
+    noise: Size  # standard deviation on the sum of updates, as a multiple of clip
+    sampling: str
+    clients: Positive
+    cohort: Positive
+    rounds: Count
+    delta: Share
+    epsilon: Size | None  # null without noise
+    accountant: str
+
+
 class Residual(Block):
     """What distillation left between a layer of the FM and the proxy's, and what was there before it."""
 
@@ -342,7 +376,7 @@ class Provenance(Block):
     executor: str | None = None
     host: str | None = None  # that held the two sides
     workers: int | None = None
-    runtime: dict[str, Any] = {}  # what the host itself sent, and which silos it lost
     finished: str | None = None  # time in ISO 8601
     notes: list[str] = []  # on data, FM and what the server chose
     fm: dict[str, Any] = {}  # where it came from
+    runtime: dict[str, Any] = {}  # what the host itself sent, and which silos it lost

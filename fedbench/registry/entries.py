@@ -36,7 +36,7 @@ class Entry:
 
     `module` is what to import; `path` its file where known, which alone says what to load for a loose file;
     `attribute` names the class or the value in it where that is known. A scenario is the split `split` of the TOML
-    file `path`.
+    file `path`. needs: what a method's class says that its server needs of uploads, "" where it says nothing.
     """
 
     kind: Kind
@@ -47,6 +47,7 @@ class Entry:
     attribute: str | None = None
     split: str = ""
     summary: str = ""
+    needs: str = ""
     error: str | None = None
 
 

@@ -30,17 +30,23 @@ def python_file(path: Path, module: str, origin: str, only: Kind | None = None) 
         yield Entry(only or METHODS, stem, origin, module, path, error=about)
         return
     summary = printable((ast.get_docstring(tree) or "").partition("\n")[0])
-    found: list[tuple[Kind, str, str | None, str]]
-    found = [(kind, name, None, summary) for kind, name in _classes(tree, only)]
-    found += [(kind, name, attribute, printable(about) or summary) for kind, name, attribute, about in _values(tree)]
+    found: list[tuple[Kind, str, str | None, str, str]] = []
+    classes = _classes(tree, only)
+    for kind, name, owner in classes:
+        # Of several in a file each is told from the others by its own words.
+        own = printable((ast.get_docstring(owner) or "").partition("\n")[0]) if len(classes) > 1 else ""
+        found.append((kind, name, None, own or summary, _says(owner, "needs") or ""))
+    found += [
+        (kind, name, attribute, printable(about) or summary, "") for kind, name, attribute, about in _values(tree)
+    ]
     found = [thing for thing in found if only in (None, thing[0])]
     if not found and only in (None, METHODS):
-        found = [(METHODS, plugin_name(path.stem), None, summary)]
-    for kind, name, attribute, about in found:
+        found = [(METHODS, plugin_name(path.stem), None, summary, "")]
+    for kind, name, attribute, about, needs in found:
         if why := bad_name(name):
             yield Entry(kind, stem, origin, module, path, summary=about, error=f"{printable(str(path))}: {why}")
         else:
-            yield Entry(kind, name, origin, module, path, attribute, summary=about)
+            yield Entry(kind, name, origin, module, path, attribute, summary=about, needs=printable(needs))
 
 
 def scenario_file(path: Path, origin: str) -> Iterator[Entry]:
@@ -58,14 +64,14 @@ def scenario_file(path: Path, origin: str) -> Iterator[Entry]:
         yield Entry(SCENARIOS, f"{name}-{split}", origin, path=path, split=split, summary=title)
 
 
-def _classes(tree: ast.Module, only: Kind | None) -> list[tuple[Kind, str]]:
+def _classes(tree: ast.Module, only: Kind | None) -> list[tuple[Kind, str, ast.ClassDef]]:
     """Methods and hosts by what their classes call themselves: `name = "..."` or `name: ClassVar[str] = "..."`.
 
     Anything else annotated is a field, not a name. A class is a host where a base is one: imported from the package of
     hosts, called so, or another host of this file.
     """
     hosts: set[str] = set()
-    names = []
+    found: dict[tuple[Kind, str], ast.ClassDef] = {}
     for owner in tree.body:
         if isinstance(owner, ast.ImportFrom) and (owner.module or "").startswith(HOSTS.package):
             hosts |= {alias.asname or alias.name for alias in owner.names}
@@ -76,20 +82,25 @@ def _classes(tree: ast.Module, only: Kind | None) -> list[tuple[Kind, str]]:
         if is_host:
             hosts.add(owner.name)
         kind = only or (HOSTS if is_host else METHODS)
-        names += [(kind, name) for name in map(_class_name, owner.body) if name is not None]
-    return list(dict.fromkeys(names))
+        if (name := _says(owner, "name")) is not None:
+            found.setdefault((kind, name), owner)
+    return [(kind, name, owner) for (kind, name), owner in found.items()]
 
 
-def _class_name(line: ast.stmt) -> str | None:
-    """What a line of a class's body says that it is called; None where it says nothing of the kind."""
-    if isinstance(line, ast.Assign):
-        targets: list[ast.expr] = line.targets
-    elif isinstance(line, ast.AnnAssign) and "ClassVar" in ast.unparse(line.annotation):
-        targets = [line.target]
-    else:
-        return None
-    called = any(isinstance(target, ast.Name) and target.id == "name" for target in targets)
-    return _text(line.value) if called else None
+def _says(owner: ast.ClassDef, wanted: str) -> str | None:
+    """The text that a class's body gives a class variable; None where it gives none."""
+    for line in owner.body:
+        if isinstance(line, ast.Assign):
+            targets: list[ast.expr] = line.targets
+        elif isinstance(line, ast.AnnAssign) and "ClassVar" in ast.unparse(line.annotation):
+            targets = [line.target]
+        else:
+            continue
+        if any(isinstance(target, ast.Name) and target.id == wanted for target in targets):
+            found = _text(line.value)
+            if found is not None:
+                return found
+    return None
 
 
 def _values(tree: ast.Module) -> Iterator[tuple[Kind, str, str, str]]:

@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from fedbench.errors import FedbenchError
 from fedbench.files import load_tensors, save_tensors
 from fedbench.models.checkpoint import own_labels
+from fedbench.models.decoder import NextToken
 from fedbench.models.families.known import family_called
-from fedbench.models.weights import get_tensors, tunable_names
+from fedbench.models.parts import family_of
+from fedbench.models.spec import Head
+from fedbench.models.weights import frozen_state, get_tensors, tunable_names
 from fedbench.models.zoo.load import MINILM_HUB, load_fm
-from fedbench.models.zoo.names import fm_folder
+from fedbench.models.zoo.names import fetched_folder, fm_folder
+from fedbench.models.zoo.packaged import PACKAGED
+from fedbench.models.zoo.tiny_llama import tiny_llama_folder
 from fedbench.records.record import Record
 from fedbench.records.store import load
 
@@ -40,14 +45,19 @@ class Adapter:
     about: Mapping[str, Any]
 
 
-def adapter_of(model: nn.Module) -> Adapter:
-    """LoRA and head of a tuned FM."""
+def adapter_of(model: nn.Module, untouched: Mapping[str, Tensor]) -> Adapter:
+    """LoRA and head of a tuned FM. untouched: the FM's frozen weights as they came."""
     config: Any = model.config
+    now = frozen_state(model)
     about = {
         "model_type": config.model_type,
         "num_labels": config.num_labels,
+        "head": "vocabulary" if isinstance(model, NextToken) else "classes",
+        "pad_token": config.pad_token_id if family_of(model).reads == "last" else None,
         # Rank and alpha of each linear layer with an adapter.
         "lora": {n: [m.r["default"], m.lora_alpha["default"]] for n, m in _adapted(model).items()},
+        # Frozen weights that the method changed.
+        "changed": sum(n in now and not torch.equal(now[n].cpu(), t.cpu()) for n, t in untouched.items()),
     }
     return Adapter(get_tensors(model, tunable_names(model)), about)
 
@@ -67,13 +77,15 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
 class Exported:
     """What was written: the base checkpoint it belongs to, and how to load that with transformers.
 
-    base: hub id or folder. revision: of the hub's repository. architecture: an Auto class of transformers.
+    base: hub id or folder. revision: of the hub's repository. architecture: an Auto class of transformers. pad_token:
+    the number of the padding token that a decoder's head goes by, which checkpoints of decoders mostly leave out.
     """
 
     base: str
     revision: str | None
     architecture: str
     num_labels: int
+    pad_token: int | None = None
 
 
 def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = None) -> Exported:
@@ -100,12 +112,24 @@ def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = Non
     lora: Mapping[str, Any] = about["lora"]
     if not lora:
         raise FedbenchError(f"{record}: {run.identity.method} tunes no LoRA, so there is no adapter to export")
+    if about.get("changed"):
+        raise FedbenchError(
+            f"{record}: {run.identity.method} changes {about['changed']} of the FM's own weights, "
+            "which an adapter cannot hold"
+        )
     family = family_called(about["model_type"])
-    base, revision = _base(run, about["num_labels"], folder, cache, fm)
+    head: Head = about.get("head", "classes")
+    base, revision = _base(run, about["num_labels"], folder, cache, fm, head)
+    if head == "vocabulary":
+        task_type, architecture = "CAUSAL_LM", "AutoModelForCausalLM"
+    elif family.modality == "text":
+        task_type, architecture = "SEQ_CLS", "AutoModelForSequenceClassification"
+    else:
+        task_type, architecture = None, "AutoModelForImageClassification"
     ranks, alphas = ({name: pair[i] for name, pair in lora.items()} for i in (0, 1))
     r, alpha = next(iter(lora.values()))
     config = LoraConfig(
-        task_type="SEQ_CLS" if family.modality == "text" else None,
+        task_type=task_type,
         base_model_name_or_path=base,
         revision=revision,
         inference_mode=True,
@@ -114,24 +138,30 @@ def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = Non
         rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
         target_modules=list(lora),
-        modules_to_save=list(family.head),
+        modules_to_save=list(family.head) if head == "classes" else None,
+        fan_in_fan_out=family.transposed,
     )
     config.save_pretrained(folder)
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in tensors.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    task = "SequenceClassification" if family.modality == "text" else "ImageClassification"
-    return Exported(base, revision, f"AutoModelFor{task}", about["num_labels"])
+    return Exported(base, revision, architecture, about["num_labels"], about.get("pad_token"))
 
 
-def _base(run: Record, num_labels: int, folder: Path, cache: Path, given: str | None) -> tuple[str, str | None]:
+def _base(
+    run: Record, num_labels: int, folder: Path, cache: Path, given: str | None, head: Head
+) -> tuple[str, str | None]:
     """Hub id or folder of the checkpoint the adapter belongs to, and its revision."""
     name, origin = str(run.identity.fm), run.provenance.fm
+    if given is None and name in PACKAGED:
+        given = str(fetched_folder(cache, name))
+    if given is None and name == "tiny-llama":
+        given = str(tiny_llama_folder(cache)[0])
     if given is not None:
         path = fm_folder(given)
         if path is None:
             raise FedbenchError(f"--fm {given}: no such folder; give the folder of the checkpoint of {name}")
         # A head that was trained for the run's classes, which are not in the record, is part of what its hash is of.
-        found = (load_fm(given, num_labels, cache, names).content_hash for names in ((), own_labels(path)))
+        found = (load_fm(given, num_labels, cache, names, head).content_hash for names in ((), own_labels(path)))
         if (run.identity.fm_hash or "") not in found:
             raise FedbenchError(f"--fm {given}: not the checkpoint of this run, by its hash; give that of {name}")
         return str(path.resolve()), None
@@ -143,7 +173,7 @@ def _base(run: Record, num_labels: int, folder: Path, cache: Path, given: str | 
         raise FedbenchError(
             f"the FM {name} was given as a folder, and a record does not say where that lies; give --fm PATH"
         )
-    fm = load_fm(name, num_labels, cache)
+    fm = load_fm(name, num_labels, cache, (), head)
     if fm.content_hash != run.identity.fm_hash:
         raise FedbenchError(f"the {name} in {cache} is another than that of this run; give --cache with the run's")
     plain: Any = fm.build(None, torch.device("cpu"))

@@ -30,18 +30,28 @@ from fedbench.measures.scores import HeldOut
 from fedbench.models.families.known import is_built_in
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
+from fedbench.models.spec import Head
 from fedbench.models.zoo.load import load_fm, load_reader
 from fedbench.names import nearest
+from fedbench.objectives.named import LANGUAGE
 from fedbench.records import provenance
 from fedbench.records.schema import SCHEMA
 from fedbench.records.store import record_key
 from fedbench.registry import Registry
 from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import Host
+from fedbench.run.privacy import check_private
 from fedbench.run.request import RunRequest
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import mistake, parse_value
-from fedbench.scenario.tables import KEYS, DatasetSettings, PublicSettings, Scenario, SplitSettings
+from fedbench.scenario.tables import (
+    KEYS,
+    DatasetSettings,
+    ObjectiveSettings,
+    PublicSettings,
+    Scenario,
+    SplitSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,8 @@ class Prepared:
         """The same without any client's rows, as a server has it."""
         nothing = np.array([], dtype=np.int64)
         data = replace(self.loaded.data, train=self.loaded.data.train.select(nothing))
+        if data.clients is not None:
+            data = replace(data, clients=replace(data.clients, train=nothing))
         loaded = replace(self.loaded, data=data, train=self.loaded.train.select(nothing))
         return replace(self, loaded=loaded, divided=self.division)
 
@@ -161,28 +173,37 @@ def _load(
     fm: str,
     cache: Path,
     data_dir: Path | None,
-    split: SplitSettings | None,
     weights: bool,
+    split: SplitSettings | None,
+    objective: ObjectiveSettings | None,
 ) -> Loaded:
     """Load and encode once for all runs of a process that share data and FM; the cells of a grid mostly do.
 
     `split`: a natural one, else None.
     """
     data = load_data(data_set, corpus, dataset, public, data_dir, split)
+    if objective is not None:
+        data = replace(data, objective=LANGUAGE[objective.normalised].name)
     load = load_fm if weights else load_reader
-    model = load(fm, len(data.class_names), cache, data.class_names)
+    model = load(fm, len(data.class_names), cache, data.class_names, head_for(objective))
     if weights and not is_built_in(model.spec.model_type):
         check_family(model)
     raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
     raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
     given = {role: part for role, part in raw.items() if part is not None}
-    parts = {role: encode(part, model, dataset.max_length, data.objective) for role, part in given.items()}
+    answers = objective is None or objective.loss_on == "answers"
+    parts = {role: encode(part, model, dataset.max_length, data.objective, answers) for role, part in given.items()}
     extra = {name: parts[f"test {name}"] for name in data.extra_tests}
     notes = model.notes
     if (tokens := parts["train"].tokens) and (unknown := unknown_tokens(model.processor, tokens[:1000])):
         notes += (f"FM {model.name}: {unknown}",)
     main = parts["train"], parts["validation"], parts["test"], parts.get("public")
     return Loaded(data, model, *main, extra, inputs_hash(parts, model), notes)
+
+
+def head_for(objective: ObjectiveSettings | None) -> Head:
+    """What the FM of a scenario with this objective answers with."""
+    return "classes" if objective is None else "vocabulary"
 
 
 def split_settings(
@@ -234,12 +255,15 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
     scenario = load_scenario(path, split, request.profile, overrides)
     given = {name: value for name, (value, _) in scenario_settings(kind, scenario).items()}
     method = make_method(kind, {**given, **parse_values(mine)}, request)
+    if scenario.privacy is not None:
+        check_private(method, scenario.privacy)
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
     data_set, corpus, natural = sets_of(registry, scenario)
     cache = cache_folder(request.cache)
-    loaded = _load(data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder, natural, weights)
+    common = data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder
+    loaded = _load(*common, weights, natural, scenario.objective)
     data, fm = loaded.data, loaded.fm
     if data.clients is not None:
         split_found = scenario.split.model_copy(update={"clients": len(data.clients.names)})

@@ -15,6 +15,7 @@ from fedbench.records import provenance
 from fedbench.records.record import Record, complaint_of
 from fedbench.records.schema import SCHEMA
 from fedbench.run.loop import Run
+from fedbench.run.privacy import spent
 
 
 def finish(run: Run) -> Record:
@@ -26,6 +27,15 @@ def finish(run: Run) -> Record:
 def without_scores(run: Run, why: str) -> Record:
     """The record of a method that is not available here, and why."""
     return record_of(run, {"plug_in": None, "proxy": None, "unavailable": why})
+
+
+def privacy_of(run: Run) -> dict[str, Any]:
+    """The block of a run under differential privacy."""
+    settings = run.p.scenario.privacy
+    if settings is None:
+        return {}
+    clients = len(run.partition.clients)
+    return {"privacy": spent(settings, clients, run.federation.cohort_size(clients), run.federation.rounds)}
 
 
 def whose(data: RawData) -> dict[str, str]:
@@ -64,6 +74,7 @@ def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
         },
         **server["blocks"],
         "distillation": server["residuals"],
+        **privacy_of(run),
         "compute": {
             "trainable_parameters": server["trainable_parameters"],
             "resident_parameters": clients["resident_parameters"],

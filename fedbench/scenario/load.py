@@ -16,7 +16,10 @@ from fedbench.names import bad_name, nearest, plugin_name
 from fedbench.scenario.settings import leaves, mistake, parse_value
 from fedbench.scenario.tables import KEYS, Scenario, flatten
 
-_TABLES = ("title", "fm", "dataset", "public", "federation", "evaluation", "methods", "splits", "profiles")
+_TABLES = (
+    *("title", "fm", "dataset", "public", "objective", "privacy"),
+    *("federation", "evaluation", "methods", "splits", "profiles"),
+)
 
 
 def split_names(path: Path) -> list[str]:
@@ -48,7 +51,7 @@ def load_scenario(
     splits = _tables(path, raw, "splits")
     # A split may carry tables of its own (federation, evaluation, methods), which win over the file's.
     own = dict(splits[split])
-    tables = ("federation", "evaluation", "methods", "public")
+    tables = ("federation", "evaluation", "methods", "public", "privacy")
     nested = {table: own.pop(table) for table in tables if isinstance(own.get(table), dict)}
     layers: list[tuple[str, dict[str, Any]]] = [
         (path.name, {k: v for k, v in raw.items() if k not in ("splits", "profiles")}),

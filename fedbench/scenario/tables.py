@@ -101,7 +101,7 @@ class DatasetSettings(Settings):
     @classmethod
     def _at_hand(cls, kind: str | None) -> str | None:
         if kind == "chat":
-            raise ValueError("rows of chats need an objective of language, which is not there yet; use text or pairs")
+            raise ValueError("rows of chats cannot be read from files yet; use text, pairs or images")
         return kind
 
     @field_validator("name")
@@ -235,6 +235,31 @@ class EvaluationSettings(Settings):
     batch_size: int = Field(64, ge=1)
 
 
+class ObjectiveSettings(Settings):
+    """What is asked of a row where that is not its class: `kind` language, which token comes next.
+
+    loss_on: of a row with a second text, its answer alone, or all of it. normalised: whether in training rows count
+    alike ("row") or the tokens of a batch do ("batch").
+    """
+
+    kind: Literal["language"]
+    loss_on: Literal["answers", "all"] = "answers"
+    normalised: Literal["row", "batch"] = "row"
+
+
+class PrivacySettings(Settings):
+    """Differential privacy of a client's rows as a whole (DP-FedAvg, McMahan et al. 2018), over any method of sums.
+
+    clip: largest L2 norm of what a client's update changes; a larger one is scaled down. noise: standard deviation of
+    the Gaussian noise that the server adds to the sum of the updates, as a multiple of `clip`. delta: at which epsilon
+    is given.
+    """
+
+    clip: float = Field(gt=0)
+    noise: float = Field(ge=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+
+
 class Scenario(Settings):
     """A resolved scenario. `methods` holds hyper-parameters by method, validated by the method itself."""
 
@@ -246,6 +271,8 @@ class Scenario(Settings):
     evaluation: EvaluationSettings
     fm: str = Field(min_length=1)
     public: PublicSettings | None = None
+    objective: ObjectiveSettings | None = None
+    privacy: PrivacySettings | None = None
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _folder: Path = PrivateAttr(default_factory=Path)
@@ -260,7 +287,9 @@ class Scenario(Settings):
 
         Of rows of the user's own their content enters the key by its hash, and not where they lie.
         """
-        out = self.model_dump(mode="json", exclude={"title", "methods"})
+        # What older keys know nothing of stays out where it is not set.
+        unset = {name for name in ("privacy", "objective") if getattr(self, name) is None}
+        out = self.model_dump(mode="json", exclude={"title", "methods", *unset})
         if self.dataset.kind is not None:
             places = ("train", "test", *(["validation"] if isinstance(self.dataset.validation, str) else []))
             out["dataset"] = {name: value for name, value in out["dataset"].items() if name not in places}
@@ -268,7 +297,8 @@ class Scenario(Settings):
 
     def provenance(self) -> dict[str, tuple[Any, str]]:
         """Dotted key -> (value, where it came from), for every setting."""
-        flat = flatten(self.model_dump(mode="json"))
+        unset = {"privacy"} if self.privacy is None else set()
+        flat = flatten(self.model_dump(mode="json", exclude=unset))
         hidden = {"name"}
         if self.split.kind == "natural":
             hidden |= {"split.clients", "split.alpha", "split.shards_per_client"}  # of drawn clients
@@ -296,6 +326,8 @@ KEYS: tuple[str, ...] = (
             ("federation", Federation),
             ("evaluation", EvaluationSettings),
             ("public", PublicSettings),
+            ("objective", ObjectiveSettings),
+            ("privacy", PrivacySettings),
         )
         for name in kind.model_fields
     ),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedbench.tables.measures import MEASURES, train_rows
+from fedbench.tables.measures import MEASURES, Measure, train_rows
 from fedbench.tables.rows import Row, accuracy_in, extra_tests
 from fedbench.tables.statistics import Difference
 
@@ -50,11 +50,15 @@ class Beside:
 
 @dataclass
 class Comparison:
-    """Everything the tables show: one section a scenario and FM, and reported figures beside them if a grid has any."""
+    """Everything the tables show: one section a scenario and FM, and reported figures beside them if a grid has any.
+
+    asked: measures that were asked for, a column each at the end.
+    """
 
     sections: list[Section]
     title: str = ""
     beside: list[Beside] = field(default_factory=list)
+    asked: Sequence[Measure] = ()
 
     def frame(self) -> pd.DataFrame:
         """One line a method and scenario, all measures as plain numbers (shares 0 to 1, megabytes, counts)."""
@@ -72,7 +76,7 @@ class Comparison:
                     "failed": row.failed,
                     "not_comparable": row.flag,
                 }
-                for measure in MEASURES:
+                for measure in dict.fromkeys((*MEASURES, *self.asked)):
                     found = row.summary(measure.read, measure.scale)
                     line[measure.name] = found.mean if found else None
                     line[f"{measure.name}_std"] = found.std if found else None

@@ -13,7 +13,7 @@ from fedbench.errors import FedbenchError, one_line
 from fedbench.records.record import Record
 from fedbench.records.store import load_all, record_key
 from fedbench.tables.conditions import conditions_of
-from fedbench.tables.measures import MEASURES, accuracy_on
+from fedbench.tables.measures import ASKED, MEASURES, accuracy_on
 
 WHOLE = ("seed", "clients", "rounds", "trainable_parameters", "resident_parameters", "local_steps")
 """Columns of whole numbers, some of which may be missing."""
@@ -73,7 +73,7 @@ def _row(record: Record, conditions: Mapping[str, Any] | None) -> dict[str, Any]
         "rounds": scenario.federation.rounds if scenario.federation else None,
         "precision": who.precision,
     }
-    for measure in MEASURES:
+    for measure in (*MEASURES, *ASKED):
         value = measure.read(record)
         row[measure.name] = value if value is None or measure.scale == 1.0 else value * measure.scale
     for test in record.accuracy.extra_tests or ():

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fedbench.errors import FedbenchError
+from fedbench.names import nearest
 from fedbench.records.record import Record
 from fedbench.records.schema import Direction, Score
 from fedbench.tables.formats import MEGA
@@ -98,6 +100,17 @@ def gradient_error_final(run: Record) -> float | None:
     return None if run.gradient_error is None else run.gradient_error.final
 
 
+def aggregation_error(run: Record) -> float | None:
+    return None if run.aggregation_error is None else run.aggregation_error.mean
+
+
+def factor_averaging_error(run: Record) -> float | None:
+    """What plain averaging of LoRA's factors would have lost of the same uploads, on average over rounds."""
+    points = [] if run.aggregation_error is None else run.aggregation_error.points
+    found = [point.factors for point in points if point.factors is not None]
+    return sum(found) / len(found) if found else None
+
+
 def verbatim(run: Record) -> float | None:
     return None if run.exposure is None else run.exposure.verbatim.all
 
@@ -174,3 +187,17 @@ MEASURES = (
     Measure("peak_memory_mb", peak_memory, 1 / MEGA),
 )
 """In the order of the columns."""
+
+ASKED = (
+    Measure("aggregation_error", aggregation_error),
+    Measure("factor_averaging_error", factor_averaging_error),
+)
+"""Those that a table has only where it is asked for them."""
+
+
+def measure_called(name: str) -> Measure:
+    """A measure by its name. Raises FedbenchError for one that there is none of."""
+    known = {measure.name: measure for measure in (*MEASURES, *ASKED)}
+    if name not in known:
+        raise FedbenchError(f"--measure {name}: no such measure; {nearest(name, known)}")
+    return known[name]

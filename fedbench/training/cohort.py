@@ -27,7 +27,8 @@ def execute_all(tasks: Sequence[LocalTask], execution: Execution) -> Iterator[tu
     def train(task: LocalTask) -> tuple[Any, ...]:
         r = execute(task, execution)
         # As numpy arrays a result passes between processes many times faster than as tensors.
-        return _numpy(r.tunables), r.steps, r.loss, _numpy(r.observed), r.observed_tokens
+        more = _numpy(r.mean_gradient), None if r.slopes is None else r.slopes.numpy()
+        return _numpy(r.tunables), r.steps, r.loss, _numpy(r.observed), r.observed_tokens, *more
 
     if execution.fused:
         yield from enumerate(execute_cohort(tasks, execution))
@@ -36,8 +37,14 @@ def execute_all(tasks: Sequence[LocalTask], execution: Execution) -> Iterator[tu
         modules = [task.frozen.module for task in tasks] if execution.packed else []
         # Here rather than in the workers, which then all use one copy; and the next round trains the same modules.
         with reordered(*modules, gradients=True, precision=execution.precision, keep=True):
-            for index, (tunables, steps, loss, observed, tokens) in fork_map(train, tasks, execution.workers, costs):
-                yield index, LocalResult(_tensors(tunables), steps, loss, _tensors(observed), tokens)
+            for index, (tunables, steps, loss, observed, tokens, mean, slopes) in fork_map(
+                train, tasks, execution.workers, costs
+            ):
+                along = None if slopes is None else torch.from_numpy(slopes)
+                yield (
+                    index,
+                    LocalResult(_tensors(tunables), steps, loss, _tensors(observed), tokens, _tensors(mean), along),
+                )
     else:
         for index, task in enumerate(tasks):
             yield index, execute(task, execution)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedbench.api.local import LocalResult, LocalTask, Trainer
 from fedbench.errors import DivergedError, FedbenchError
+from fedbench.models.linear import FrozenLinear
 
 
 def unknown_fields(task: LocalTask, known: Set[str]) -> list[str]:
@@ -36,6 +37,16 @@ def refuse_unknown(task: LocalTask, known: Set[str], executor: str) -> None:
             f"a client's task ({type(task).__name__}) sets {found[0]!r}, which the {executor} executor does not know; "
             "leave it at its default, or train such a task in the client's own `fit`"
         )
+
+
+def refuse_fixed(module: nn.Module, values: Container[str], fixed: Iterable[str]) -> None:
+    """Raise FedbenchError for a fixed parameter that is also trained, or that the backbone's key stands for."""
+    for name in fixed:
+        if name in values:
+            raise FedbenchError(f"a client's task both trains and fixes {name!r}; name it once")
+        owner, _, role = name.rpartition(".")
+        if role == "weight" and isinstance(module.get_submodule(owner), FrozenLinear):
+            raise FedbenchError(f"a client's task fixes {name!r}, a frozen weight; give it as a part of `frozen`")
 
 
 def made(trainer: Trainer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

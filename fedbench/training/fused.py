@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from fedbench.training.alone import KNOWN, execute
 from fedbench.training.common import has_dropout, observing, refuse_unknown, result_of, unknown_fields
 from fedbench.training.rowwise import ROW_WISE
 
-TOGETHER = KNOWN - {"observe_padding"}
+TOGETHER = KNOWN - {"observe_padding", "zeroth_order"}
 """The fields of a task that are honoured in a pass of several clients. (`seed` is of dropout, which keeps a task out.)
 
 A new field is not among them before it is named here: what this file does not know is trained alone.
@@ -52,11 +52,11 @@ def execute_cohort(
 ) -> list[LocalResult]:
     """Train every task as `training.alone.execute` does, together where they fit together; results in their order.
 
-    Tasks fit together if they share backbone, names of tunables, clipping, trainer, objective, observed modules, and
-    whether they have a penalty; of a trainer's settings learning rate and weight decay may differ. Tasks with active
-    dropout, with tunables in modules other than Linear and LayerNorm, with a trainer that is not in
-    `training.rowwise.ROW_WISE`, or with a field set that is not among `TOGETHER` are trained one by one. Returns CPU
-    tensors.
+    Tasks fit together if they share backbone, names of tunables and of what is fixed, clipping, trainer, objective,
+    observed modules, and whether they have a penalty; of a trainer's settings learning rate and weight decay may
+    differ. Tasks with active dropout, with tunables in modules other than Linear and LayerNorm, with a trainer that is
+    not in `training.rowwise.ROW_WISE`, or with a field set that is not among `TOGETHER` are trained one by one. Returns
+    CPU tensors.
 
     chunk: most clients in a pass; None for what `clients_per_pass` says. segments: give all clients of a pass equal
     parts of it, which adds padding but takes far fewer calls; None for doing so on CUDA.
@@ -97,7 +97,7 @@ def clients_per_pass(tasks: Sequence[LocalTask], execution: Execution) -> int:
     to keep 3.1 to 3.5, in fp32 and in bf16, whose casts are kept as well.
     """
     module, data, device = tasks[0].frozen.module, tasks[0].data, execution.device
-    packed = Forward(module, execution.packed).packed and not tasks[0].objective.every_token
+    packed = Forward(module, execution.packed).packed and not tasks[0].objective.padded
 
     def tokens(task: LocalTask, rows: np.ndarray) -> int:
         lengths = task.data.lengths[rows]
@@ -139,27 +139,28 @@ def _fusion_key(task: LocalTask, checked: dict[Any, bool]) -> Any:
     `checked` remembers what holds for all tasks of a module with the same tunables.
     """
     module, trainer = task.frozen.module, task.optimiser
-    names = frozenset(task.tunables)
-    if (module, names) not in checked:
-        parameters = {n: p for n, p in module.named_parameters() if n in names}
-        checked[module, names] = (
-            len(parameters) == len(names) > 0
+    names, held = frozenset(task.tunables), frozenset(task.fixed)
+    both = names | held
+    if (module, both) not in checked:
+        parameters = {n: p for n, p in module.named_parameters() if n in both}
+        checked[module, both] = (
+            len(parameters) == len(both) > 0
             and len({p.dtype for p in parameters.values()}) == 1
-            and all(_supported(m) for m in _owned(module, names))
+            and all(_supported(m) for m in _owned(module, both))
             and not has_dropout(module)
         )
     # What is wrong with a task (no rows, a tunable of another shape) `execute` says best.
-    if not checked[module, names] or not task.batches or unknown_fields(task, TOGETHER):
+    if not checked[module, both] or not names or names & held or not task.batches or unknown_fields(task, TOGETHER):
         return None
     # Exactly these types, here too: a trainer that extends one may step otherwise.
     if (step := ROW_WISE.get(type(trainer))) is None:
         return None
-    if any(module.get_parameter(n).shape != v.shape for n, v in task.tunables.items()):
+    if any(module.get_parameter(n).shape != v.shape for n, v in (*task.tunables.items(), *task.fixed.items())):
         return None
     data = task.data
     rows = data.objective, data.tokens is None, data.segments is None, data.pad_token, data.processor
     trained = task.clip_norm, step, step.shared(trainer), task.penalty is None
-    return task.frozen.key, names, frozenset(task.observers), *trained, *rows
+    return task.frozen.key, names, held, frozenset(task.observers), *trained, *rows
 
 
 # ---------------------------------------------------------------- whose part of a pass is which
@@ -224,7 +225,7 @@ class _Step:
     def losses(self, tasks: Sequence[LocalTask], outputs: Tensor) -> Tensor:
         """The mean loss of each client's rows, [k]."""
         outputs, targets = self.rows(outputs.float()), self.rows(self.batch.labels)
-        if all(task.loss == tasks[0].loss for task in tasks):
+        if tasks[0].objective.row_by_row and all(task.loss == tasks[0].loss for task in tasks):
             each = tasks[0].row_losses(outputs, targets)
         else:
             shares = zip(tasks, outputs.split(self.counts), targets.split(self.counts), strict=True)
@@ -347,8 +348,11 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
     offset = matrix.stack([t.gradient_offset for t in tasks]) if any(t.gradient_offset for t in tasks) else None
     rank = matrix.stack([task.rank_mask for task in tasks], 1.0) if any(task.rank_mask for task in tasks) else None
     optimiser = ROW_WISE[type(tasks[0].optimiser)]([task.optimiser for task in tasks], values)
-    under_way = _Pass(matrix.views(values))
-    padded = tasks[0].objective.every_token
+    held = _Matrix(module, tasks[0].fixed, device) if tasks[0].fixed else None
+    fixed = held.views(held.stack([task.fixed for task in tasks])) if held else {}
+    under_way = _Pass(matrix.views(values) | fixed)
+    sums = torch.zeros_like(values) if any(task.mean_gradient for task in tasks) else None
+    padded = tasks[0].objective.padded
     curve: list[Tensor] = []
     k = 0
     with (
@@ -362,7 +366,7 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
             if len(active) != k:
                 k = len(active)
                 leaves = {n: v.requires_grad_() for n, v in matrix.views(values[:k].detach()).items()}
-                under_way.values = leaves
+                under_way.values = leaves | {n: v[:k] for n, v in fixed.items()}
             under_way.step = step = _Step.of(active, number, device, passing.packed and not padded, segments)
             with (
                 execution.autocast(),
@@ -383,6 +387,8 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
                     optimiser.leave_alone(idle, matrix.columns[name])
             pairs = zip(leaves.values(), parts, strict=True)
             g = torch.cat([(torch.zeros_like(v) if p is None else p).flatten(1) for v, p in pairs], 1)
+            if sums is not None:
+                sums[:k].add_(g)
             if offset is not None:
                 g.add_(offset[:k])
             if rank is not None:
@@ -394,7 +400,14 @@ def _train(tasks: Sequence[LocalTask], execution: Execution, segments: bool) -> 
                 values[:k].mul_(rank[:k])
     curves = torch.nn.utils.rnn.pad_sequence(curve).cpu()  # [C, steps]: losses of a step are those of the first rows
     results = zip(tasks, _each(matrix.views(values.cpu())), curves, seen, strict=True)
-    return [
+    out = [
         result_of({n: v.clone() for n, v in tuned.items()}, losses[: len(task.batches)], own)
         for task, tuned, losses, own in results
     ]
+    if sums is None:
+        return out
+    means = [
+        {n: v.div(len(task.batches)) for n, v in total.items()} if task.mean_gradient else {}
+        for task, total in zip(tasks, _each(matrix.views(sums.cpu())), strict=True)
+    ]
+    return [replace(result, mean_gradient=mean) for result, mean in zip(out, means, strict=True)]

@@ -16,6 +16,7 @@ from fedbench.check.suite import (
     Subject,
     check_method,
     learns,
+    needs_what_it_says,
     separate_processes,
     tunables_are_trained,
 )
@@ -57,6 +58,10 @@ def aggregate(self, round, uploads):
     before = self.values
     super().aggregate(round, uploads)
     self.values |= {n: t for n, t in before.items() if "classifier.weight" in n}
+"""
+TAKES_THE_LAST = """
+def aggregate(self, round, uploads):
+    self.values = dict(list(uploads.values())[-1][0].tensors)
 """
 UPHILL = """
 def task(self, round, inbox, data):
@@ -127,6 +132,12 @@ def test_an_honest_method_trains_every_tunable_and_learns(tmp_path: Path, fm: st
     honest = subject(tmp_path, fm)
     assert tunables_are_trained(honest) is None
     assert learns(honest) is None
+    assert needs_what_it_says(honest) == "their sum"
+
+
+def test_a_server_that_says_sum_and_looks_at_each_is_found(tmp_path: Path, fm: str) -> None:
+    with pytest.raises(Violation, match="needs is 'sum', but from the sum of each round's uploads"):
+        needs_what_it_says(subject(tmp_path, fm, server=TAKES_THE_LAST))
 
 
 def test_lora_whose_a_is_neither_tuned_nor_sent_is_found(tmp_path: Path, fm: str) -> None:

@@ -74,7 +74,7 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
 
 def test_every_command_has_a_file_of_its_own() -> None:
     found = {command.name: command.callback for command in app.registered_commands}
-    assert len(found) == len(app.registered_commands) == 9
+    assert len(found) == len(app.registered_commands) == 12
     for name, call in found.items():
         assert call is not None
         assert (call.__module__, call.__name__) == (f"fedbench.cli.{name}", f"{name}_command")
@@ -87,6 +87,15 @@ def test_every_command_has_a_file_of_its_own() -> None:
         (["run", "--method", "fedptf", "--scenario", "tweets-noniid"], "no method 'fedptf'; did you mean"),
         (["run", "--method", "fedpft", "--scenario", "tweets-nonid"], "did you mean tweets-noniid"),
         (["show", "minilm"], "did you mean minilm-l6"),
+        (["run", "--method", "fedpft", "--scenario", "tweets-iid", "--silos", "2"], "the host 'here' has no silos"),
+        (
+            ["server", "--method", "fedpft", "--scenario", "tweets-iid", "--addresses", "README.md"],
+            "--addresses README.md, line 2: not an address; write eid,rank,grpc_server_ip,grpc_server_port",
+        ),
+        (
+            ["silo", "1", "--method", "fedpft", "--scenario", "tweets-iid", "--addresses", "no/such.csv"],
+            "--addresses no/such.csv: cannot be read",
+        ),
         (["show", "tweets-iid", "--set", "rounds"], "--set rounds: write it as key=value"),
         (["show", "tweets-iid", "--set", "rounds=1", "--rounds", "2"], "give one of them"),
         (["show", "tweets-iid", "--set", "federation.roundz=1"], "federation.rounds"),

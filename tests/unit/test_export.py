@@ -53,7 +53,7 @@ def logits(model: torch.nn.Module, rows: Examples) -> torch.Tensor:
         return torch.cat([model(**rows.batch(chunk).inputs).logits for chunk in chunks])
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "vit", "modernbert", "gpt2", "llama"])
 def test_plain_transformers_and_peft_give_the_runs_logits_and_accuracy(family: str, tmp_path: Path) -> None:
     import transformers
     from peft import PeftModel
@@ -62,7 +62,8 @@ def test_plain_transformers_and_peft_give_the_runs_logits_and_accuracy(family: s
     made = export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache", str(done.checkpoint))
     assert made.base == str(done.checkpoint.resolve())
     auto = getattr(transformers, made.architecture)
-    base = auto.from_pretrained(made.base, num_labels=made.num_labels, ignore_mismatched_sizes=True)
+    given = {} if made.pad_token is None else {"pad_token_id": made.pad_token}
+    base = auto.from_pretrained(made.base, num_labels=made.num_labels, ignore_mismatched_sizes=True, **given)
     rows = done.prepared.loaded.test
     untuned = logits(base.eval(), rows)
     found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)
@@ -165,3 +166,10 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     with pytest.raises(FedbenchError, match="make the run again"):
         export_adapter(done.path, tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "why"), [("flora", "changes 12 of the FM's own weights"), ("adapter", "no LoRA")])
+def test_what_an_adapter_of_lora_cannot_hold_is_refused(method: str, why: str, tmp_path: Path) -> None:
+    done = train("bert", tmp_path, method)
+    with pytest.raises(FedbenchError, match=f"{method} .*{why}"):
+        export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache", str(done.checkpoint))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,48 @@ LAYERS = {
     "roberta": "roberta.encoder.layer",
     "distilbert": "distilbert.transformer.layer",
     "vit": "vit.layers",
+    "electra": "electra.encoder.layer",
+    "mpnet": "mpnet.encoder.layer",
+    "modernbert": "model.layers",
+    "gpt2": "transformer.h",
+    "llama": "model.layers",
+    "qwen2": "model.layers",
+    "qwen3": "model.layers",
 }
 BERT_TARGETS = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
+LLAMA_TARGETS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 TARGETS = {
     "bert": BERT_TARGETS,
     "roberta": BERT_TARGETS,
+    "electra": BERT_TARGETS,
+    "mpnet": ["attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"],
+    "modernbert": ["attn.Wqkv", "attn.Wo"],
+    "gpt2": ["attn.c_attn", "attn.c_proj"],
+    "llama": LLAMA_TARGETS,
+    "qwen2": LLAMA_TARGETS,
+    "qwen3": LLAMA_TARGETS,
     "distilbert": ["attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"],
     "vit": ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"],
 }
+TWO_MAPS = ["classifier.dense", "classifier.out_proj"]
 HEADS = {
     "bert": ["classifier"],
-    "roberta": ["classifier.dense", "classifier.out_proj"],
+    "roberta": TWO_MAPS,
+    "electra": TWO_MAPS,
+    "mpnet": TWO_MAPS,
+    "modernbert": ["head.dense", "head.norm", "classifier"],
+    "gpt2": ["score"],
+    "llama": ["score"],
+    "qwen2": ["score"],
+    "qwen3": ["score"],
     "distilbert": ["pre_classifier", "classifier"],
     "vit": ["classifier"],
+}
+PRE_NORM = ("vit", "modernbert", "gpt2", "llama", "qwen2", "qwen3")
+ACTIVATIONS: dict[str, Any] = {
+    "modernbert": nn.functional.gelu,
+    "gpt2": partial(nn.functional.gelu, approximate="tanh"),
+    **dict.fromkeys(("llama", "qwen2", "qwen3"), nn.functional.silu),
 }
 
 
@@ -108,6 +138,7 @@ def test_the_plugged_in_fm_is_the_stock_model_with_lora_merged_by_hand(
     plugged = server.put_in_fm()
     auto = "AutoModelForImageClassification" if kind == "vit" else "AutoModelForSequenceClassification"
     stock = getattr(transformers, auto).from_pretrained(checkpoint, num_labels=3, ignore_mismatched_sizes=True).eval()
+    stock.config.pad_token_id = fm.processor.pad_token_id if kind != "vit" else None
     used = set()
     with torch.no_grad():
         for i in range(3):
@@ -115,11 +146,12 @@ def test_the_plugged_in_fm_is_the_stock_model_with_lora_merged_by_hand(
                 path = f"{LAYERS[kind]}.{i}.{target}"
                 names = [f"{path}.lora_{side}.default.weight" for side in "AB"]
                 a, b = (server.values[n] for n in names)
-                stock.get_submodule(path).weight += 48 / 2 * b @ a
+                change = 48 / 2 * b @ a
+                stock.get_submodule(path).weight += change.t() if kind == "gpt2" else change
                 used.update(names)
         for path in HEADS[kind]:
-            for part in ("weight", "bias"):
-                getattr(stock.get_submodule(path), part).copy_(server.values[f"{path}.{part}"])
+            for part, value in stock.get_submodule(path).named_parameters():
+                value.copy_(server.values[f"{path}.{part}"])
                 used.add(f"{path}.{part}")
         assert used == set(server.values), "nothing else is tuned"
         batch = rows(fm).batch(np.arange(5))
@@ -140,17 +172,26 @@ def test_hooks_see_what_the_ffn_computes(fm: FoundationModel) -> None:
     }
     if norm := parts.ffn_norm_path(1):
         paths["norm"] = norm
+    if (gate := parts.ffn_gate_path(1)) and not parts.stacked:
+        paths["gate"] = gate
     for role, path in paths.items():
         model.get_submodule(path).register_forward_hook(lambda _m, i, o, role=role: seen.update({role: (i[0], o)}))
     with torch.no_grad():
         logits(model, rows(fm).batch(np.arange(4)), packed=False)
-    assert torch.allclose(seen["act"][1], nn.functional.gelu(seen["in"][1]), atol=1e-6)
-    assert torch.equal(seen["out"][0], seen["act"][1]), "the activation is what the second matrix gets"
+    if gate is None:
+        expected = ACTIVATIONS.get(fm.spec.model_type, nn.functional.gelu)(seen["in"][1])
+        assert torch.equal(seen["out"][0], seen["act"][1]), "the activation is what the second matrix gets"
+    else:
+        first, up = seen["in"][1].chunk(2, -1) if parts.stacked else (seen["gate"][1], seen["in"][1])
+        active = ACTIVATIONS[fm.spec.model_type](first)
+        assert torch.equal(seen["out"][0], active * up), "a gated FFN multiplies the activation of its gate"
+        expected = active * up.abs()
+    assert torch.allclose(seen["act"][1], expected, atol=1e-6)
     layer = seen["layer"][1][0] if isinstance(seen["layer"][1], tuple) else seen["layer"][1]
     if norm:
         assert torch.equal(seen["norm"][1], layer), "the layer ends with the LayerNorm behind the FFN"
     else:
-        assert fm.spec.model_type == "vit"
+        assert fm.spec.model_type in PRE_NORM
 
 
 def test_observers_count_zeros_of_real_tokens_packed_and_padded(fm: FoundationModel) -> None:
@@ -182,18 +223,33 @@ def test_compression_takes_the_salient_neurons_of_this_very_ffn(fm: FoundationMo
     assert server.spec.ffn_widths == (24, 6, 6)
     path_in, path_out = Parts(server.full).ffn_in_path(1), Parts(server.full).ffn_out_path(1)
     whole = fm.state[f"{path_in}.weight"]
-    salience = whole.double().square().sum(1) + fm.state[f"{path_out}.weight"].double().square().sum(0)
+    salience = fm.state[f"{path_out}.weight"].double().square().sum(0)
+    for name in _rows_of_neurons(fm):
+        if name.endswith("weight"):
+            rows = fm.state[f"{LAYERS[fm.spec.model_type]}.1.{name}"].double().square().sum(1)
+            salience += rows[:24] + rows[24:] if len(rows) == 48 else rows
     kept = salience.topk(6).indices.sort().values
     state = frozen_state(server.put_in_proxy())
-    assert torch.equal(state[f"{path_in}.weight"], whole[kept])
-    assert torch.equal(state[f"{path_in}.bias"], fm.state[f"{path_in}.bias"][kept])
+    slices = torch.cat([kept, kept + 24]) if len(whole) == 48 else kept
+    for name in _rows_of_neurons(fm):
+        path = f"{LAYERS[fm.spec.model_type]}.1.{name}"
+        assert torch.equal(state[path], fm.state[path][slices])
     assert torch.equal(state[f"{path_out}.weight"], fm.state[f"{path_out}.weight"][:, kept])
     changed = {n for n in state if state[n].shape != fm.state[n].shape}
     assert changed == {f"{Parts(server.full).layer_path(i)}.{n}" for i in (1, 2) for n in _ffn_tensors(fm)}
 
 
+def _rows_of_neurons(fm: FoundationModel) -> list[str]:
+    """The tensors of a layer that have a row, or two, for each neuron."""
+    if fm.spec.model_type == "modernbert":
+        return ["mlp.Wi.weight"]
+    if fm.spec.model_type in ("llama", "qwen2", "qwen3"):
+        return ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    return [f"{fm.family.ffn_in}.weight", f"{fm.family.ffn_in}.bias"]
+
+
 def _ffn_tensors(fm: FoundationModel) -> list[str]:
-    return [f"{fm.family.ffn_in}.weight", f"{fm.family.ffn_in}.bias", f"{fm.family.ffn_out}.weight"]
+    return [*_rows_of_neurons(fm), f"{fm.family.ffn_out}.weight"]
 
 
 def test_gradient_error_is_zero_at_full_width_and_reaches_every_layer_below_it(

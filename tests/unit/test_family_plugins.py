@@ -46,20 +46,20 @@ def _families_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Path:
-    (tmp_path / "electra.py").write_text(documented_family())
-    return tmp_path / "electra.py"
+    (tmp_path / "ernie.py").write_text(documented_family())
+    return tmp_path / "ernie.py"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random ELECTRA whose embeddings are narrower than its layers, as in the published ones."""
+    """A random ERNIE."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("electra") / "checkpoint"
-    config = transformers.ElectraConfig(**SMALL, embedding_size=8, vocab_size=200, initializer_range=0.2)
+    folder = tmp_path_factory.mktemp("ernie") / "checkpoint"
+    config = transformers.ErnieConfig(**SMALL, vocab_size=200, initializer_range=0.2)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        transformers.ElectraForSequenceClassification(config).save_pretrained(folder)
+        transformers.ErnieForSequenceClassification(config).save_pretrained(folder)
     save_tiny_bert(folder / "t")  # any tokenizer will do
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "t" / file).rename(folder / file)
@@ -74,11 +74,11 @@ def load(plugin: Path, checkpoint: Path) -> FoundationModel:
 def test_a_family_that_nobody_describes_is_answered_with_how_to_add_one(checkpoint: Path) -> None:
     with pytest.raises(
         FedbenchError,
-        match="model_type 'electra' is not supported; known: bert, distilbert, roberta, vit; docs/adding-a-family.md",
+        match="model_type 'ernie' is not supported; known: bert, distilbert, electra, .*vit; docs/adding-a-family.md",
     ):
         load_fm(str(checkpoint), 3, checkpoint)
-    spec = ModelSpec("electra", {}, (24,))
-    with pytest.raises(FedbenchError, match="model_type 'electra' is not supported"):
+    spec = ModelSpec("ernie", {}, (24,))
+    with pytest.raises(FedbenchError, match="model_type 'ernie' is not supported"):
         build(spec)
 
 
@@ -95,14 +95,13 @@ def test_a_plugin_brings_a_family_whose_logits_are_those_of_transformers(plugin:
     used = set()
     with torch.no_grad():
         for i in range(3):
-            for path in (f"electra.encoder.layer.{i}.{target}" for target in TARGETS):
+            for path in (f"ernie.encoder.layer.{i}.{target}" for target in TARGETS):
                 a, b = (f"{path}.lora_{side}.default.weight" for side in "AB")
                 stock.get_submodule(path).weight += 4 / 2 * values[b] @ values[a]
                 used |= {a, b}
-        for path in ("classifier.dense", "classifier.out_proj"):
-            for part in ("weight", "bias"):
-                getattr(stock.get_submodule(path), part).copy_(values[f"{path}.{part}"])
-                used.add(f"{path}.{part}")
+        for part in ("weight", "bias"):
+            getattr(stock.classifier, part).copy_(values[f"classifier.{part}"])
+            used.add(f"classifier.{part}")
         assert used == set(values) == set(tunable_names(model)), "LoRA on every projection, and the whole head"
         batch = train_rows(8).batch(np.arange(8))
         expected = stock(**batch.inputs).logits
@@ -145,7 +144,7 @@ def test_a_process_that_is_given_only_the_plugins_knows_their_families(plugin: P
     )
     command = [sys.executable, "-c", program, str(plugin), fm.spec.to_json()]
     ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.stdout.split() == ["ElectraForSequenceClassification"], ran.stderr
+    assert ran.stdout.split() == ["ErnieForSequenceClassification"], ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -163,20 +162,20 @@ def test_a_description_that_gives_other_answers_than_transformers_is_refused(
     assert right in code
     plugin.write_text(code.replace(right, wrong))
     asked = replace(smoke_request(tmp_path, "fedavg-lora", "tweets-noniid", checkpoint), plugins=(str(plugin),))
-    with pytest.raises(FedbenchError, match="family 'electra': its description gives other answers than transformers"):
+    with pytest.raises(FedbenchError, match="family 'ernie': its description gives other answers than transformers"):
         prepare(asked)
 
 
 def test_a_path_that_leads_nowhere_is_an_error(plugin: Path, checkpoint: Path) -> None:
     plugin.write_text(documented_family().replace("intermediate.dense", "intermediate.up"))
-    with pytest.raises(FedbenchError, match="has no electra.encoder.layer.0.intermediate.up: its family's description"):
+    with pytest.raises(FedbenchError, match="has no ernie.encoder.layer.0.intermediate.up: its family's description"):
         load(plugin, checkpoint).build(None, CPU)
 
 
 def test_the_description_is_part_of_the_fms_hash(tmp_path: Path, plugin: Path, checkpoint: Path) -> None:
     before = load(plugin, checkpoint).content_hash
     assert load_fm(str(checkpoint), 3, checkpoint).content_hash == before
-    known.FAMILIES["electra"] = replace(known.FAMILIES["electra"], head=("classifier.out_proj",))
+    known.FAMILIES["ernie"] = replace(known.FAMILIES["ernie"], head=("classifier", "ernie.pooler"))
     assert load_fm(str(checkpoint), 3, checkpoint).content_hash != before
 
 
@@ -186,9 +185,9 @@ def test_two_descriptions_of_one_name_never_meet_in_one_process(tmp_path: Path, 
     same.write_text(documented_family())
     Registry([str(same)]).add_families()
     other.write_text(documented_family().replace("token_types=True", "token_types=False"))
-    with pytest.raises(FedbenchError, match="the family 'electra' is described in two ways in one process"):
+    with pytest.raises(FedbenchError, match="the family 'ernie' is described in two ways in one process"):
         Registry([str(other)]).add_families()
-    with pytest.raises(FedbenchError, match="two plugins are called 'electra'"):
+    with pytest.raises(FedbenchError, match="two plugins are called 'ernie'"):
         Registry([str(plugin), str(other)])
 
 
@@ -196,17 +195,17 @@ def test_a_broken_family_hurts_only_who_uses_it(tmp_path: Path, plugin: Path, ch
     plugin.write_text("import no_such_library\n" + documented_family())
     Registry([str(plugin)]).add_families()
     assert load_fm(str(save_tiny_bert(tmp_path / "bert")), 3, tmp_path).family == BERT
-    with pytest.raises(FedbenchError, match="family 'electra' of --plugin .* cannot be imported: ModuleNotFoundError"):
+    with pytest.raises(FedbenchError, match="family 'ernie' of --plugin .* cannot be imported: ModuleNotFoundError"):
         load_fm(str(checkpoint), 3, checkpoint)
 
 
 def test_a_family_may_be_made_of_another(tmp_path: Path, plugin: Path, checkpoint: Path) -> None:
-    fields = {"architecture": "ElectraForSequenceClassification", "embeddings": "electra.embeddings"}
-    given = ", ".join(f"{name}={value!r}" for name, value in {**fields, "layers": "electra.encoder.layer"}.items())
+    fields = {"architecture": "ErnieForSequenceClassification", "embeddings": "ernie.embeddings"}
+    given = ", ".join(f"{name}={value!r}" for name, value in {**fields, "layers": "ernie.encoder.layer"}.items())
     plugin.write_text(
         "from dataclasses import replace\n"
         "from fedbench.models.families.bert import BERT\n"
         "from fedbench.models.families.family import Family\n"
-        f"ELECTRA: Family = replace(BERT, name='electra', {given})\n"
+        f"ERNIE: Family = replace(BERT, name='ernie', {given})\n"
     )
-    assert load(plugin, checkpoint).family == Registry([str(plugin)]).load_family("electra")
+    assert load(plugin, checkpoint).family == Registry([str(plugin)]).load_family("ernie")

@@ -54,7 +54,7 @@ def test_fedavg_is_the_mean_weighted_by_sample_count() -> None:
 
 def test_fedavg_weights_go_with_their_own_clients_upload(tmp_path: Path) -> None:
     server = FedAvgLora().server(tiny_fm(), None, context(tmp_path))
-    names = server.expected(0)["adapter"]
+    names = server.expected(0, 0)["adapter"]
     uploads = {
         cid: [Message("adapter", {n: torch.full(s.shape, float(cid)) for n, s in names.items()}, {"num_examples": k})]
         for cid, k in ((9, 1), (2, 3))
@@ -484,8 +484,8 @@ def test_layers_and_neurons_that_a_sub_fm_keeps() -> None:
 def test_a_round_that_aligns_asks_for_statistics_and_averages_them_over_tokens(tmp_path: Path) -> None:
     server = fedpft(tmp_path, rounds=4, t=2)
     [layer] = server.compressed
-    assert [sorted(server.expected(r)) for r in range(3)] == [["adapter"], ["adapter", "statistics"], ["adapter"]]
-    assert server.expected(1)["statistics"] == {f"zeros.{layer}": TensorSpec((5,), torch.int64)}
+    assert [sorted(server.expected(r, 0)) for r in range(3)] == [["adapter"], ["adapter", "statistics"], ["adapter"]]
+    assert server.expected(1, 0)["statistics"] == {f"zeros.{layer}": TensorSpec((5,), torch.int64)}
     assert [server.adapter_meta(r)["count_zeros"] for r in range(3)] == ["", str(layer), ""]
     adapter = Message("adapter", server.values, {"num_examples": 2})
 
@@ -655,7 +655,7 @@ def test_statistics_of_several_layers_are_counted_asked_for_and_averaged(tmp_pat
     adapter, statistics = client.upload(0, result)
     assert (adapter.kind, adapter.tensors) == ("adapter", result.tunables)
     assert (statistics.kind, statistics.meta) == ("statistics", {"tokens": result.observed_tokens})
-    assert {n: TensorSpec.of(t) for n, t in statistics.tensors.items()} == server.expected(0)["statistics"]
+    assert {n: TensorSpec.of(t) for n, t in statistics.tensors.items()} == server.expected(0, 0)["statistics"]
     server.accept(0, [adapter, statistics])
     server.aggregate(0, {0: [adapter, statistics]})
     for layer in (1, 2):

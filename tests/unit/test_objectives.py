@@ -64,6 +64,7 @@ class NextToken(Objective):
 
     name: ClassVar[str] = "next-token"
     every_token: ClassVar[bool] = True
+    padded: ClassVar[bool] = True
 
     def targets(self, labels: np.ndarray, tokens: Sequence[np.ndarray] | None) -> Tensor:
         assert tokens is not None

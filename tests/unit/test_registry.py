@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from helpers import DECODERS
 
 from fedbench.errors import FedbenchError
 from fedbench.grid.file import grid_names
@@ -76,7 +78,8 @@ def test_built_in_data_sets_and_families_load_under_their_own_names() -> None:
     assert embedded | {"agnews", "sst2", "qnli", "mnli", "qqp", "cifar10", "cifar100", "flowers102"} == set(
         registry.datasets
     )
-    assert set(registry.families) == {"bert", "distilbert", "roberta", "vit"}
+    encoders, decoders = {"bert", "distilbert", "electra", "modernbert", "mpnet", "roberta"}, set(DECODERS)
+    assert set(registry.families) == encoders | decoders | {"vit"}
     for entries, load in ((registry.datasets, registry.load_dataset), (registry.families, registry.load_family)):
         for name, entry in entries.items():
             assert load(name).name == name  # type: ignore[attr-defined]
@@ -529,3 +532,24 @@ def test_folders_refuse_another_name(folder: str) -> None:
     )
     assert run.returncode == 1
     assert "import it under that name" in run.stderr
+
+
+def test_every_built_in_method_says_what_its_server_needs_and_where_it_is_from() -> None:
+    registry = Registry()
+    for name, entry in registry.methods.items():
+        assert entry.needs in ("sum", "each"), name
+        assert entry.needs == registry.load_method(name).needs, name
+    without = ("centralised-lora", "fedex-lora-official", "head-only", "zero-shot")
+    own = [n for n in registry.methods if not n.startswith("fedpft-") and n not in without]
+    assert all(re.search(r"20\d\d|arXiv", registry.methods[name].summary) for name in own)
+
+
+def test_methods_of_one_file_are_told_apart_by_their_own_words(tmp_path: Path) -> None:
+    path = tmp_path / "two.py"
+    path.write_text(
+        '"""Two methods."""\n'
+        'class A(Base):\n    """The first."""\n    name = "a"\n    needs = "sum"\n'
+        'class B(Base):\n    """The second."""\n    name = "b"\n'
+    )
+    found = Registry((str(path),)).methods
+    assert [(found[n].summary, found[n].needs) for n in "ab"] == [("The first.", "sum"), ("The second.", "")]

@@ -81,7 +81,7 @@ def official(tmp_path: Path, only: str = "", evaluate_every: int = 1, **settings
 
 def upload(server: FedPFTServer, value: float, examples: int, zeros: torch.Tensor | None = None) -> list[Message]:
     """An upload whose tunables all hold `value`."""
-    adapter = {name: torch.full(spec.shape, value) for name, spec in server.expected(0)["adapter"].items()}
+    adapter = {name: torch.full(spec.shape, value) for name, spec in server.expected(0, 0)["adapter"].items()}
     widths = {i: server.spec.ffn_widths[i] for i in server.aligned}
     counts = {f"zeros.{i}": torch.zeros(w, dtype=torch.int64) if zeros is None else zeros for i, w in widths.items()}
     return [

@@ -116,8 +116,8 @@ def _roles(source: Path) -> dict[str, str]:
     if trains and (tables or all(path.name.lower().startswith(known) for path in places)):
         found = {"train": _pattern(trains)}
         for role, stems in ROLES.items():
-            paths = [path for path in places if path.name.lower().startswith(stems)]
-            found |= {role: _pattern(paths)} if paths else {}
+            named = [path for path in places if path.name.lower().startswith(stems)]
+            found |= {role: _pattern(named)} if named else {}
         return found
     if tables:
         return {"train": _pattern(tables)}
@@ -148,7 +148,7 @@ def _dataset(table: Table, files: dict[str, str]) -> tuple[dict[str, Any], dict[
     columns = look(table)
     if chats := next((name for name in ("messages", "conversations", "conversation") if name in table.columns), None):
         raise FedbenchError(
-            f"{table.where}: column {chats!r} holds chats, which need an objective of language; that is not there yet"
+            f"{table.where}: column {chats!r} holds chats, which cannot be read yet; write text and label columns"
         )
     images = image_column({**table.columns})
     texts: tuple[str, ...] = (images,) if images else text_columns(columns)

@@ -10,6 +10,7 @@ NOT_COMPUTED: dict[str, tuple[Any, str]] = {
     "add_cross_attention": (False, "attention to another model"),
     "cross_attention_hidden_size": (None, "attention to another model"),
     "position_embedding_type": ("absolute", "relative positions"),
+    "scale_attn_by_inverse_layer_idx": (False, "layers that differ by their number"),
     "rotary_value": (False, "rotary positions"),
     "rope_theta": (None, "rotary positions"),
     "rope_scaling": (None, "rotary positions"),

@@ -7,12 +7,20 @@ from pathlib import Path, PurePath
 FMS: dict[str, str] = {
     "minilm-l6": "all-MiniLM-L6-v2, BERT of 6 layers, width 384 (embedded: extra 'bundled')",
     "vit-digits": "ViT of 6 layers, width 64, pre-trained here on 5,000 MNIST images (embedded: extra 'bundled')",
+    "tiny-llama": "LLaMA of 6 layers, width 160, pre-trained here on Python's documentation (embedded)",
+    "mpnet-base": "all-mpnet-base-v2, MPNet of 12 layers, width 768 (`fedbench fetch mpnet-base`)",
+    "smollm2-135m": "SmolLM2-135M-Instruct in 4 bits, written out: LLaMA, 30 layers, width 576 (`fedbench fetch`)",
     "bert-base": "google-bert/bert-base-uncased, 12 layers, width 768 (hub, hub cache or --fm PATH)",
     "roberta-base": "FacebookAI/roberta-base, 12 layers, width 768 (hub, hub cache or --fm PATH)",
     "distilbert-base": "distilbert/distilbert-base-uncased, 6 layers, width 768 (hub, hub cache or --fm PATH)",
     "vit-base": "google/vit-base-patch16-224-in21k, 12 layers, width 768 (hub, hub cache or --fm PATH)",
 }
 """Name -> one line. Anything else is taken as a local checkpoint folder or a hub id."""
+
+
+def fetched_folder(cache: Path, name: str) -> Path:
+    """Where a model of FMS lies once `fedbench fetch` brought it into the cache."""
+    return cache / "fms" / name
 
 
 def fm_label(given: str) -> str:

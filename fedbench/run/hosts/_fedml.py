@@ -147,7 +147,7 @@ class ServerCarrier:
         self.hub, self.sent = hub, {"messages": 0, "bytes": 0}
         self.manager = _ServerManager(_arguments(addresses, table, 0), addresses, hub)
         self._lock = threading.Lock()
-        self._outgoing: dict[int, queue.Queue[tuple[int, bytes] | None]] = {}
+        self._outgoing: dict[int, queue.Queue[tuple[int, int, bytes] | None]] = {}  # kind, question, letter
         self._senders = []
         for address in addresses[1:]:
             self._outgoing[address.rank] = queue.Queue()
@@ -157,17 +157,17 @@ class ServerCarrier:
         for thread in (self._listener, *self._senders):
             thread.start()
         for silo in self._outgoing:  # one that was there before this server says hello again
-            self._outgoing[silo].put((MyMessage.MSG_TYPE_S2C_CHECK_CLIENT_STATUS, b""))
+            self._outgoing[silo].put((MyMessage.MSG_TYPE_S2C_CHECK_CLIENT_STATUS, 0, b""))
 
-    def send(self, silo: int, letter: bytes) -> None:
-        self._outgoing[silo].put((MyMessage.MSG_TYPE_S2C_SYNC_MODEL_TO_CLIENT, letter))
+    def send(self, silo: int, number: int, letter: bytes) -> None:
+        self._outgoing[silo].put((MyMessage.MSG_TYPE_S2C_SYNC_MODEL_TO_CLIENT, number, letter))
 
     def welcome(self, silo: int, letter: bytes) -> None:
-        self._outgoing[silo].put((MyMessage.MSG_TYPE_S2C_INIT_CONFIG, letter))
+        self._outgoing[silo].put((MyMessage.MSG_TYPE_S2C_INIT_CONFIG, 0, letter))
 
     def _send_all(self, silo: int) -> None:
         while (item := self._outgoing[silo].get()) is not None:
-            kind, letter = item
+            kind, number, letter = item
             try:
                 for piece in cut(letter):
                     message = Message(kind, 0, silo)
@@ -177,8 +177,8 @@ class ServerCarrier:
                         self.sent["messages"] += 1
                         self.sent["bytes"] += _sizes(message, piece)
             except grpc.RpcError as error:
-                if kind == MyMessage.MSG_TYPE_S2C_SYNC_MODEL_TO_CLIENT:
-                    self.hub.unreachable(silo, f"it cannot be reached ({error.code().name.lower()})")
+                if number:
+                    self.hub.unreachable(silo, number, f"it cannot be reached ({error.code().name.lower()})")
 
     def bytes_carried(self) -> Mapping[str, Mapping[str, int]]:
         channel = self.manager.com_manager
@@ -187,7 +187,7 @@ class ServerCarrier:
     def close(self, silos: Sequence[int]) -> None:
         for silo, outgoing in self._outgoing.items():
             if silo in silos:
-                outgoing.put((MyMessage.MSG_TYPE_S2C_FINISH, b""))
+                outgoing.put((MyMessage.MSG_TYPE_S2C_FINISH, 0, b""))
             outgoing.put(None)
         for sender in self._senders:
             sender.join(5)
@@ -204,10 +204,10 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
         addresses: list[Address],
         table: Path,
         identity: Mapping[str, Any],
-        make: Callable[[], Silo],
+        make: Callable[[str], Silo],
         say: Callable[[str], None],
     ) -> None:
-        """identity: as of a `Hub`. make: makes the silo, at the first letter. say: tells the user how it goes."""
+        """identity: as of a `Hub`. make: makes the silo of a session, at the first letter. say: tells how it goes."""
         self.table, self.identity, self._make, self._say = addresses, identity, make, say
         self.silo: Silo | None = None
         self.joiner = Joiner()
@@ -225,6 +225,7 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
 
         Raises FedbenchError where the server refuses this silo, or the silo has lost what its clients keep.
         """
+        self._say("waiting for the server")
         threading.Thread(target=self._say_hello, daemon=True).start()
         super().run()
         self.ended.set()
@@ -265,10 +266,12 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
             letter = self.joiner.add(message.get(LETTER))
             if letter is None:
                 return
-            self.silo = self.silo or self._make()
+            self.silo = self.silo or self._make(self.session)
             answer = self.silo.answer(letter)
         except MessageError:
             return  # the server leaves this silo out when its time is up
+        if answer is None:
+            return
         self._send(answer)
         self._say(f"after round {self.silo.done + 1}")
         if self.silo.lost is not None:

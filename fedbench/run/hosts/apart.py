@@ -33,7 +33,7 @@ from fedbench.run.export import Adapter
 from fedbench.run.hosts.make import make_clients, make_server
 from fedbench.run.hosts.side import ClientSide, Host, Kept, Outbox, ServerSide, Trained
 from fedbench.run.payloads import Parcel
-from fedbench.run.prepare import Prepared
+from fedbench.run.prepare import Prepared, head_for
 
 
 class Watch(Protocol):
@@ -99,7 +99,7 @@ def _server(
     watch: Watch | None,
 ) -> ServerSide:
     loaded = method.load()
-    fm = load_fm(brief.scenario.fm, len(class_names), brief.cache, class_names)
+    fm = load_fm(brief.scenario.fm, len(class_names), brief.cache, class_names, head_for(brief.scenario.objective))
     if watch is not None:
         watch.begin()
     return make_server(brief, loaded, fm, public, rows, label_counts, bytes_only=True)

@@ -37,11 +37,11 @@ from fedbench.run.hosts.hub import Hub
 from fedbench.run.hosts.make import make_clients, make_server
 from fedbench.run.hosts.side import Host, ServerSide
 from fedbench.run.hosts.silo import Memory, Silo, silo_of
-from fedbench.run.prepare import Prepared
+from fedbench.run.prepare import Prepared, head_for
 from fedbench.run.request import RunRequest
 
 SILOS = 2
-"""How many there are unless told."""
+"""How many there are unless told, or unless there are fewer clients."""
 START_SECONDS = 600.0
 """How long silos may take to come: FedML alone takes some ten seconds to import."""
 MISSING = (
@@ -90,7 +90,7 @@ class FedML(Host):
         check_fedml()
 
     def __init__(self, prepared: Prepared, rows: Sequence[Examples], label_counts: Sequence[Sequence[int]]) -> None:
-        p, silos = prepared, prepared.request.silos or SILOS
+        p, silos = prepared, prepared.request.silos or min(SILOS, len(rows))
         check_number(silos, len(rows))
         self.keeps = f"--host fedml --silos {silos}"
         self._prepared, self._rows = p, rows
@@ -202,7 +202,7 @@ class Served(Host):
 def check_number(silos: int, clients: int) -> None:
     """Raises FedbenchError for more silos than clients."""
     if silos > clients:
-        raise FedbenchError(f"--silos {silos}: there are {clients} clients; use at most as many silos")
+        raise FedbenchError(f"{silos} silos for {clients} clients; use at most as many silos as clients")
 
 
 def silo_folder(prepared: Prepared, silo: int) -> Path:
@@ -230,7 +230,7 @@ class Line:
             say,
         )
 
-    def answer(self, silo: int, make: Callable[[], Silo], say: Callable[[str], None]) -> None:
+    def answer(self, silo: int, make: Callable[[str], Silo], say: Callable[[str], None]) -> None:
         """Answer letters as a silo, in its process, until the run is complete. Raises FedbenchError where it cannot."""
         import_fedml().SiloManager(silo, list(self.addresses), self.table, self.identity, make, say).run()
 
@@ -255,11 +255,11 @@ def _station(
 ) -> _Station:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
     hub = line.hub()
-    fm = load_fm(brief.scenario.fm, len(class_names), brief.cache, class_names)
+    fm = load_fm(brief.scenario.fm, len(class_names), brief.cache, class_names, head_for(brief.scenario.objective))
     return _Station(make_server(brief, method.load(), fm, public, rows, label_counts, bytes_only=True), hub)
 
 
-def _silo(parent: int, threads: int, silo: int, line: Line, make: Callable[[], Silo]) -> None:
+def _silo(parent: int, threads: int, silo: int, line: Line, make: Callable[[str], Silo]) -> None:
     """The process of a silo."""
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -272,7 +272,7 @@ def _silo(parent: int, threads: int, silo: int, line: Line, make: Callable[[], S
 
 
 def make_silo(
-    silo: int, key: str, brief: Brief, method: Named, rows: Mapping[ClientId, Examples], memory: Path
+    silo: int, key: str, brief: Brief, method: Named, rows: Mapping[ClientId, Examples], memory: Path, session: str
 ) -> Silo:
     """A silo of these clients, by their rows. key: of the run, as the silo knows it. memory: a folder of its own."""
-    return Silo(silo, make_clients(brief, method.load(), rows), Memory(memory, key))
+    return Silo(silo, make_clients(brief, method.load(), rows), Memory(memory, key), session)

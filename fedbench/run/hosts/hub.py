@@ -30,8 +30,8 @@ from fedbench.run.payloads import Parcel
 class Carrier(Protocol):
     """Carries letters to silos; what comes from them it hands to `Hub.arrived`."""
 
-    def send(self, silo: int, letter: bytes) -> None:
-        """Send a letter, without waiting for it to arrive; one that cannot is told to `Hub.unreachable`."""
+    def send(self, silo: int, number: int, letter: bytes) -> None:
+        """Send question `number`, without waiting for it to arrive; one that cannot is told to `Hub.unreachable`."""
 
     def welcome(self, silo: int, letter: bytes) -> None:
         """Send the answer to a silo that has said it is there; whether it arrives matters to nobody else."""
@@ -92,22 +92,23 @@ class Hub:
         self._order: list[int] = []  # silos by who trained first in the last round
         self._number, self._complete = 0, False
         self._tensors: dict[int, tuple[Parcel, Tensor]] = {}
-        self._events: queue.Queue[tuple[int, str, bytes | str]] = queue.Queue()
+        # The silo; its letter, or the question it could not be sent and why; whether the letter is a hello.
+        self._events: queue.Queue[tuple[int, bytes | tuple[int, str], bool]] = queue.Queue()
         self._carrier = carrier(self)
 
     # What a carrier tells, from threads of its own.
 
     def arrived(self, silo: int, letter: bytes) -> None:
         """A silo has sent an answer."""
-        self._events.put((silo, "answer", letter))
+        self._events.put((silo, letter, False))
 
     def came(self, silo: int, letter: bytes) -> None:
         """A silo says that it is there."""
-        self._events.put((silo, "hello", letter))
+        self._events.put((silo, letter, True))
 
-    def unreachable(self, silo: int, why: str) -> None:
-        """A silo cannot be sent to."""
-        self._events.put((silo, "unreachable", why))
+    def unreachable(self, silo: int, number: int, why: str) -> None:
+        """A silo could not be sent question `number`."""
+        self._events.put((silo, (number, why), False))
 
     # Asking.
 
@@ -139,12 +140,13 @@ class Hub:
                 about, seat.fresh = about | {"begin": [self._run, until, seat.confirmed]}, False
             self._number += 1
             waiting[silo] = self._number
-            self._carrier.send(silo, seal(about | {"number": self._number}, payloads))
+            letter = seal(about | {"number": self._number, "session": seat.session}, payloads)
+            self._carrier.send(silo, self._number, letter)
         answers: dict[int, tuple[dict[str, Any], list[bytes]]] = {}
         end = time.monotonic() + seconds
         while (waiting or not questions) and not enough():
             try:
-                silo, kind, letter = self._events.get(timeout=max(0.0, end - time.monotonic()))
+                silo, event, hello = self._events.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 for silo in waiting:
                     self._left(silo, f"no answer within {seconds:g} s")
@@ -152,13 +154,14 @@ class Hub:
             try:
                 if silo not in self.seats:
                     continue
-                if kind == "unreachable":
-                    if waiting.pop(silo, 0):
-                        self._left(silo, str(letter))
+                if isinstance(event, tuple):
+                    number, why = event
+                    if number == waiting.get(silo):
+                        del waiting[silo]
+                        self._left(silo, why)
                     continue
-                assert isinstance(letter, bytes)
-                about, payloads = unseal(letter)
-                if kind == "hello":
+                about, payloads = unseal(event)
+                if hello:
                     if self._greet(silo, about) and waiting.pop(silo, 0):
                         self._note(silo, "its process was started anew")
                     continue
@@ -175,7 +178,7 @@ class Hub:
                     seat.confirm(done)
             except (MessageError, KeyError, TypeError, ValueError) as error:
                 self.say(f"a letter of silo {silo} cannot be read: {error}")
-        for silo, (about, _) in answers.items():
+        for silo, (about, _) in sorted(answers.items()):
             if "error" in about:
                 raise FedbenchError(f"silo {silo}: {about['error']}")
             if "fault" in about:
@@ -237,16 +240,16 @@ class Hub:
             else:
                 self._note(silo, "it is not there")
         with self.time("local"):
-            answers = self._ask(questions, self.patience)
+            answers = self._ask(questions, self.patience) if questions else {}
         if not any(seat.here for seat in self.seats.values()):
-            whys = {silo: why for _, silo, why in self.lost}
+            whys = dict(sorted((silo, why) for _, silo, why in self.lost))
             raise FedbenchError(
                 f"no silo is left in round {round + 1}: {'; '.join(f'silo {s}: {why}' for s, why in whys.items())}; "
                 "start them and give the same command again, which goes on after the last finished round"
             )
         found: dict[ClientId, Trained] = {}
         for silo, (about, payloads) in answers.items():
-            trained = dict(read_trained(about["trained"], payloads))
+            trained = read_trained(silo, about.get("trained"), payloads)
             if set(trained) != {cid for cid in staying if self._silo(cid) == silo}:
                 raise FedbenchError(f"silo {silo}: answered for other clients than it was asked for")
             self.payload_bytes["up"] += sum(map(len, payloads))
@@ -284,13 +287,13 @@ class Hub:
         for silo in self._order:
             if self.seats[silo].here:
                 for about, _ in self._ask({silo: ({"what": "step_flops"}, ())}, self.patience).values():
-                    return None if about["value"] is None else int(about["value"])
+                    return None if about.get("value") is None else int(about["value"])
         return None
 
     def report(self) -> dict[str, Any]:
         here = {seat.silo: ({"what": "report"}, ()) for seat in self.seats.values() if seat.here}
         answers = self._ask(here, self.patience).values() if here else ()
-        held = [about["value"]["resident_parameters"] or 0 for about, _ in answers]
+        held = [about["value"]["resident_parameters"] or 0 for about, _ in answers if about.get("value")]
         return {"resident_parameters": max(held, default=0) or None}
 
     def seconds(self) -> dict[str, float]:

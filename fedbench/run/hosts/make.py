@@ -9,12 +9,14 @@ from fedbench.api.messages import ClientId
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.machine.stopwatch import Stopwatch
+from fedbench.measures.aggregation import AggregationErrors
 from fedbench.measures.exposure import Exposures
 from fedbench.measures.gradient import GradientErrors
 from fedbench.measures.scores import HeldOut, Scores
 from fedbench.models.foundation import FoundationModel
 from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import ClientSide, ServerSide
+from fedbench.run.privacy import Private
 
 
 def make_server(
@@ -29,13 +31,13 @@ def make_server(
     """The server's side of `method`, with the measures of every record. label_counts: of each client, by class."""
     time = Stopwatch()
     federation, evaluation, execution = brief.scenario.federation, brief.scenario.evaluation, brief.execution
-    context = ServerContext(brief.streams, federation, execution, brief.cache, evaluation.every)
+    context = ServerContext(brief.streams, federation, execution, brief.cache, evaluation.every, len(label_counts))
     who = f"{method.name} on {brief.scenario.name}, seed {brief.seed}"
     with time("setup"):
         server = method.server(fm, public, context)
-    observers = [Exposures(fm), GradientErrors(rows.probe, execution, time)]
+    observers = [Exposures(fm), GradientErrors(rows.probe, execution, time), AggregationErrors(time)]
     scores = Scores(rows, evaluation, execution, who, fm, label_counts, time)
-    return ServerSide(server, observers, scores, federation, time, bytes_only)
+    return ServerSide(server, observers, scores, federation, len(label_counts), time, bytes_only, private_of(brief))
 
 
 def make_clients(
@@ -48,4 +50,10 @@ def make_clients(
 
     kind: what to make, for studies that look closer.
     """
-    return kind(method, brief.streams, brief.scenario.federation, rows, brief.execution)
+    return kind(method, brief.streams, brief.scenario.federation, rows, brief.execution, private_of(brief))
+
+
+def private_of(brief: Brief) -> Private | None:
+    """What both sides need to know of a run's privacy."""
+    settings = brief.scenario.privacy
+    return None if settings is None else Private(settings, brief.streams)

@@ -7,7 +7,6 @@ a model itself. What passes between the sides are parcels. A host decides where 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from fedbench.run.export import Adapter, adapter_of
 from fedbench.run.gate import Bounds, let_in, reason
 from fedbench.run.payloads import Parcel
 from fedbench.run.post import Lent, Post
+from fedbench.run.privacy import Private, clipped, noised
 from fedbench.run.request import RunRequest
 from fedbench.scenario.tables import Federation
 from fedbench.training.alone import execute
@@ -169,15 +169,22 @@ class ServerSide:
         observers: Sequence[Observer],
         scores: Scores,
         federation: Federation,
+        clients: int,
         time: Stopwatch,
         bytes_only: bool = False,
+        private: Private | None = None,
     ) -> None:
-        """bytes_only: what is sent leaves this process. time: shared with the observers."""
+        """clients: their number. bytes_only: what is sent leaves this process. time: shared with the observers.
+
+        private: settings and streams of differential privacy, None for none.
+        """
+        self.private = private
+        self.clients = clients
         self.server, self.observers, self.scores, self.federation = server, (*observers, scores), scores, federation
         self.time = time
         self._post, self._lent = Post(bytes_only), Lent()
         self._sent: Mapping[ClientId, Sequence[Message]] = {}
-        self._expected: Mapping[str, Mapping[str, TensorSpec]] = {}
+        self._expected: dict[ClientId, Mapping[str, Mapping[str, TensorSpec]]] = {}
         self._uploads: dict[ClientId, list[Message]] = {}
 
     def start(self) -> None:
@@ -194,7 +201,7 @@ class ServerSide:
         every = {id(m): m for messages in sent.values() for m in messages}
         for observer in self.observers:
             observer.sent(round, self.server, list(every.values()))
-        self._expected = self.server.expected(round)
+        self._expected = {client: self.server.expected(round, client) for client in outbox}
         return parcels
 
     def receive(self, round: int, client: ClientId, upload: Sequence[Parcel], most: Mapping[str, int]) -> str | None:
@@ -202,7 +209,9 @@ class ServerSide:
         sent = {name: tensor for message in adapters for name, tensor in message.tensors.items()}
         bounds = Bounds(most, sent, self.federation.max_update_norm)
         try:
-            messages = let_in(upload, self._expected, bounds, lambda arrived: self.server.accept(round, arrived))
+            messages = let_in(
+                upload, self._expected.get(client, {}), bounds, lambda arrived: self.server.accept(round, arrived)
+            )
         except MessageError as error:
             return reason(error)
         self._uploads[client] = [self._lent.lend(message) for message in messages]
@@ -210,8 +219,15 @@ class ServerSide:
 
     def aggregate(self, round: int) -> None:
         if self._uploads:
+            for observer in self.observers:
+                observer.aggregating(round, self.server, self._uploads)
             with self.time("aggregate"):
-                self.server.aggregate(round, self._uploads)
+                uploads: Mapping[ClientId, Sequence[Message]] = self._uploads
+                if self.private is not None:
+                    uploads = noised(uploads, self.private.streams, round, self.private.settings)
+                self.server.aggregate(round, uploads)
+            for observer in self.observers:
+                observer.aggregated(round, self.server)
             if self.server.aligns(round):
                 for observer in self.observers:
                     observer.aligning(round, self.server)
@@ -242,8 +258,8 @@ class ServerSide:
 
     def report(self) -> dict[str, Any]:
         blocks = {o.name: o.block(self.server) for o in self.observers if o is not self.scores}
-        adapter = self.server.expected(0).get("adapter", {}) if self.federation.rounds else {}
-        trainable = sum(math.prod(spec.shape) for spec in adapter.values())
+        clients = range(self.clients if self.federation.rounds else 0)
+        trainable = max((self.server.trainable(client) for client in clients), default=0)
         return {
             "blocks": blocks,
             "residuals": [dict(r) for r in self.server.residuals()],
@@ -255,7 +271,7 @@ class ServerSide:
         return dict(self.time.seconds)
 
     def tuned(self) -> Adapter:
-        return adapter_of(self.server.put_in_fm())
+        return adapter_of(self.server.put_in_fm(), self.scores.fm.state)
 
 
 class ClientSide:
@@ -268,8 +284,10 @@ class ClientSide:
         federation: Federation,
         rows: Sequence[Examples] | Mapping[ClientId, Examples],
         execution: Execution,
+        private: Private | None = None,
     ) -> None:
         """rows: of every client, or by client of those that are here."""
+        self.private = private
         self.method, self.streams, self.federation, self.rows = method, streams, federation, rows
         self.execution, self.time = execution, Stopwatch()
         self.modules = ModuleCache(execution.device)
@@ -303,8 +321,11 @@ class ClientSide:
             for cid in chosen:  # in this order, whoever was done first
                 result, parcels, why = results[cid], [], None
                 try:
-                    for message in self.client(cid).upload(round, result):
-                        parcels.append(Parcel.of(message))
+                    messages = self.client(cid).upload(round, result)
+                    if self.private is not None:
+                        start = chosen[cid].tunables
+                        messages = clipped(self.method.name, messages, start, self.private.settings)
+                    parcels += [Parcel.of(message) for message in messages]
                 except MessageError as error:
                     why = reason(error)
                 most = {"num_examples": len(self.rows[cid]), "tokens": most_tokens(chosen[cid])}

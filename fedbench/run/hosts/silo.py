@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedbench.api.messages import ClientId
-from fedbench.errors import DamagedFileError, FedbenchError
+from fedbench.errors import DamagedFileError, FedbenchError, MessageError
 from fedbench.run.checkpoint import Checkpoint, read_checkpoint
 from fedbench.run.hosts.letters import Packing, Unpacking, seal, unseal
 from fedbench.run.hosts.side import ClientSide, Trained
@@ -87,14 +87,20 @@ class Memory:
 class Silo:
     """Answers the letters of a server about the clients of one silo."""
 
-    def __init__(self, number: int, side: ClientSide, memory: Memory) -> None:
-        self.number, self.side, self.memory = number, side, memory
+    def __init__(self, number: int, side: ClientSide, memory: Memory, session: str) -> None:
+        """session: of this process; a letter to the one before it, which was under way, is not answered."""
+        self.number, self.side, self.memory, self.session = number, side, memory, session
         self.done = NEVER
         self.lost: str | None = None  # why it can be of no further use
 
-    def answer(self, letter: bytes) -> bytes:
-        """The answer to a letter; what goes wrong is said in it. Raises MessageError for bytes that are no letter."""
+    def answer(self, letter: bytes) -> bytes | None:
+        """The answer to a letter, None for one that is not for this process; what goes wrong is said in it.
+
+        Raises MessageError for bytes that are no letter.
+        """
         about, payloads = unseal(letter)
+        if about.get("session") != self.session:
+            return None
         packing = Packing()
         said: dict[str, Any]
         try:
@@ -151,9 +157,15 @@ def _written(trained: Trained, packing: Packing) -> dict[str, Any]:
     }
 
 
-def read_trained(said: Mapping[str, Mapping[str, Any]], payloads: Sequence[bytes]) -> Iterator[tuple[int, Trained]]:
-    """What each client sent back, out of a silo's answer."""
+def read_trained(silo: int, said: Any, payloads: Sequence[bytes]) -> dict[ClientId, Trained]:
+    """What each client sent back, out of a silo's answer. Raises FedbenchError for one that does not say so."""
     unpacking = Unpacking(payloads)
-    for cid, each in said.items():
-        upload = [unpacking.parcel(parcel) for parcel in each["upload"]]
-        yield int(cid), Trained(each["steps"], each["loss"], each["most"], upload, each["refused"])
+    found = {}
+    try:
+        for cid, each in said.items():
+            upload = [unpacking.parcel(parcel) for parcel in each["upload"]]
+            most = {str(name): int(value) for name, value in each["most"].items()}
+            found[int(cid)] = Trained(int(each["steps"]), float(each["loss"]), most, upload, each["refused"])
+    except (MessageError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FedbenchError(f"silo {silo}: its answer cannot be read: {type(error).__name__}: {error}") from None
+    return found

@@ -59,14 +59,18 @@ def _columns() -> list[tuple[str, Callable[[Row], str]]]:
     return list(zip(_HEADERS[2:], writers, strict=True))
 
 
-def section_frame(section: Section) -> pd.DataFrame:
-    """A scenario's table as text: one line a method."""
+def section_frame(section: Section, asked: Sequence[measures.Measure] = ()) -> pd.DataFrame:
+    """A scenario's table as text: one line a method. asked: measures with a column at the end."""
+    more = {measure.name.replace("_", " "): measure for measure in asked}
     lines = []
     for row in section.rows:
         line = {"method": row.label + (f" {FLAG}" if row.flag else ""), "accuracy %": accuracy_text(row)}
         line |= {header: write(row) if row.scored else "–" for header, write in _columns()}
+        for header, measure in more.items():
+            found = row.summary(measure.read, measure.scale)
+            line[header] = three_digits(found.mean) if found else "–"
         lines.append(line)
-    return pd.DataFrame(lines, columns=list(_HEADERS))
+    return pd.DataFrame(lines, columns=[*_HEADERS, *more])
 
 
 def overview_frame(comparison: Comparison) -> pd.DataFrame:
@@ -120,7 +124,7 @@ def printed(comparison: Comparison) -> list[tuple[str, pd.DataFrame, list[str]]]
     out = [(beside.title, beside_frame(beside), beside.notes) for beside in comparison.beside]
     if len(comparison.sections) > 1 and not out:
         out.append(("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
-    out += [(section.title, section_frame(section), comments(section)) for section in comparison.sections]
+    out += [(each.title, section_frame(each, comparison.asked), comments(each)) for each in comparison.sections]
     return [
         (one_line(title), frame.map(one_line).rename(columns=one_line), [one_line(note) for note in notes])
         for title, frame, notes in out
