@@ -123,7 +123,7 @@ def _traffic(record: Record) -> str:
 
 
 def _distilled(residuals: Sequence[Residual]) -> str:
-    """The hidden residual, as the mean of the layers: before and after, and its course, which shows if it levels off."""
+    """The hidden residual, as the mean of the layers: before and after, and its course."""
     if not residuals or any(r.hidden is None for r in residuals):
         return ""
     after = _mean([r.hidden for r in residuals])
