@@ -21,6 +21,8 @@ CLIENTS_DATA = (
     "fedbench.data.sets.dataset:DataSet.read",
     "fedbench.data.sets.embedded:read_tweets",
     "fedbench.data.sets.embedded:read_digits",
+    "fedbench.data.sets.verses:read_verses",
+    "fedbench.data.own.source:own_data_set",
     "fedbench.data.formats.text:TextSource.__call__",
     "fedbench.data.formats.text:read_text_file",
     "fedbench.data.formats.images:ImageSource.__call__",

@@ -137,6 +137,8 @@ class Grid(BaseModel):
         for name in names:
             if why := bad_name(name):
                 raise ValueError(why)
+            if ".toml" in name:
+                raise ValueError(f"{name!r} is a file: bring it with --plugin, and name its scenario FILE-SPLIT")
         return names
 
     def only(

@@ -87,7 +87,8 @@ class Prepared:
             found = natural_partition(data.clients.train)
         else:
             found = partition(labels, split, self.brief.streams.numpy("partition"))
-        return Division(found, found.label_counts(labels, classes), found.skew(labels, classes) | words_skew(data))
+        skew = found.skew(labels, classes) | (words_skew(data) if split.kind == "natural" else {})
+        return Division(found, found.label_counts(labels, classes), skew)
 
     def rows(self) -> list[Examples]:
         """The training rows of each client; none where they are not here."""

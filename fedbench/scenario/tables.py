@@ -101,7 +101,7 @@ class DatasetSettings(Settings):
     @classmethod
     def _at_hand(cls, kind: str | None) -> str | None:
         if kind == "chat":
-            raise ValueError("rows of chats need an objective of language, which is not there yet; use text or pairs")
+            raise ValueError("rows of chats cannot be read from files yet; use text, pairs or images")
         return kind
 
     @field_validator("name")

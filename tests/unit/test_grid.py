@@ -180,6 +180,7 @@ def test_a_mistake_in_fms_variants_or_figures_is_named(tmp_path: Path, edit: tup
         ("methods = ['a']\nscenarios = ['s']\nseeds = [10000000000000000000]", "seeds are 0 or larger, up to"),
         ("methods = ['../../a']\nscenarios = ['s']\nseeds = 1", "methods: '../../a' is no name"),
         ("methods = ['a']\nscenarios = ['/s']\nseeds = 1", "scenarios: '/s' is no name"),
+        ("methods = ['a']\nscenarios = ['s.toml']\nseeds = 1", "scenarios: 's.toml' is a file: bring it with --plugin"),
         ("title = 2024-05-01", "title: 2024-05-01 is a date"),
         (
             "methods = ['a']\nscenarios = ['s']\nseeds = 1\n[[overrides]]\nset = { lr = 2024-05-01 }",

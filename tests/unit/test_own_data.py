@@ -16,6 +16,7 @@ from helpers import save_tiny_bert, smoke_request
 from fedbench.data.load import load_data
 from fedbench.data.own.source import own_data_set
 from fedbench.data.rows import RawData
+from fedbench.data.sources import HubState
 from fedbench.errors import FedbenchError
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
@@ -99,6 +100,28 @@ def test_folders_of_save_to_disk_are_read_with_the_names_of_their_classes(tmp_pa
     assert read(tmp_path, validation=1).class_names == ("yes", "no", "never"), "the hub's parquet says them too"
 
 
+def test_a_data_set_of_the_hub_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, configuration: str | None, revision: str) -> datasets.DatasetDict:
+        asked.append((name, configuration, revision))
+        rows = {"text": [f"row {i}" for i in range(6)], "label": [0, 1] * 3}
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("fedbench.data.sources.hub_state", lambda: HubState(True, ""))
+    data = read(tmp_path, hub="me/mine", configuration="small", revision="v1", train="train")
+    assert asked == [("me/mine", "small", "v1")]
+    assert "row 3" in texts(data)
+    with pytest.raises(FedbenchError, match="me/mine has the splits train, not dev"):
+        read(tmp_path, hub="me/mine", train="dev")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(FedbenchError, match=r"dataset.hub me/mine: cannot be had \(ZeroDivisionError\); connect"):
+        read(tmp_path, hub="me/mine", train="train")
+
+
 def test_leaf_users_are_clients(tmp_path: Path) -> None:
     lines = {"ann": ["to be", "or not"], "bob": ["that is", "the question"]}
     users = {name: {"x": said, "y": ["n", "t"]} for name, said in lines.items()}
@@ -165,9 +188,9 @@ def test_columns_are_joined_or_paired_as_the_scenario_says(tmp_path: Path) -> No
 
 
 def test_a_table_without_header_has_numbers_for_columns(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text("".join(f'"news, number {i}",{i % 3}\n' for i in range(12)))
+    (tmp_path / "train.csv").write_text("".join(f'"news; number; {i}",{i % 3}\n' for i in range(12)))
     data = read(tmp_path, header=False, text="1", label="2")
-    assert "news, number 0" in texts(data)
+    assert "news; number; 0" in texts(data)
     assert data.class_names == ("0", "1", "2")
 
 
@@ -376,6 +399,21 @@ def test_a_csv_with_a_client_column_is_federated(scenario: Path) -> None:
     assert any("labels: 2 names, bad, good" in note for note in record.provenance.notes)
 
 
+def test_a_server_without_rows_knows_the_same_division(scenario: Path) -> None:
+    prepared = prepare(asked(scenario))
+    server = prepared.without_rows()
+    assert server.rows() == []
+    assert server.division.partition.hash() == prepared.division.partition.hash()
+    assert server.division.skew["mean_jensen_shannon"] > 0
+
+
+def test_centralised_training_is_scored_on_the_same_clients(scenario: Path) -> None:
+    prepared = prepare(asked(scenario, method="centralised-lora"))
+    assert len(prepared.division.partition.clients) == 1
+    assert prepared.held_out.test_clients is not None
+    assert len(prepared.held_out.test_clients) == len(prepared.loaded.test)
+
+
 def test_the_content_of_the_files_is_in_the_key_and_their_place_is_not(scenario: Path) -> None:
     key = prepare(asked(scenario, "iid")).key
     assert prepare(asked(scenario, "iid")).key == key
@@ -400,7 +438,7 @@ def test_settings_of_own_data_say_nothing_of_other_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (('kind = "text"', 'kind = "chat"'), "films.toml: dataset.kind: rows of chats need an objective"),
+        (('kind = "text"', 'kind = "chat"'), "films.toml: dataset.kind: rows of chats cannot be read"),
         (('kind = "text"', ""), "films.toml: dataset.name: field required"),
         (('kind = "text"', 'name = "tweets"'), "films.toml: dataset: client is for data sets of your own"),
         (('train = "films.csv"', ""), "films.toml: dataset: a data set of your own needs train"),

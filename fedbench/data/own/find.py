@@ -25,7 +25,7 @@ def tables_of(role: str, settings: DatasetSettings, folder: Path) -> Iterator[Ta
     Raises FedbenchError where there are none, or where one cannot be read.
     """
     wanted: Texts | int = getattr(settings, role)
-    if isinstance(wanted, int):
+    if isinstance(wanted, int) or not wanted:
         return
     if settings.hub is not None:
         yield from _from_hub(settings, listed(wanted))
@@ -98,9 +98,15 @@ def image_folder(folder: Path) -> Table:
 
 def _from_hub(settings: DatasetSettings, splits: tuple[str, ...]) -> Iterator[Table]:
     repository = settings.hub or ""
-    loaded, note = load_from_hub(
-        settings.name, repository, settings.configuration, settings.revision or "main", (settings.name,)
-    )
+    revision = settings.revision or "main"
+    try:
+        loaded, note = load_from_hub(settings.name, repository, settings.configuration, revision, (settings.name,))
+    except FedbenchError as error:
+        why = str(error).partition("(")[2].partition(")")[0]
+        raise FedbenchError(
+            f"dataset.hub {repository}: cannot be had ({why}); connect to the hub, fill its cache, or download "
+            "the files and name them in train"
+        ) from None
     for split in splits:
         if split not in loaded:
             raise FedbenchError(

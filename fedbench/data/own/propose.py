@@ -110,9 +110,11 @@ def _roles(source: Path) -> dict[str, str]:
     inside = sorted(source.iterdir())
     tables = [path for path in inside if path.is_file() and suffix_of(path) in SUFFIXES]
     places = tables or [path for path in inside if path.is_dir()]
-    training = [path for path in places if path.name.lower().startswith("train")]
-    if training:
-        found = {"train": _pattern(training)}
+    trains = [path for path in places if path.name.lower().startswith("train")]
+    known = ("train", *(stem for stems in ROLES.values() for stem in stems))
+    # A folder called train may be a class of images, beside others.
+    if trains and (tables or all(path.name.lower().startswith(known) for path in places)):
+        found = {"train": _pattern(trains)}
         for role, stems in ROLES.items():
             named = [path for path in places if path.name.lower().startswith(stems)]
             found |= {role: _pattern(named)} if named else {}
@@ -146,7 +148,7 @@ def _dataset(table: Table, files: dict[str, str]) -> tuple[dict[str, Any], dict[
     columns = look(table)
     if chats := next((name for name in ("messages", "conversations", "conversation") if name in table.columns), None):
         raise FedbenchError(
-            f"{table.where}: column {chats!r} holds chats, which need an objective of language; that is not there yet"
+            f"{table.where}: column {chats!r} holds chats, which cannot be read yet; write text and label columns"
         )
     images = image_column({**table.columns})
     texts: tuple[str, ...] = (images,) if images else text_columns(columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,8 +52,8 @@ def _delimited(path: Path, text: str, header: bool, remark: str) -> Table:
         kind, rows = "TSV", _tab_rows(text)
     else:
         first = text.lstrip("\n").split("\n", 1)[0]
-        # The first line has no cell of prose as a rule, so what it has most of divides it.
-        delimiter = max(DELIMITERS, key=first.count)
+        # Outside of quoted cells the first line has no prose as a rule, so what it has most of divides it.
+        delimiter = max(DELIMITERS, key=re.sub(r'"[^"]*"', "", first).count)
         kind, rows = DELIMITERS[delimiter], _quoted_rows(str(path), text, delimiter)
     head = rows[0][1]
     names = [cell.strip() for cell in head] if header else [str(n) for n in range(1, len(head) + 1)]
