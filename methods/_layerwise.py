@@ -20,6 +20,7 @@ from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
 from fedbench.forward.feed import Forward, forward
 from fedbench.machine.device import Execution
+from fedbench.machine.memory import give_back
 from fedbench.machine.workers import one_thread, team
 from fedbench.models.parts import Parts
 
@@ -157,6 +158,7 @@ def distil(
         for p in chosen.values():
             p.requires_grad_(False)
             p.grad = None
+        give_back()
     return residuals
 
 

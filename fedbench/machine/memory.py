@@ -22,16 +22,16 @@ def reset_peak(device: torch.device) -> None:
     import torch
 
     _workers[0] = 0
-    _give_back()
+    gc.collect()
+    give_back()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # not Linux, or a container that does not allow it
         _RESET.write_text("5")
 
 
-def _give_back() -> None:
-    """Give what earlier runs of this process took and no longer hold back to the system, where the C library can."""
-    gc.collect()
+def give_back() -> None:
+    """Give memory that is free and still this process's back to the system, where the C library can."""
     with suppress(OSError, AttributeError):  # another C library than GNU's
         ctypes.CDLL(None).malloc_trim(0)
 

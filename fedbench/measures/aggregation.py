@@ -81,7 +81,7 @@ class AggregationErrors(Observer):
                 own = [getattr(module, f"lora_{f}")["default"].weight for f in "BA"]
                 factors = [tuple(_plain(m.tensors.get(n, o)) for n, o in zip(mine, own, strict=True)) for m in adapters]
                 shares = [module.scaling["default"] * n / sum(counts) for n in counts]
-                weight = _plain(module.base_layer.weight).clone()
+                weight = module.base_layer.weight.detach().to("cpu", copy=True)
                 self._weights[path] = _Weight(weight, [(b, a) for b, a in factors], shares)
 
     def aggregated(self, round: int, server: Server) -> None:
@@ -103,7 +103,7 @@ class AggregationErrors(Observer):
     def _gained(module: Any, weight: _Weight) -> Tensor:
         """What the round left in an adapted weight: what was added to it, and its product."""
         b, a = (_plain(getattr(module, f"lora_{f}")["default"].weight) for f in "BA")
-        return _plain(module.base_layer.weight) - weight.before + module.scaling["default"] * (b @ a)
+        return _plain(module.base_layer.weight) - _plain(weight.before) + module.scaling["default"] * (b @ a)
 
     def block(self, server: Server) -> dict[str, Any] | None:
         errors = [point["model"] for point in self.points if point["model"] is not None]

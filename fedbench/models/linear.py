@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -61,6 +62,10 @@ class FrozenLinear(nn.Linear):
             self.copy(False)
             if gradients:
                 self.copy(True)
+
+    def forget(self) -> None:
+        """Give the copies up."""
+        self._copies = None
 
     def copy(self, transposed: bool) -> Tensor:
         """The weight, or its transpose, in oneDNN's blocks: both in the dtype that was live for the first of them."""
@@ -129,17 +134,21 @@ class AdaptedLinear(LoraLinear):  # type: ignore[misc]  # peft has no types
         return parts[1].weight, parts[2].weight, self.scaling[name]
 
 
+_kept: WeakSet[FrozenLinear] = WeakSet()
+"""The layers whose copies outlive their block."""
+
+
 @contextmanager
 def reordered(
     *models: nn.Module, gradients: bool = False, precision: str = "fp32", keep: bool = False
 ) -> Iterator[None]:
     """Let the frozen linear layers of `models` use reordered weights inside the block, where nobody may write to them.
 
-    Copies are made on the way in, which takes some milliseconds: enter it around many batches, and before processes
-    are forked. `gradients`: make the transposed copies there too. `precision`: that of the forward passes inside,
-    "fp32" or, under autocast, "bf16". `keep`: keep the copies for the next block, which checks them against the
-    weights; they take as much memory as the weights, twice with gradients. Blocks may nest. Nothing happens where torch
-    lacks the operator or the CPU the precision.
+    Copies are made on the way in, which takes some milliseconds: enter it around many batches, and before processes are
+    forked. `gradients`: make the transposed copies there too. `precision`: that of the forward passes inside, "fp32"
+    or, under autocast, "bf16". `keep`: keep the copies until the next block that keeps some, which checks them against
+    the weights; they take as much memory as the weights, twice with gradients. Blocks may nest. Nothing happens where
+    torch lacks the operator or the CPU the precision.
     """
     layers = []
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -154,7 +163,12 @@ def reordered(
         for layer in layers:
             layer.live = None
             if not keep:
-                layer._copies = None
+                layer.forget()
+        if keep:
+            for layer in {*_kept} - {*layers}:
+                layer.forget()
+            _kept.clear()
+            _kept.update(layers)
 
 
 @cache

@@ -99,6 +99,8 @@ class Prepared:
         """The same without any client's rows, as a server has it."""
         nothing = np.array([], dtype=np.int64)
         data = replace(self.loaded.data, train=self.loaded.data.train.select(nothing))
+        if data.clients is not None:
+            data = replace(data, clients=replace(data.clients, train=nothing))
         loaded = replace(self.loaded, data=data, train=self.loaded.train.select(nothing))
         return replace(self, loaded=loaded, divided=self.division)
 

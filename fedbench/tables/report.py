@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from rich.console import RenderableType
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from fedbench.errors import one_line
 from fedbench.records.record import Record
-from fedbench.records.schema import Accuracy, Compute
+from fedbench.records.schema import Accuracy, Compute, Residual
 from fedbench.tables.formats import MEGA, megabytes, signed
 from fedbench.tables.statistics import binomial_standard_error
 
@@ -41,6 +42,8 @@ def _lines(record: Record) -> list[tuple[str, str]]:
     if error := record.gradient_error:
         start, mean, final = map(_two_digits, (error.start, error.mean, error.final))
         lines.append(("gradient error", f"{start} at the start, {mean} on average, {final} at the end"))
+    if line := _distilled(record.distillation):
+        lines.append(("distillation", line))
     if exposure := record.exposure:
         verbatim, near = exposure.verbatim, exposure.within_1_percent
         text = (
@@ -117,6 +120,23 @@ def _traffic(record: Record) -> str:
         split = ", ".join(f"{kind} {_mb(kinds[kind].bytes)}" for kind in sorted(kinds)) if len(kinds) > 1 else ""
         parts.append(f"{way} {_mb(side.bytes)}" + (f" ({split})" if split else ""))
     return "; ".join(parts)
+
+
+def _distilled(residuals: Sequence[Residual]) -> str:
+    """The hidden residual, as the mean of the layers: before and after, and its course, which shows if it levels off."""
+    if not residuals or any(r.hidden is None for r in residuals):
+        return ""
+    after = _mean([r.hidden for r in residuals])
+    text = f"residual {after:.3f}"
+    if all(r.hidden_before is not None for r in residuals):
+        text = f"residual {_mean([r.hidden_before for r in residuals]):.3f} before, {after:.3f} after"
+    if (length := min(len(r.curve) for r in residuals)) > 1:
+        text += "; " + " ".join(f"{_mean([r.curve[i] for r in residuals]):.3f}" for i in range(length))
+    return text
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return statistics.fmean(value for value in values if value is not None)
 
 
 def _cost(compute: Compute) -> list[tuple[str, str]]:

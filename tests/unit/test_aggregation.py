@@ -131,7 +131,7 @@ def fm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("executor", ["packed", "fused"])
-@pytest.mark.parametrize("method", ["fedex-lora", "flexlora", "fedadam"])
+@pytest.mark.parametrize("method", ["fedex-lora", "flexlora", "hetlora", "rolora"])
 def test_every_record_of_a_lora_method_has_it_round_by_round(
     method: str, executor: str, fm: Path, tmp_path: Path
 ) -> None:
@@ -140,7 +140,9 @@ def test_every_record_of_a_lora_method_has_it_round_by_round(
     found = record.aggregation_error
     assert isinstance(found, AggregationError)
     assert [p.round for p in found.points] == [entry.round for entry in record.rounds]
-    assert (found.mean < 1e-4) == (method == "fedex-lora")
+    assert (found.mean < 1e-4) == (method in ("fedex-lora", "rolora"))
+    assert record.exposure is not None
+    assert record.exposure.verbatim.all == 1.0, "newcomers are sent the FM as it was, however it was changed since"
 
 
 def test_a_record_without_lora_has_none(fm: Path, tmp_path: Path) -> None:

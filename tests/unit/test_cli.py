@@ -74,7 +74,7 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
 
 def test_every_command_has_a_file_of_its_own() -> None:
     found = {command.name: command.callback for command in app.registered_commands}
-    assert len(found) == len(app.registered_commands) == 11
+    assert len(found) == len(app.registered_commands) == 12
     for name, call in found.items():
         assert call is not None
         assert (call.__module__, call.__name__) == (f"fedbench.cli.{name}", f"{name}_command")

@@ -207,8 +207,8 @@ def test_the_maker_of_a_pickled_array_is_the_one_its_pickle_names() -> None:
 
 DOCUMENTED = {("machine/workers.py", "_exit")}
 """Names of libraries that begin with an underscore and yet are documented."""
-OWN = {("scenario/load.py", "_sources")}
-"""Private names of the package that a neighbour in the same room uses."""
+OWN = {("scenario/load.py", "_sources"), ("scenario/load.py", "_folder"), ("models/weights.py", "_tunable_biases")}
+"""Private names of the package that a neighbour in the same room uses, or that it gives to a library's object."""
 
 
 def foreign(source: str, known: set[str]) -> Iterator[str]:

@@ -166,3 +166,10 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     with pytest.raises(FedbenchError, match="make the run again"):
         export_adapter(done.path, tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "why"), [("flora", "changes 12 of the FM's own weights"), ("adapter", "no LoRA")])
+def test_what_an_adapter_of_lora_cannot_hold_is_refused(method: str, why: str, tmp_path: Path) -> None:
+    done = train("bert", tmp_path, method)
+    with pytest.raises(FedbenchError, match=f"{method} .*{why}"):
+        export_adapter(done.path, tmp_path / "adapter", tmp_path / "cache", str(done.checkpoint))

@@ -88,6 +88,17 @@ def test_only_a_frozen_fp32_weight_in_a_block_is_reordered() -> None:
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
+@pytest.mark.skipif(not has_onednn, reason="torch without oneDNN")
+def test_copies_are_kept_for_the_last_that_asked_alone() -> None:
+    first, second, third = frozen(), frozen(), frozen()
+    for layers in ([first, second], [second, third]):
+        with reordered(*layers, keep=True):
+            pass
+    with reordered(first):
+        pass
+    assert [layer._copies is None for layer in (first, second, third)] == [True, False, False]
+
+
 @pytest.mark.skipif(not cpu_has_bf16(), reason="a CPU without bf16")
 def test_under_autocast_the_copies_are_in_bf16() -> None:
     layer = frozen()

@@ -90,6 +90,7 @@ def test_a_worker_that_dies_is_one_clear_line() -> None:
     def die(_: int) -> None:
         if in_worker():
             os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.2)  # or this process may be done before the other has begun
 
     with pytest.raises(FedbenchError, match="worker process died .killed, most likely for want of memory.; try"):
         list(fork_map(die, range(9), 2))
