@@ -74,15 +74,15 @@ def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
         return [("accuracy", f"not available: {accuracy.unavailable}")]
     if plug_in.accuracy is None or plug_in.diverged:
         return [("accuracy", "none: the model diverged, its loss on the test set is not a finite number")]
-    error = binomial_standard_error(plug_in.accuracy, plug_in.rows)
     when = f"best round on validation ({chosen.round + 1})" if chosen.rule == "best" else "last round"
-    lines = [
-        (
-            "accuracy",
-            f"{_percent(plug_in.accuracy)} plug-in, macro-F1 {_percent(plug_in.macro_f1)}  "
-            f"({plug_in.rows:,} test rows, standard error {100 * error:.2f} points; {when})",
-        )
-    ]
+    if plug_in.perplexity is not None:
+        # Tokens of one row are not independent, so no standard error follows from how many there are.
+        about = f"perplexity {plug_in.perplexity:,.4g}  ({plug_in.tokens or 0:,} tokens of {plug_in.rows:,} test rows"
+    else:
+        error = binomial_standard_error(plug_in.accuracy, plug_in.rows)
+        tested = f"{plug_in.rows:,} test rows, standard error {100 * error:.2f} points"
+        about = f"macro-F1 {_percent(plug_in.macro_f1)}  ({tested}"
+    lines = [("accuracy", f"{_percent(plug_in.accuracy)} plug-in, {about}; {when})")]
     if proxy and proxy.diverged:
         lines.append(("", "none of the proxy: it diverged, its loss on the test set is not a finite number"))
     elif proxy:
@@ -90,7 +90,8 @@ def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
         text = f"{_percent(proxy.accuracy)} proxy; plug-in minus proxy {gap} points"
         lines.append(("", text))
     if (untouched := accuracy.untouched) and not untouched.diverged:
-        lines.append(("", f"{_percent(untouched.accuracy)} FM untouched"))
+        more = "" if untouched.perplexity is None else f", perplexity {untouched.perplexity:,.4g}"
+        lines.append(("", f"{_percent(untouched.accuracy)} FM untouched{more}"))
     for name, extra in (accuracy.extra_tests or {}).items():
         if not extra.plug_in.diverged:
             text = f"{_percent(extra.plug_in.accuracy)} plug-in on {name} ({extra.plug_in.rows:,} rows)"
