@@ -27,6 +27,12 @@ def macro_f1(run: Record) -> float | None:
     return None if score is None or score.diverged else score.macro_f1
 
 
+def perplexity(run: Record) -> float | None:
+    """Of a language objective: e to the mean loss of a token of the test rows."""
+    score = run.accuracy.plug_in
+    return None if score is None or score.diverged else score.perplexity
+
+
 def plug_in(run: Record) -> float | None:
     return score_of(run.accuracy.plug_in)
 
@@ -189,6 +195,7 @@ MEASURES = (
 """In the order of the columns."""
 
 ASKED = (
+    Measure("perplexity", perplexity),
     Measure("aggregation_error", aggregation_error),
     Measure("factor_averaging_error", factor_averaging_error),
 )

@@ -18,10 +18,13 @@ def add_notes(section: Section) -> None:
     if scores:
         best = max(score.accuracy for score in scores if score.accuracy is not None)
         rows = scores[0].rows
-        error = binomial_standard_error(best, rows)
-        section.notes.append(
-            f"test set: {rows:,} rows; binomial standard error {100 * error:.2f} points at {100 * best:.1f}%"
-        )
+        if (tokens := scores[0].tokens) is not None:
+            section.notes.append(f"test set: {tokens:,} tokens to predict, of {rows:,} rows; accuracy is of tokens")
+        else:
+            error = binomial_standard_error(best, rows)
+            section.notes.append(
+                f"test set: {rows:,} rows; binomial standard error {100 * error:.2f} points at {100 * best:.1f}%"
+            )
         untouched = [share for run in scored if (share := measures.untouched(run)) is not None]
         text = f"{100 * untouched[0]:.1f}%" if untouched else "not available (no head trained for this task)"
         section.notes.append(f"FM untouched: {text}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from rich.console import RenderableType
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from fedbench.errors import one_line
 from fedbench.records.record import Record
-from fedbench.records.schema import Accuracy, Compute
+from fedbench.records.schema import Accuracy, Compute, Residual
 from fedbench.tables.formats import MEGA, megabytes, signed
 from fedbench.tables.statistics import binomial_standard_error
 
@@ -41,6 +42,8 @@ def _lines(record: Record) -> list[tuple[str, str]]:
     if error := record.gradient_error:
         start, mean, final = map(_two_digits, (error.start, error.mean, error.final))
         lines.append(("gradient error", f"{start} at the start, {mean} on average, {final} at the end"))
+    if line := _distilled(record.distillation):
+        lines.append(("distillation", line))
     if exposure := record.exposure:
         verbatim, near = exposure.verbatim, exposure.within_1_percent
         text = (
@@ -71,15 +74,15 @@ def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
         return [("accuracy", f"not available: {accuracy.unavailable}")]
     if plug_in.accuracy is None or plug_in.diverged:
         return [("accuracy", "none: the model diverged, its loss on the test set is not a finite number")]
-    error = binomial_standard_error(plug_in.accuracy, plug_in.rows)
     when = f"best round on validation ({chosen.round + 1})" if chosen.rule == "best" else "last round"
-    lines = [
-        (
-            "accuracy",
-            f"{_percent(plug_in.accuracy)} plug-in, macro-F1 {_percent(plug_in.macro_f1)}  "
-            f"({plug_in.rows:,} test rows, standard error {100 * error:.2f} points; {when})",
-        )
-    ]
+    if plug_in.perplexity is not None:
+        # Tokens of one row are not independent, so no standard error follows from how many there are.
+        about = f"perplexity {plug_in.perplexity:,.4g}  ({plug_in.tokens or 0:,} tokens of {plug_in.rows:,} test rows"
+    else:
+        error = binomial_standard_error(plug_in.accuracy, plug_in.rows)
+        tested = f"{plug_in.rows:,} test rows, standard error {100 * error:.2f} points"
+        about = f"macro-F1 {_percent(plug_in.macro_f1)}  ({tested}"
+    lines = [("accuracy", f"{_percent(plug_in.accuracy)} plug-in, {about}; {when})")]
     if proxy and proxy.diverged:
         lines.append(("", "none of the proxy: it diverged, its loss on the test set is not a finite number"))
     elif proxy:
@@ -87,7 +90,8 @@ def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
         text = f"{_percent(proxy.accuracy)} proxy; plug-in minus proxy {gap} points"
         lines.append(("", text))
     if (untouched := accuracy.untouched) and not untouched.diverged:
-        lines.append(("", f"{_percent(untouched.accuracy)} FM untouched"))
+        more = "" if untouched.perplexity is None else f", perplexity {untouched.perplexity:,.4g}"
+        lines.append(("", f"{_percent(untouched.accuracy)} FM untouched{more}"))
     for name, extra in (accuracy.extra_tests or {}).items():
         if not extra.plug_in.diverged:
             text = f"{_percent(extra.plug_in.accuracy)} plug-in on {name} ({extra.plug_in.rows:,} rows)"
@@ -117,6 +121,23 @@ def _traffic(record: Record) -> str:
         split = ", ".join(f"{kind} {_mb(kinds[kind].bytes)}" for kind in sorted(kinds)) if len(kinds) > 1 else ""
         parts.append(f"{way} {_mb(side.bytes)}" + (f" ({split})" if split else ""))
     return "; ".join(parts)
+
+
+def _distilled(residuals: Sequence[Residual]) -> str:
+    """The hidden residual, as the mean of the layers: before and after, and its course."""
+    if not residuals or any(r.hidden is None for r in residuals):
+        return ""
+    after = _mean([r.hidden for r in residuals])
+    text = f"residual {after:.3f}"
+    if all(r.hidden_before is not None for r in residuals):
+        text = f"residual {_mean([r.hidden_before for r in residuals]):.3f} before, {after:.3f} after"
+    if (length := min(len(r.curve) for r in residuals)) > 1:
+        text += "; " + " ".join(f"{_mean([r.curve[i] for r in residuals]):.3f}" for i in range(length))
+    return text
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return statistics.fmean(value for value in values if value is not None)
 
 
 def _cost(compute: Compute) -> list[tuple[str, str]]:

@@ -38,6 +38,8 @@ from fedbench.objectives.language import Language, without_given
 from fedbench.objectives.named import LANGUAGE, objective_of
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
+from fedbench.tables.measures import measure_called
+from fedbench.tables.report import _lines
 from fedbench.training import fused
 from fedbench.training.alone import execute
 from fedbench.training.fused import execute_cohort
@@ -300,6 +302,10 @@ def test_a_whole_run_reports_perplexity(method: str, family: str, tmp_path: Path
     assert scores.perplexity == pytest.approx(np.exp(scores.loss), rel=1e-6)
     assert record.accuracy.untouched.perplexity is not None, "the model as it came predicts tokens too"
     assert scores.tokens > 60
+    assert record.accuracy.plug_in.correct is None, "rows that are right as a whole say little"
+    said = dict(_lines(record))["accuracy"]
+    assert f"perplexity {scores.perplexity:,.4g}  ({scores.tokens:,} tokens of 60 test rows; last round)" in said
+    assert measure_called("perplexity").read(record) == scores.perplexity
     if method == "fedpft":
         assert all(entry.weight > 0 for entry in record.distillation)
 

@@ -22,6 +22,7 @@ from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell
 from fedbench.grid.file import Grid, load_grid
 from fedbench.records.record import Record
+from fedbench.records.schema import Residual
 from fedbench.records.store import save
 from fedbench.tables import report
 from fedbench.tables.compare import compare
@@ -765,6 +766,21 @@ def test_rendering_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_summary_tells_the_course_of_a_distillation() -> None:
+    layers = [{"hidden": 0.1, "hidden_before": 0.5, "curve": [0.4, 0.2]}, {"hidden": 0.3, "hidden_before": 0.7}]
+    record = make_record()
+
+    def told(*residuals: dict[str, object]) -> str:
+        found = [Residual(layer=i, **residual) for i, residual in enumerate(residuals)]
+        return shown(report.summary(record.model_copy(update={"distillation": found})), 160)
+
+    assert "residual 0.200 before" not in told()
+    assert "residual 0.600 before, 0.200 after" in told(*layers)
+    assert "after; " not in told(*layers), "a course of one layer is none of the mean"
+    assert "residual 0.600 before, 0.200 after; 0.400 0.250" in told(layers[0], layers[1] | {"curve": [0.4, 0.3]})
+    assert "residual 0.100" in told({"hidden": 0.1})
 
 
 def test_summary_of_a_run() -> None:

@@ -62,7 +62,7 @@ def documentation() -> list[str]:
 
 
 def tiny_llama_folder(cache: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint folder, from `cache` or trained now (some minutes on two cores), and where it is from.
+    """The checkpoint folder, from `cache` or trained now (about two minutes on two cores), and where it is from.
 
     One whose files are not those that were written is made anew, which is said.
     """

@@ -267,13 +267,15 @@ class SiloManager(ClientMasterManager):  # type: ignore[misc]
             if letter is None:
                 return
             self.silo = self.silo or self._make(self.session)
+            before = self.silo.done
             answer = self.silo.answer(letter)
         except MessageError:
             return  # the server leaves this silo out when its time is up
         if answer is None:
             return
         self._send(answer)
-        self._say(f"after round {self.silo.done + 1}")
+        if self.silo.done != before:
+            self._say(f"after round {self.silo.done + 1}")
         if self.silo.lost is not None:
             self._stop(self.silo.lost)
 
