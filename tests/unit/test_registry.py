@@ -74,7 +74,7 @@ def test_built_in_scenarios_are_file_stem_and_split() -> None:
 
 def test_built_in_data_sets_and_families_load_under_their_own_names() -> None:
     registry = Registry()
-    embedded = {"tweets", "digits", "mnist"}
+    embedded = {"tweets", "digits", "mnist", "verses"}
     assert embedded | {"agnews", "sst2", "qnli", "mnli", "qqp", "cifar10", "cifar100", "flowers102"} == set(
         registry.datasets
     )

@@ -98,13 +98,21 @@ def _whole(folder: Path) -> bool:
 
 
 def _tokenizer(texts: list[str]) -> Any:
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    words = ByteLevelBPETokenizer()
-    words.train_from_iterator(texts, vocab_size=RECIPE["config"]["vocab_size"], special_tokens=[END])
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = RECIPE["config"]["vocab_size"]
+    words.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=size, min_frequency=2, special_tokens=[END], initial_alphabet=alphabet),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words._tokenizer, bos_token=END, eos_token=END, pad_token=END, chat_template=TEMPLATE
+        tokenizer_object=words, bos_token=END, eos_token=END, pad_token=END, chat_template=TEMPLATE
     )
 
 
