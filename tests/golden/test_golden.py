@@ -75,7 +75,8 @@ def test_a_run_gives_what_it_gave_before(method: str, tmp_path: Path) -> None:
     # another in every version of torch.
     relative = 1e-2 if method == "fedot" else 2e-3
     for name, value in stored["close"].items():
-        assert found["close"][name] == pytest.approx(value, rel=relative, abs=1e-5), name
+        rounding = 5e-5 if (method, name) == ("fedot", "residuals") else 1e-5
+        assert found["close"][name] == pytest.approx(value, rel=relative, abs=rounding), name
 
 
 @pytest.mark.parametrize("executor", ["fused", "reference"])
