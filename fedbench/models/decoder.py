@@ -59,7 +59,7 @@ class NextToken(nn.Module):
         hidden = _states(body, input_ids, attention_mask, position_ids)
         if targets is None:
             return CausalLMOutput(logits=hidden[..., :0])
-        head = self._modules.get(VOCABULARY)
+        head = getattr(self, VOCABULARY, None)
         weight = cast(Any, body).get_input_embeddings().weight if head is None else cast(Any, head).weight
         return CausalLMOutput(logits=next_tokens(hidden, weight, targets))
 
@@ -136,7 +136,7 @@ def predict_next(model: nn.Module) -> None:
     """Make `model`, a decoder with a head for its vocabulary, a `NextToken`, in place."""
     config: Any = model.config
     if config.tie_word_embeddings:
-        del model._modules[VOCABULARY]
+        delattr(model, VOCABULARY)
     model.__class__ = _predicting(cast(Any, type(model)))
 
 

@@ -84,7 +84,9 @@ def test_texts_are_tokenised_and_cut() -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     processor = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    fm = SimpleNamespace(name="m", family=SimpleNamespace(modality="text"), processor=processor, positions=lambda: 5)
+    fm = SimpleNamespace(
+        name="m", family=SimpleNamespace(modality="text", reads="first"), processor=processor, positions=lambda: 5
+    )
     rows = encode(Part(np.array([1, 0]), ["a film", "a a a a a a"]), fm, 5)  # type: ignore[arg-type]
     assert rows.tokens is not None
     assert [t.tolist() for t in rows.tokens] == [[2, 4, 5, 3], [2, 4, 4, 4, 3]]
@@ -157,7 +159,7 @@ def test_segments_are_part_of_what_a_model_sees(bert: FoundationModel) -> None:
 
 
 def test_a_family_without_token_types_gets_none(bert: FoundationModel) -> None:
-    family = SimpleNamespace(modality="text", token_types=False)
+    family = SimpleNamespace(modality="text", token_types=False, reads="first")
     plain = SimpleNamespace(name="m", family=family, processor=bert.processor, positions=bert.positions)
     rows = encode(pairs(), plain, 32)  # type: ignore[arg-type]
     assert rows.segments is None

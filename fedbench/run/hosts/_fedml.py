@@ -66,12 +66,11 @@ class _Channel(GRPCCommManager):  # type: ignore[misc]
             self.received_messages += 1
             try:
                 message = _PlainUnpickler(io.BytesIO(pickled)).load()
-                kind, known = message.get_type(), int(message.get_sender_id()) in self.grpc_mappings
+                known = int(message.get_sender_id()) in self.grpc_mappings
             except Exception:  # anybody can send anything here
                 continue
             if known:
-                for observer in self._observers:
-                    observer.receive_message(kind, message)
+                self.notify(message)
 
 
 def _arguments(addresses: list[Address], table: Path, rank: int) -> Any:
