@@ -126,8 +126,9 @@ def run_method(request: RunRequest | None = None, /, *, progress: Progress | Non
 
     Takes a `RunRequest`, or its fields as keyword arguments: `method` and `scenario`, and where wanted `seed`, `fm`,
     `settings` (hyper-parameters of the method and dotted keys of the scenario, by name), `profile`, `device`,
-    `precision`, `data_dir`, `results`, `cache`, `plugins`, `executor`, `workers`, `host`, `silos` and `silo_timeout`. Each
-    means what the option of its name means on the command line. `progress` is told how far the run is; without it nothing is printed.
+    `precision`, `data_dir`, `results`, `cache`, `plugins`, `executor`, `workers`, `host`, `silos` and `silo_timeout`.
+    Each means what the option of its name means on the command line. `progress` is told how far the run is; without it
+    nothing is printed.
 
     Returns the `Record`, which is also written to `<results>/records`. A run that was stopped goes on after its last
     finished round when it is asked for again; one whose record is there is made again, and its record replaced.
