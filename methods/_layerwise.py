@@ -133,7 +133,7 @@ def distil(
         with (
             forward(teacher, execution.exact) as theirs,
             forward(student, execution.exact, gradients=True) as ours,
-            team(steps.work(theirs, ours), min(execution.workers, steps.most)) as ask,
+            team(steps.work(theirs, ours), steps.members) as ask,
         ):
             ask(-1)
             for step in range(schedule.steps):
@@ -197,18 +197,19 @@ class _Steps:
         execution: Execution,
     ) -> None:
         self.parameters, self.loss, self.public, self.batches = parameters, loss, public, batches
-        self.device, self.workers = execution.device, execution.workers
+        self.device = execution.device
         self.most = max(map(len, batches), default=1)
         """The most pieces that a batch has."""
+        self.members = min(execution.workers, self.most)
+        """The processes that share a step."""
         pairs, size = len(loss.pairs), sum(p.numel() for p in parameters)
         dtype = parameters[0].dtype
-        self.values = self._shared((size,), dtype)
         # One row a piece, and the last for the regulariser.
         self.grads = self._shared((self.most + 1, size), dtype)
         self.norms = self._shared((2, self.most, pairs), torch.float64)
         self._hidden = self._shared((self.most, pairs), torch.float64)
         self.own = [p.data for p in parameters]
-        for p, share in zip(parameters, self._views(self.values), strict=True):
+        for p, share in zip(parameters, self._views(self._shared((size,), dtype)), strict=True):
             p.data = share.copy_(p.data)
 
     @property
@@ -244,7 +245,7 @@ class _Steps:
 
         def mine(member: int, step: int) -> list[int]:
             tokens = [float(self.public.lengths[piece].sum()) for piece in self.batches[step]]
-            return _spread(tokens, min(self.workers, self.most))[member]
+            return _spread(tokens, self.members)[member]
 
         def train(step: int, piece: int) -> None:
             for p in self.parameters:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedbench.api.context import ServerContext
-from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.messages import Message, State
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.weights import frozen_state
@@ -143,8 +143,3 @@ class FoldingClient(AdapterClient):
                 changed[name] = folded(changed[name], factors)
         whole = {n.removeprefix("whole."): t for n, t in message.tensors.items() if n.startswith("whole.")}
         self.frozen = self.ctx.modules.intern({**changed, **whole})
-
-
-def adapters_of(uploads: Mapping[ClientId, Sequence[Message]]) -> list[Message]:
-    """The adapters among a round's uploads, one a client."""
-    return [m for messages in uploads.values() for m in messages if m.kind == "adapter"]

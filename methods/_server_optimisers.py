@@ -18,11 +18,11 @@ from fedbench.api.context import ServerContext
 from fedbench.api.messages import ClientId, Message, State
 from fedbench.api.sides import Server
 from fedbench.data.examples import Examples
-from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
+from fedbench.methods.fedavg_lora import AdapterServer, WeightedMethod
 from fedbench.models.foundation import FoundationModel
 
 
-class ServerOptimiser(LoraMethod):
+class ServerOptimiser(WeightedMethod):
     """Settings that all of them share.
 
     server_lr, beta1: of the server's step. weighting: of the mean over clients, by sample count, or all alike as in
@@ -31,10 +31,6 @@ class ServerOptimiser(LoraMethod):
 
     server_lr: float = Field(1.0, gt=0)
     beta1: float = Field(0.9, ge=0, lt=1)
-    weighting: Literal["samples", "uniform"] = "samples"
-
-    def weight(self, rows: int) -> int:
-        return rows if self.weighting == "samples" else 1
 
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
         return OptimisingServer(self, fm, ctx)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import AdamW, LocalResult, LocalTask, Trainer
-from fedbench.api.messages import ClientId, Kind, Message, State, TensorSpec
+from fedbench.api.messages import ClientId, Kind, Message, State, TensorSpec, adapters_of
 from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import MessageError
@@ -129,6 +129,15 @@ class LoraMethod(TuningMethod):
         return LoraSpec(r=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout)
 
 
+class WeightedMethod(LoraMethod):
+    """weighting: of the mean over clients, by sample count or all alike."""
+
+    weighting: Literal["samples", "uniform"] = "samples"
+
+    def weight(self, rows: int) -> int:
+        return rows if self.weighting == "samples" else 1
+
+
 class FedAvgLora(LoraMethod):
     """FedAvg of LoRA adapters and head, trained on the full FM at every client."""
 
@@ -207,7 +216,7 @@ class AdapterServer(Server):
                 count(message, "num_examples")
 
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
-        adapters = [m for messages in uploads.values() for m in messages if m.kind == "adapter"]
+        adapters = adapters_of(uploads)
         self.values = weighted_mean([m.tensors for m in adapters], self.weights(round, adapters))
 
     def weights(self, round: int, adapters: Sequence[Message]) -> Sequence[float]:

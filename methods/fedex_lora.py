@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.messages import ClientId, Message
+from fedbench.api.messages import ClientId, Message, adapters_of
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
@@ -22,16 +22,15 @@ from fedbench.methods._products import (
     Factors,
     FoldingClient,
     FoldingServer,
-    adapters_of,
     decomposed,
     pairs,
     stacked,
 )
-from fedbench.methods.fedavg_lora import LoraMethod
+from fedbench.methods.fedavg_lora import WeightedMethod
 from fedbench.models.foundation import FoundationModel
 
 
-class FedExLora(LoraMethod):
+class FedExLora(WeightedMethod):
     """FedEx-LoRA (Singhal et al., ACL 2025, arXiv 2410.09432): what averaging factors loses is added to W0.
 
     weighting: of the mean over clients, by sample count or all alike. residual_rank: fold in the best approximation of
@@ -42,16 +41,12 @@ class FedExLora(LoraMethod):
     version: ClassVar[int] = 1
     needs: ClassVar[Literal["sum", "each"]] = "each"
 
-    weighting: Literal["samples", "uniform"] = "samples"
     residual_rank: int | None = Field(None, ge=1)
 
     @property
     def turned(self) -> bool:
         """Whether the residual is added transposed."""
         return False
-
-    def weight(self, rows: int) -> int:
-        return rows if self.weighting == "samples" else 1
 
     def server(self, fm: FoundationModel, public: Examples | None, ctx: ServerContext) -> Server:
         return FedExServer(self, fm, ctx)

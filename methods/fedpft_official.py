@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import LocalTask
-from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.messages import ClientId, Message, State, adapters_of
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.methods._distillation import required
@@ -102,7 +102,7 @@ class FedPFTOfficialServer(FedPFTServer):
 
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
         super().aggregate(round, uploads)
-        self.last = [m.tensors for messages in uploads.values() for m in messages if m.kind == "adapter"][-1]
+        self.last = adapters_of(uploads)[-1].tensors
         if not self.method.stale_teacher or (round + 1) % self.ctx.evaluate_every == 0:
             self.teachers = dict(self.values)
 

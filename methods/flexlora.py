@@ -13,10 +13,10 @@ from typing import ClassVar, Literal
 import torch
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.messages import ClientId, Message
+from fedbench.api.messages import ClientId, Message, adapters_of
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
-from fedbench.methods._products import adapters_of, decomposed, pairs, stacked
+from fedbench.methods._products import decomposed, pairs, stacked
 from fedbench.methods._ranks import RankedClient, RankedMethod, RankedServer
 from fedbench.methods.fedavg_lora import weighted_mean
 from fedbench.models.foundation import FoundationModel

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import LocalTask
-from fedbench.api.messages import ClientId, Message, TensorSpec
+from fedbench.api.messages import ClientId, Message, TensorSpec, adapters_of
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
-from fedbench.methods._products import FoldingClient, FoldingServer, adapters_of, pairs, stacked
+from fedbench.methods._products import FoldingClient, FoldingServer, pairs, stacked
 from fedbench.methods._ranks import RankedClient, RankedMethod, cut
 from fedbench.methods.fedavg_lora import AdapterClient, weighted_mean
 from fedbench.models.foundation import FoundationModel

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import LocalResult, LocalTask
-from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.messages import ClientId, Message, State, adapters_of
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import MessageError
-from fedbench.methods._products import adapters_of, pairs
+from fedbench.methods._products import pairs
 from fedbench.methods._ranks import RankedClient, RankedMethod, RankedServer, padded
 from fedbench.methods.fedavg_lora import weighted_mean
 from fedbench.models.foundation import FoundationModel

@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedbench.api.context import ServerContext
-from fedbench.api.messages import ClientId, Message
+from fedbench.api.messages import ClientId, Message, adapters_of
 from fedbench.api.sides import Server
 from fedbench.data.examples import Examples
-from fedbench.methods._products import adapters_of, pairs, stacked
+from fedbench.methods._products import pairs, stacked
 from fedbench.methods.fedavg_lora import AdapterServer, LoraMethod
 from fedbench.models.foundation import FoundationModel
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from fedbench.api.context import ClientContext, ServerContext
 from fedbench.api.local import LocalTask
-from fedbench.api.messages import ClientId, Message, State, TensorSpec
+from fedbench.api.messages import ClientId, Message, State, TensorSpec, adapters_of
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod, weighted_mean
@@ -67,7 +67,7 @@ class RoLoraServer(AdapterServer):
         return {"adapter": {n: TensorSpec.of(v) for n, v in self.values.items() if trained(n, round)}}
 
     def aggregate(self, round: int, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
-        adapters = [m for messages in uploads.values() for m in messages if m.kind == "adapter"]
+        adapters = adapters_of(uploads)
         self.values = {**self.values, **weighted_mean([m.tensors for m in adapters], self.weights(round, adapters))}
         self.factors[round % 2] += 1
 

@@ -19,11 +19,11 @@ from fedbench.api.local import SGD, AdamW, LocalResult, LocalTask, Trainer
 from fedbench.api.messages import ClientId, Message, TensorSpec
 from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
-from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, LoraMethod
+from fedbench.methods.fedavg_lora import AdapterClient, AdapterServer, WeightedMethod
 from fedbench.models.foundation import FoundationModel
 
 
-class Scaffold(LoraMethod):
+class Scaffold(WeightedMethod):
     """SCAFFOLD's settings.
 
     optimiser: the paper's SGD, or AdamW as OpenFedLLM has it. lr: of plain SGD, so larger than elsewhere. server_lr:
@@ -37,10 +37,6 @@ class Scaffold(LoraMethod):
     lr: float = Field(0.1, gt=0)
     optimiser: Literal["sgd", "adamw"] = "sgd"
     server_lr: float = Field(1.0, gt=0)
-    weighting: Literal["samples", "uniform"] = "samples"
-
-    def weight(self, rows: int) -> int:
-        return rows if self.weighting == "samples" else 1
 
     def trainer(self, lr: float) -> Trainer:
         kind = SGD if self.optimiser == "sgd" else AdamW

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedbench.api.context import ServerContext
 from fedbench.data.examples import Batch, Examples
 from fedbench.forward.feed import Forward
+from fedbench.forward.layout import Layout
 from fedbench.machine.device import Execution
 from fedbench.measures.exposure import Exposure, Exposures
 from fedbench.measures.gradient import GradientErrors
@@ -273,3 +274,20 @@ def exposure_of(run: Run) -> Exposure:
     """What such a run has exposed of the FM so far."""
     [exposures] = [o for o in run.host.server.observers if isinstance(o, Exposures)]  # type: ignore[attr-defined]
     return exposures.exposure
+
+
+def answers_of(
+    passing: Forward, batch: Batch, total: Callable[[Tensor], Tensor], layout: Layout | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Outputs of a batch, and the gradients that `total` of them, a scalar, has for all that is tuned."""
+    model = passing.model
+    names = tunable_names(model)
+    parameters = [model.get_parameter(name).requires_grad_() for name in names]
+    try:
+        with passing.feeding(batch, layout=layout) as (inputs, _):
+            out: Tensor = model(**inputs).logits
+        grads = torch.autograd.grad(total(out), parameters)
+    finally:
+        for p in parameters:
+            p.requires_grad_(False)
+    return out.detach(), dict(zip(names, grads, strict=True))

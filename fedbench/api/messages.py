@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +27,11 @@ class Message:
     kind: Kind
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+
+
+def adapters_of(uploads: Mapping[ClientId, Sequence[Message]]) -> list[Message]:
+    """The adapters among a round's uploads, one a client."""
+    return [m for messages in uploads.values() for m in messages if m.kind == "adapter"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,22 @@ def cure(content: bytes) -> str:
     return f"it is packed with {packer}; unpack it" if packer else "fetch it again"
 
 
+def checked_text(path: Path, content: bytes, text: str, nul: str) -> str:
+    """The decoded `content` of a file with line ends as `\\n`.
+
+    Raises FedbenchError where it is empty, is no table, or holds a NUL byte, of which `nul` says what it means.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if (zero := text.find("\0")) >= 0:
+        line = text.count("\n", 0, zero) + 1
+        raise FedbenchError(f"{path}: line {line} holds a NUL byte, so it is {nul}")
+    if not text.strip():
+        raise FedbenchError(f"{path}: is empty")
+    if (fix := cure(content)) != cure(b""):
+        raise FedbenchError(f"{path}: is no table; {fix}")
+    return text
+
+
 def read_parquet(path: Path) -> Any:
     """A parquet file as a pandas table. Raises FedbenchError for a damaged one."""
     import pandas as pd

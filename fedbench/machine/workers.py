@@ -106,13 +106,7 @@ def fork_map(
     parent = os.getpid()
 
     def work(connection: Connection, others: Sequence[Connection]) -> None:
-        end_with(parent)
-        # While a worker holds the end that its answers are read from, it would wait for a reader for ever.
-        for other in others:
-            other.close()
-        # Ctrl-C reaches the whole process group; it is the parent that answers it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        torch.set_num_threads(1)
+        _begin(parent, others)
         for index in mine():
             try:
                 answer: tuple[int, R | None, BaseException | None] = (index, _in_memory(function, items[index]), None)
@@ -193,11 +187,7 @@ def team(work: Callable[[int, int], None], workers: int) -> Iterator[Callable[[i
     members: list[tuple[BaseProcess, Connection]] = []
 
     def serve(member: int, connection: Connection, others: Sequence[Connection]) -> None:
-        end_with(parent)
-        for other in others:
-            other.close()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        torch.set_num_threads(1)
+        _begin(parent, others)
         while (x := connection.recv()) is not None:
             error: BaseException | None = None
             try:
@@ -241,6 +231,17 @@ def team(work: Callable[[int, int], None], workers: int) -> Iterator[Callable[[i
                 worker.kill()
             worker.join()
             connection.close()
+
+
+def _begin(parent: int, others: Sequence[Connection]) -> None:
+    """What a worker does first; `others` are the ends of connections that it has inherited and that are not its own."""
+    end_with(parent)
+    # While a worker holds the end that its answers are read from, it would wait for a reader for ever.
+    for other in others:
+        other.close()
+    # Ctrl-C reaches the whole process group; it is the parent that answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def _in_memory(function: Callable[..., R], *values: Any) -> R:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedbench.api.messages import ClientId, Message, State
+from fedbench.api.messages import ClientId, Message, State, adapters_of
 from fedbench.api.sides import Server
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.measures.observer import Observer
@@ -66,7 +66,7 @@ class AggregationErrors(Observer):
         self._weights: dict[str, _Weight] = {}
 
     def aggregating(self, round: int, server: Server, uploads: Mapping[ClientId, Sequence[Message]]) -> None:
-        adapters = [m for messages in uploads.values() for m in messages if m.kind == "adapter"]
+        adapters = adapters_of(uploads)
         names = server.fm_names()
         sent = {adapted(name): name for name in (adapters[0].tensors if adapters else ()) if ".lora_" in name}
         self._weights = {}

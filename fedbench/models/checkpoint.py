@@ -217,12 +217,7 @@ def _checkpoint(
         config = read_config(folder)
         spec = _spec_of(folder, config, num_labels, head)
         state, trained = _weights(folder, spec)
-        if spec.family.modality == "text":
-            table = state[f"{spec.family.embeddings}.{spec.family.words}"]
-            processor = read_tokenizer(folder, spec, len(table))
-            spec = _with_padding(spec, processor)
-        else:
-            processor = read_image_processor(folder / "preprocessor_config.json", spec)
+        spec, processor = _with_processor(folder, spec, state)
     except FedbenchError as error:
         raise FedbenchError(f"FM {name!r}: {error}") from None
     if head == "classes" and not _same_labels(config, class_names):
@@ -239,6 +234,15 @@ def _checkpoint(
     return FoundationModel(label, spec, state, processor, digest, trained, provenance, notes)
 
 
+def _with_processor(folder: Path, spec: ModelSpec, state: Mapping[str, Tensor]) -> tuple[ModelSpec, Any]:
+    """What reads inputs for a checkpoint, its tokenizer or image settings, and the specification that goes with it."""
+    if spec.family.modality == "image":
+        return spec, read_image_processor(folder / "preprocessor_config.json", spec)
+    words = state[f"{spec.family.embeddings}.{spec.family.words}"]
+    tokenizer = read_tokenizer(folder, spec, len(words))
+    return _with_padding(spec, tokenizer), tokenizer
+
+
 def without_weights(name: str, folder: Path, num_labels: int, head: Head = "classes") -> FoundationModel:
     """What reads rows for the checkpoint in a folder, which need not hold weights: tensors have shapes and no values.
 
@@ -253,12 +257,7 @@ def without_weights(name: str, folder: Path, num_labels: int, head: Head = "clas
             model = getattr(transformers, spec.architecture)(config)
             as_computed_here(model)
             state = frozen_state(model)
-        if spec.family.modality == "text":
-            words = state[f"{spec.family.embeddings}.{spec.family.words}"]
-            processor = read_tokenizer(folder, spec, len(words))
-            spec = _with_padding(spec, processor)
-        else:
-            processor = read_image_processor(folder / "preprocessor_config.json", spec)
+        spec, processor = _with_processor(folder, spec, state)
     except FedbenchError as error:
         raise FedbenchError(f"FM {name!r}: {error}") from None
     return FoundationModel(fm_label(name), spec, state, processor, "", provenance={"source": "without weights"})

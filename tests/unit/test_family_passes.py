@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DECODERS, context, logits, public_rows, random_values, save_tiny, save_tiny_decoder, train_rows
+from helpers import (
+    DECODERS,
+    answers_of,
+    context,
+    logits,
+    public_rows,
+    random_values,
+    save_tiny,
+    save_tiny_decoder,
+    train_rows,
+)
 from torch import Tensor, nn
 
 from fedbench.api.local import AdamW, LocalTask
@@ -54,18 +64,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def answers(passing: Forward, batch: Batch, layout: Layout | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of a batch, and the gradients of all that is tuned."""
-    model = passing.model
-    names = tunable_names(model)
-    parameters = [model.get_parameter(name).requires_grad_() for name in names]
-    try:
-        with passing.feeding(batch, layout=layout) as (inputs, _):
-            out: Tensor = model(**inputs).logits
-        grads = torch.autograd.grad(out.square().sum(), parameters)
-    finally:
-        for p in parameters:
-            p.requires_grad_(False)
-    return out.detach(), dict(zip(names, grads, strict=True))
+    return answers_of(passing, batch, lambda out: out.square().sum(), layout)
 
 
 @pytest.mark.parametrize("family", PACKED)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DECODERS, random_values, save_tiny, save_tiny_bert, smoke_request
+from helpers import DECODERS, answers_of, random_values, save_tiny, save_tiny_bert, smoke_request
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,17 +103,8 @@ def test_rows_that_ask_for_nothing_have_no_gradient() -> None:
 
 
 def answers(passing: Forward, rows: Examples) -> tuple[Tensor, dict[str, Tensor]]:
-    model, batch = passing.model, rows.batch(range(len(rows)))
-    names = tunable_names(model)
-    parameters = [model.get_parameter(name).requires_grad_() for name in names]
-    try:
-        with passing.feeding(batch) as (inputs, _):
-            out: Tensor = model(**inputs).logits
-        grads = torch.autograd.grad(LANGUAGE["row"].losses(out, batch.labels).sum(), parameters)
-    finally:
-        for p in parameters:
-            p.requires_grad_(False)
-    return out.detach(), dict(zip(names, grads, strict=True))
+    batch = rows.batch(range(len(rows)))
+    return answers_of(passing, batch, lambda out: LANGUAGE["row"].losses(out, batch.labels).sum())
 
 
 @pytest.mark.parametrize("family", DECODERS)

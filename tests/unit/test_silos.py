@@ -207,13 +207,18 @@ def test_a_round_whose_silo_is_away_ends_at_once(tmp_path: Path) -> None:
         assert [why for _, _, why in host.hub.lost] == ["it cannot be reached", "it is not there"]
 
 
+def made(asked: Prepared, host: type[Host]) -> Record:
+    """The record of a whole run on a host."""
+    this = Run(asked, Silent(), host)
+    with this.host:
+        this.loop(None)
+        return finish(this)
+
+
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_killed_silo_is_left_out_and_taken_up_again(asked: Prepared, comes_back: bool) -> None:
     rounds = asked.scenario.federation.rounds
-    reference = Run(asked, Silent(), dropping(2, {1} if comes_back else set(range(1, rounds))))
-    with reference.host:
-        reference.loop(None)
-        expected = finish(reference)
+    expected = made(asked, dropping(2, {1} if comes_back else set(range(1, rounds))))
     this = Run(asked, Silent(), Impatient)
     host = this.host
     assert isinstance(host, Silos)
@@ -234,10 +239,7 @@ def test_a_killed_silo_is_left_out_and_taken_up_again(asked: Prepared, comes_bac
 
 
 def test_a_silo_that_is_only_late_is_asked_again_and_its_late_answer_is_not_counted(asked: Prepared) -> None:
-    reference = Run(asked, Silent(), dropping(2, {1}))
-    with reference.host:
-        reference.loop(None)
-        expected = finish(reference)
+    expected = made(asked, dropping(2, {1}))
     this = Run(asked, Silent(), Impatient)
     host = this.host
     assert isinstance(host, Silos)
@@ -281,10 +283,7 @@ def test_a_run_whose_silos_are_all_gone_stops_in_a_line_and_goes_on_later(asked:
 
 def test_a_server_that_is_stopped_in_a_round_goes_on_from_the_one_before(asked: Prepared, tmp_path: Path) -> None:
     """The silos have made the round that the server forgets, and make it again; one was lost when it stopped."""
-    reference = Run(asked, Silent(), dropping(2, {1}))
-    with reference.host:
-        reference.loop(None)
-        expected = finish(reference)
+    expected = made(asked, dropping(2, {1}))
     this = Run(asked, Silent(), Impatient)
     host = this.host
     assert isinstance(host, Silos)

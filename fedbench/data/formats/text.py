@@ -13,6 +13,7 @@ from fedbench.data.labels import class_numbers, shown
 from fedbench.data.rows import Part
 from fedbench.data.sets.dataset import DataSet, Rows
 from fedbench.data.sources import (
+    checked_text,
     cure,
     find_files,
     listing,
@@ -102,15 +103,7 @@ def _read_text(path: Path) -> str:
         fix = cure(content)
         fix = "save it as UTF-8" if fix == cure(b"") else fix
         raise FedbenchError(f"{path}: is not UTF-8 at byte {error.start}; {fix}") from None
-    raw = raw.replace("\r\n", "\n").replace("\r", "\n")
-    if (zero := raw.find("\0")) >= 0:
-        line = raw.count("\n", 0, zero) + 1
-        raise FedbenchError(f"{path}: line {line} holds a NUL byte, so it is UTF-16 or damaged; save it as UTF-8")
-    if not raw.strip():
-        raise FedbenchError(f"{path}: is empty")
-    if (fix := cure(content)) != cure(b""):
-        raise FedbenchError(f"{path}: is no table; {fix}")
-    return raw
+    return checked_text(path, content, raw, "UTF-16 or damaged; save it as UTF-8")
 
 
 def _csv_rows(path: Path, raw: str) -> tuple[list[list[str]], str]:

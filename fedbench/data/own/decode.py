@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from fedbench.data.sources import cure, read_bytes
+from fedbench.data.sources import checked_text, cure, read_bytes
 from fedbench.errors import FedbenchError
 
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -43,15 +43,7 @@ def text_of(path: Path, encoding: str | None) -> tuple[str, str]:
     """
     content = unpacked(path)
     text, found = _as_named(path, content, encoding) if encoding else _recognised(path, content)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if (zero := text.find("\0")) >= 0:
-        line = text.count("\n", 0, zero) + 1
-        raise FedbenchError(f"{path}: line {line} holds a NUL byte, so it is UTF-16 without its mark, or damaged")
-    if not text.strip():
-        raise FedbenchError(f"{path}: is empty")
-    if (fix := cure(content)) != cure(b""):
-        raise FedbenchError(f"{path}: is no table; {fix}")
-    return text, found
+    return checked_text(path, content, text, "UTF-16 without its mark, or damaged"), found
 
 
 def _as_named(path: Path, content: bytes, encoding: str) -> tuple[str, str]:
