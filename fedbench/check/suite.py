@@ -68,13 +68,11 @@ def check_method(
     profile: str | None = "smoke",
     settings: Mapping[str, str] | None = None,
     data_dir: Path | None = None,
-    apart: bool = True,
     report: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
     """Run the contract suite on the method called `name`; one result a clause, in a fixed order.
 
-    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. apart:
-    look at server and clients in processes of their own too, which take longer to start than all else takes. Raises
+    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. Raises
     FedbenchError if the method cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -107,9 +105,8 @@ def check_method(
                 ("the method learns", learns),
                 ("what clients send is what the server expects", uploads_are_expected),
                 ("the server needs what it says", needs_what_it_says),
+                ("server and clients in separate processes", separate_processes),
             ]
-            if apart:
-                clauses.append(("server and clients in separate processes", separate_processes))
         results = []
         for label, clause in clauses:
             results.append(_result(label, clause, subject))
@@ -181,8 +178,7 @@ def same_seed_same_record(subject: Subject) -> None:
     The second spreads its clients over worker processes, where those can be had: a client that learns something in
     the functions its task declares, behind the harness's back, would lose it there.
     """
-    prepared = subject.prepared
-    first = run(_with_workers(prepared, 1))
+    prepared, first = subject.prepared, subject.record
     other = prepare(replace(prepared.request, seed=prepared.request.seed + 1))
     require(other.key != prepared.key, "two seeds have one key")
     torch.rand(3)  # whatever else reads the global generator must not matter
