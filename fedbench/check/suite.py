@@ -257,7 +257,7 @@ def learns(subject: Subject) -> str | None:
     everything = {"rounds": 3, "local_epochs": 4, "batch_size": len(rows), "max_steps": None, "dropout": 0.0}
     federation = p.scenario.federation.model_copy(update={**everything, "fraction": 1.0})
     watch = _Watch()
-    run, server = _watched(p, federation, watch, [rows] * len(subject.whole.rows), few=True)
+    run, server = _watched(p, federation, watch, dict.fromkeys(subject.whole.rows, rows), few=True)
 
     def loss() -> float:
         proxy = server.put_in_proxy()
@@ -315,7 +315,7 @@ class _Watch:
 
 
 def _watched(
-    p: Prepared, federation: Federation, watch: _Watch, rows: Sequence[Examples], few: bool = False
+    p: Prepared, federation: Federation, watch: _Watch, rows: Mapping[ClientId, Examples], few: bool = False
 ) -> tuple[Run, Server]:
     """A run whose clients hold these rows and train under a watch, and its server; `few`: two clients take part."""
 
@@ -333,7 +333,9 @@ def _watched(
     class Watched(Here):
         client_side = Clients
 
-        def __init__(self, prepared: Prepared, _: Sequence[Examples], label_counts: Sequence[Sequence[int]]) -> None:
+        def __init__(
+            self, prepared: Prepared, _: Mapping[ClientId, Examples], label_counts: Sequence[Sequence[int]]
+        ) -> None:
             super().__init__(prepared, rows, label_counts)
 
     class Tried(Run):

@@ -239,7 +239,7 @@ def test_fedml_s_own_fedavg_ends_in_the_same_weights(tmp_path: Path, monkeypatch
     monkeypatch.setattr(simulation, "create_model_trainer", lambda *_: trainer)
     monkeypatch.setattr(simulation.FedAvgAPI, "_client_sampling", sampled)
     data = {cid: cid for cid in clients}
-    sizes = {cid: len(rows) for cid, rows in enumerate(this.rows)}
+    sizes = {cid: len(rows) for cid, rows in this.rows.items()}
     dataset = [sum(sizes.values()), 0, None, None, sizes, data, data, 3]
     with torch.random.fork_rng():
         simulation.FedAvgAPI(args, torch.device("cpu"), dataset, model).train()

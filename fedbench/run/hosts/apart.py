@@ -70,7 +70,7 @@ class Apart(Host):
     def __init__(
         self,
         prepared: Prepared,
-        rows: Sequence[Examples],
+        rows: Mapping[ClientId, Examples],
         label_counts: Sequence[Sequence[int]],
         server_watch: Watch | None = None,
         client_watch: Watch | None = None,
@@ -81,7 +81,7 @@ class Apart(Host):
         self._server = Child(
             "server", partial(_server, p.brief, method, names, public, p.held_out, label_counts, server_watch)
         )
-        self._clients = Child("clients", partial(_clients, p.brief, method, list(rows), client_watch))
+        self._clients = Child("clients", partial(_clients, p.brief, method, rows, client_watch))
         self.server, self.clients = RemoteServer(self._server.ask), RemoteClients(self._clients.ask)
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ def _server(
     return make_server(brief, loaded, fm, public, rows, label_counts, bytes_only=True)
 
 
-def _clients(brief: Brief, method: Named, rows: Sequence[Examples], watch: Watch | None) -> ClientSide:
+def _clients(brief: Brief, method: Named, rows: Mapping[ClientId, Examples], watch: Watch | None) -> ClientSide:
     if watch is not None:
         watch.begin()
     return make_clients(brief, method.load(), rows)
@@ -218,8 +218,8 @@ class RemoteServer:
     def finish(self, rounds: int) -> dict[str, Any]:
         return dict(self._ask("finish", rounds))
 
-    def report(self) -> dict[str, Any]:
-        return dict(self._ask("report"))
+    def report(self, clients: Sequence[ClientId]) -> dict[str, Any]:
+        return dict(self._ask("report", clients))
 
     def seconds(self) -> dict[str, float]:
         return dict(self._ask("seconds"))

@@ -91,8 +91,8 @@ class ServerEnd(Protocol):
     def finish(self, rounds: int) -> dict[str, Any]:
         """Score the selected round on the test rows; the block of the record."""
 
-    def report(self) -> dict[str, Any]:
-        """The observers' other blocks by name, `residuals`, `notes` and trainable parameters."""
+    def report(self, clients: Sequence[ClientId]) -> dict[str, Any]:
+        """The observers' other blocks by name, `residuals`, `notes`, and the most that one of `clients` trains."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
@@ -169,17 +169,15 @@ class ServerSide:
         observers: Sequence[Observer],
         scores: Scores,
         federation: Federation,
-        clients: int,
         time: Stopwatch,
         bytes_only: bool = False,
         private: Private | None = None,
     ) -> None:
-        """clients: their number. bytes_only: what is sent leaves this process. time: shared with the observers.
+        """bytes_only: what is sent leaves this process. time: shared with the observers.
 
         private: settings and streams of differential privacy, None for none.
         """
         self.private = private
-        self.clients = clients
         self.server, self.observers, self.scores, self.federation = server, (*observers, scores), scores, federation
         self.time = time
         self._post, self._lent = Post(bytes_only), Lent()
@@ -256,9 +254,8 @@ class ServerSide:
     def finish(self, rounds: int) -> dict[str, Any]:
         return self.scores.finish(self.server, rounds)
 
-    def report(self) -> dict[str, Any]:
+    def report(self, clients: Sequence[ClientId]) -> dict[str, Any]:
         blocks = {o.name: o.block(self.server) for o in self.observers if o is not self.scores}
-        clients = range(self.clients if self.federation.rounds else 0)
         trainable = max((self.server.trainable(client) for client in clients), default=0)
         return {
             "blocks": blocks,
@@ -282,11 +279,11 @@ class ClientSide:
         method: Method,
         streams: Streams,
         federation: Federation,
-        rows: Sequence[Examples] | Mapping[ClientId, Examples],
+        rows: Mapping[ClientId, Examples],
         execution: Execution,
         private: Private | None = None,
     ) -> None:
-        """rows: of every client, or by client of those that are here."""
+        """rows: of the clients that are here."""
         self.private = private
         self.method, self.streams, self.federation, self.rows = method, streams, federation, rows
         self.execution, self.time = execution, Stopwatch()
@@ -306,10 +303,10 @@ class ClientSide:
         lent = Lent()
         with self.time("local"):
             # A client that drops out has still received what it was sent.
-            tasks = {}
+            tasks, rows = {}, {cid: self.rows[cid] for cid in outbox}
             for cid, parcels in outbox.items():
                 inbox = [lent.lend(parcel.open()) for parcel in parcels]
-                tasks[cid] = self.client(cid).task(round, inbox, self.rows[cid])
+                tasks[cid] = self.client(cid).task(round, inbox, rows[cid])
             chosen = {cid: tasks[cid] for cid in staying}
             results = {}
             for cid, result in self.results(round, chosen):
@@ -328,7 +325,7 @@ class ClientSide:
                     parcels += [Parcel.of(message) for message in messages]
                 except MessageError as error:
                     why = reason(error)
-                most = {"num_examples": len(self.rows[cid]), "tokens": most_tokens(chosen[cid])}
+                most = {"num_examples": len(rows[cid]), "tokens": most_tokens(chosen[cid])}
                 trained[cid] = Trained(result.steps, result.loss, most, parcels, why)
         lent.close()
         return trained
