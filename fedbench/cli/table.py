@@ -43,18 +43,33 @@ def table_command(
     ] = None,
     measure: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A column for this measure too, aggregation_error say; may be repeated."),
+        typer.Option(
+            metavar="NAME",
+            help="A column for this measure too: aggregation_error, say, or simulated_time; may be repeated.",
+        ),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Simulate clients of this profile alone: phone, laptop or silo; may be repeated."
+        ),
+    ] = None,
+    profiles: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Client profiles (link and speed) from this TOML file instead."),
     ] = None,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
     from fedbench.tables.folder import compare_folder
+    from fedbench.tables.profiles import chosen_profiles
     from fedbench.tables.render.forms import render
     from fedbench.tables.render.terminal import terminal
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():
         raise FedbenchError(f"--results {results}: no such folder")
-    comparison = compare_folder(folder, grid, scenario or (), fm, measure or ())
+    simulated = chosen_profiles(profile or (), profiles)
+    comparison = compare_folder(folder, grid, scenario or (), fm, measure or (), simulated)
     if format is Format.terminal:
         make_console().print(terminal(comparison))
     else:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedbench.errors import FedbenchError
-from fedbench.names import nearest
 from fedbench.records.record import Record
 from fedbench.records.schema import Direction, Score
 from fedbench.tables.formats import MEGA
@@ -160,11 +158,16 @@ def train_rows(run: Record) -> int:
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the table of plain numbers: its name, how it is read, and what it is multiplied by."""
+    """A column of the table of plain numbers: its name, how it is read, and what it is multiplied by.
+
+    about: a line on it under tables that were asked for it. unknown: why a run has no number, nothing where it has one.
+    """
 
     name: str
     read: Reader
     scale: float = 1.0
+    about: str = ""
+    unknown: Callable[[Record], str] | None = None
 
 
 MEASURES = (
@@ -200,11 +203,3 @@ ASKED = (
     Measure("factor_averaging_error", factor_averaging_error),
 )
 """Those that a table has only where it is asked for them."""
-
-
-def measure_called(name: str) -> Measure:
-    """A measure by its name. Raises FedbenchError for one that there is none of."""
-    known = {measure.name: measure for measure in (*MEASURES, *ASKED)}
-    if name not in known:
-        raise FedbenchError(f"--measure {name}: no such measure; {nearest(name, known)}")
-    return known[name]

@@ -73,6 +73,16 @@ def section_frame(section: Section, asked: Sequence[measures.Measure] = ()) -> p
     return pd.DataFrame(lines, columns=[*_HEADERS, *more])
 
 
+def _asked_notes(section: Section, asked: Sequence[measures.Measure]) -> list[str]:
+    """On measures that were asked for: what they are, and why a row has none."""
+    out = [measure.about for measure in asked if measure.about]
+    for measure in asked:
+        for row in section.rows:
+            reasons = dict.fromkeys(filter(None, map(measure.unknown, row.scored.values()))) if measure.unknown else ()
+            out += [f"{row.label}: no {measure.name.replace('_', ' ')}: {reason}" for reason in reasons]
+    return out
+
+
 def overview_frame(comparison: Comparison) -> pd.DataFrame:
     """Accuracy as text, methods x scenarios."""
     columns: dict[str, dict[str, str]] = {}
@@ -124,7 +134,9 @@ def printed(comparison: Comparison) -> list[tuple[str, pd.DataFrame, list[str]]]
     out = [(beside.title, beside_frame(beside), beside.notes) for beside in comparison.beside]
     if len(comparison.sections) > 1 and not out:
         out.append(("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
-    out += [(each.title, section_frame(each, comparison.asked), comments(each)) for each in comparison.sections]
+    for each in comparison.sections:
+        notes = [*comments(each), *_asked_notes(each, comparison.asked)]
+        out.append((each.title, section_frame(each, comparison.asked), notes))
     return [
         (one_line(title), frame.map(one_line).rename(columns=one_line), [one_line(note) for note in notes])
         for title, frame, notes in out
