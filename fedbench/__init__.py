@@ -198,6 +198,8 @@ def make_table(
     measures: str | Iterable[str] = (),
     profile: str | Iterable[str] = (),
     profiles: str | Path | None = None,
+    within: str | Iterable[str] = (),
+    to: str | float | None = None,
     format: Literal["markdown", "latex", "csv"] = "markdown",
 ) -> str:
     """Compare the methods that a results folder has records of, as `fedbench table` does, and return the text.
@@ -205,22 +207,22 @@ def make_table(
     With a `grid`, a name or a TOML file, rows and columns are the grid's: what is not there shows as missing, and the
     figures that the grid reports stand beside ours. `scenarios` and `fm` leave the records of others out. `measures`
     are names of measures that get a column too; "simulated_time" has one for each client profile, or for those of the
-    names in `profile`, which come with the package or are read from the TOML file `profiles`.
+    names in `profile`, which come with the package or are read from the TOML file `profiles`. `within` ("10MB", "2h")
+    adds what was reached within budgets, `to` (0.8) what it cost to get there.
 
     Returns Markdown, LaTeX or CSV. Raises FedbenchError where no record is left, for a record or a grid that cannot be
     read, and for another format.
     """
     from fedbench.errors import FedbenchError
+    from fedbench.tables.asked import Asked
     from fedbench.tables.folder import compare_folder
-    from fedbench.tables.profiles import chosen_profiles
     from fedbench.tables.render.forms import render
 
     if format not in ("markdown", "latex", "csv"):
         raise FedbenchError(f"format {format!r}: no such format; use markdown, latex or csv")
-    simulated = chosen_profiles(_texts(profile), _path(profiles))
-    asked = None if grid is None else str(grid)
-    model = None if fm is None else str(fm)
-    return render(compare_folder(Path(results), asked, _texts(scenarios), model, _texts(measures), simulated), format)
+    asked = Asked.of(_texts(measures), _texts(profile), _path(profiles), _texts(within), to)
+    named, model = (None if given is None else str(given) for given in (grid, fm))
+    return render(compare_folder(Path(results), named, _texts(scenarios), model, asked), format)
 
 
 def read_records(results: str | Path = "runs", *, profiles: str | Path | None = None) -> pd.DataFrame:

@@ -58,18 +58,30 @@ def table_command(
         Path | None,
         typer.Option(metavar="FILE", help="Client profiles (link and speed) from this TOML file instead."),
     ] = None,
+    within: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BUDGET",
+            help="What was reached within 10MB (traffic), up=10MB, memory=80MB or, with one --profile, 2h; repeated, "
+            "within all.",
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="ACCURACY", help="What it cost to reach 0.8 (or 80%): rounds, bytes, seconds."),
+    ] = None,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
+    from fedbench.tables.asked import Asked
     from fedbench.tables.folder import compare_folder
-    from fedbench.tables.profiles import chosen_profiles
     from fedbench.tables.render.forms import render
     from fedbench.tables.render.terminal import terminal
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():
         raise FedbenchError(f"--results {results}: no such folder")
-    simulated = chosen_profiles(profile or (), profiles)
-    comparison = compare_folder(folder, grid, scenario or (), fm, measure or (), simulated)
+    asked = Asked.of(measure or (), profile or (), profiles, within or (), to)
+    comparison = compare_folder(folder, grid, scenario or (), fm, asked)
     if format is Format.terminal:
         make_console().print(terminal(comparison))
     else:

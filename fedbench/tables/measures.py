@@ -139,6 +139,12 @@ def held(run: Record) -> float | None:
     return run.compute.resident_parameters
 
 
+def client_memory(run: Record) -> float | None:
+    """Bytes of the parameters that a client holds, 4 each; activations and an optimiser's state are not counted."""
+    held = run.compute.resident_parameters
+    return None if held is None else 4 * held
+
+
 def local_steps(run: Record) -> float | None:
     return run.compute.local_steps
 
@@ -201,5 +207,6 @@ ASKED = (
     Measure("perplexity", perplexity),
     Measure("aggregation_error", aggregation_error),
     Measure("factor_averaging_error", factor_averaging_error),
+    Measure("client_memory_mb", client_memory, 1 / MEGA),
 )
 """Those that a table has only where it is asked for them."""

@@ -13,11 +13,12 @@ import fedbench
 from fedbench.errors import FedbenchError
 from fedbench.records.record import Record
 from fedbench.records.store import save
+from fedbench.tables.asked import Asked
 from fedbench.tables.folder import compare_folder
 from fedbench.tables.frame import frame_of
 from fedbench.tables.profiles import Profile, chosen_profiles, load_profiles
 from fedbench.tables.render.forms import render
-from fedbench.tables.simulated import round_seconds, simulated_seconds, why_unknown
+from fedbench.tables.simulated import round_seconds, simulated_seconds, time_measures, why_unknown
 
 LINE = '{ value = %s, source = "assumption" }'
 
@@ -77,7 +78,7 @@ def test_what_a_record_does_not_say_is_not_guessed(tmp_path: Path) -> None:
     assert why_unknown(measured(*TWO)) == ""
     for record in (old, measured(*TWO)):
         save(record, tmp_path / "records")
-    comparison = compare_folder(tmp_path, measures=["simulated_time"], profiles=[profile(name="box")])
+    comparison = compare_folder(tmp_path, asked=Asked(time_measures([profile()])))
     text = render(comparison, "markdown")
     cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in text.splitlines() if "|" in line}
     assert (cells["method"], cells["fedpft"], cells["fedot"]) == ("simulated time box", "7.00", "–")

@@ -11,6 +11,7 @@ from fedbench.errors import one_line
 from fedbench.tables import measures
 from fedbench.tables.comparison import Beside, Comparison, Section
 from fedbench.tables.formats import MEGA, signed, three_digits
+from fedbench.tables.render.budgets import budget_tables
 from fedbench.tables.render.comments import comments
 from fedbench.tables.rows import FLAG, Row, accuracy_in
 
@@ -135,8 +136,9 @@ def printed(comparison: Comparison) -> list[tuple[str, pd.DataFrame, list[str]]]
     if len(comparison.sections) > 1 and not out:
         out.append(("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
     for each in comparison.sections:
-        notes = [*comments(each), *_asked_notes(each, comparison.asked)]
-        out.append((each.title, section_frame(each, comparison.asked), notes))
+        notes = [*comments(each), *_asked_notes(each, comparison.asked.measures)]
+        out.append((each.title, section_frame(each, comparison.asked.measures), notes))
+        out += budget_tables(each, comparison.asked)
     return [
         (one_line(title), frame.map(one_line).rename(columns=one_line), [one_line(note) for note in notes])
         for title, frame, notes in out
