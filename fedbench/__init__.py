@@ -200,6 +200,9 @@ def make_table(
     profiles: str | Path | None = None,
     within: str | Iterable[str] = (),
     to: str | float | None = None,
+    rank: bool = False,
+    baseline: str = "",
+    pareto: bool = False,
     format: Literal["markdown", "latex", "csv"] = "markdown",
 ) -> str:
     """Compare the methods that a results folder has records of, as `fedbench table` does, and return the text.
@@ -208,7 +211,9 @@ def make_table(
     figures that the grid reports stand beside ours. `scenarios` and `fm` leave the records of others out. `measures`
     are names of measures that get a column too; "simulated_time" has one for each client profile, or for those of the
     names in `profile`, which come with the package or are read from the TOML file `profiles`. `within` ("10MB", "2h")
-    adds what was reached within budgets, `to` (0.8) what it cost to get there.
+    adds what was reached within budgets, `to` (0.8) what it cost to get there. `rank` marks the methods that cannot be
+    told apart, and adds how often one beats another; `pareto` adds the front of accuracy against traffic, client memory
+    and exposure. With a `baseline`, differences are those from that method.
 
     Returns Markdown, LaTeX or CSV. Raises FedbenchError where no record is left, for a record or a grid that cannot be
     read, and for another format.
@@ -220,9 +225,9 @@ def make_table(
 
     if format not in ("markdown", "latex", "csv"):
         raise FedbenchError(f"format {format!r}: no such format; use markdown, latex or csv")
-    asked = Asked.of(_texts(measures), _texts(profile), _path(profiles), _texts(within), to)
+    asked = Asked.of(_texts(measures), _texts(profile), _path(profiles), _texts(within), to, rank, pareto)
     named, model = (None if given is None else str(given) for given in (grid, fm))
-    return render(compare_folder(Path(results), named, _texts(scenarios), model, asked), format)
+    return render(compare_folder(Path(results), named, _texts(scenarios), model, asked, baseline), format)
 
 
 def read_records(results: str | Path = "runs", *, profiles: str | Path | None = None) -> pd.DataFrame:

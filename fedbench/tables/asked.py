@@ -19,13 +19,16 @@ class Asked:
     """What tables show only where they are asked for it.
 
     measures: a column each at the end. within: budgets, whose table says what was reached within all of them. target:
-    accuracy as a share, whose table says what it cost. profiles: clients that simulated time is of.
+    accuracy as a share, whose table says what it cost. profiles: clients that simulated time is of. rank: groups of
+    rows that cannot be told apart, and how often one beats another. pareto: the front of accuracy against costs.
     """
 
     measures: Sequence[Measure] = ()
     within: Sequence[Budget] = ()
     target: float | None = None
     profiles: Sequence[Profile] = ()
+    rank: bool = False
+    pareto: bool = False
 
     @classmethod
     def of(
@@ -35,6 +38,8 @@ class Asked:
         profiles: Path | None = None,
         within: Sequence[str] = (),
         to: str | float | None = None,
+        rank: bool = False,
+        pareto: bool = False,
     ) -> Asked:
         """As the options of `fedbench table` say it.
 
@@ -47,6 +52,8 @@ class Asked:
             tuple(parse_budget(text, chosen) for text in within),
             None if to is None else parse_target(str(to)),
             tuple(chosen),
+            rank,
+            pareto,
         )
 
 

@@ -17,7 +17,10 @@ from fedbench.tables.statistics import Difference
 
 @dataclass
 class Section:
-    """All rows of one scenario with one FM."""
+    """All rows of one scenario with one FM.
+
+    baseline: the label of the row that all differences are from, where one was asked for and is there.
+    """
 
     scenario: str
     fm: str
@@ -25,6 +28,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     headroom: Difference | None = None
     differences: list[Difference] = field(default_factory=list)
+    baseline: str = ""
 
     @property
     def title(self) -> str:

@@ -24,11 +24,13 @@ def compare_folder(
     scenarios: Sequence[str] = (),
     fm: str | None = None,
     asked: Asked = NOTHING,
+    baseline: str = "",
 ) -> Comparison:
     """Compare the records of the results folder `folder`.
 
     With a `grid`, a name or a file, rows and columns are the grid's, and what it reports stands beside them. With
-    `scenarios` or `fm` only theirs are left. `asked`: what is shown in addition. Raises FedbenchError where nothing is
+    `scenarios` or `fm` only theirs are left. `asked`: what is shown in addition. `baseline`: the row that
+    differences are from, instead of those of all pairs. Raises FedbenchError where nothing is
     left, and for a record or a grid that cannot be read.
     """
     chosen = load_grid(grid).only(fm=fm) if grid else None
@@ -46,6 +48,8 @@ def compare_folder(
         only = [*scenarios, *([fm] if fm else ())]
         what = f"records of {', '.join(only)}" if only else "records"
         raise FedbenchError(f"{folder}: there are no {what}; make some with `fedbench run`, or give --results DIR")
-    comparison = compare(found, cells, chosen.title if chosen else "", chosen.reported if chosen else None)
+    if baseline and asked.pareto:
+        raise FedbenchError("--pareto compares all pairs of methods; leave out --baseline")
+    comparison = compare(found, cells, chosen.title if chosen else "", chosen.reported if chosen else None, baseline)
     comparison.asked = asked
     return comparison

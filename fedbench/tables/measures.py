@@ -85,6 +85,12 @@ def setup(run: Record) -> float | None:
     return run.communication.setup_bytes
 
 
+def traffic(run: Record) -> float | None:
+    """Bytes in both directions, set-up included."""
+    sent, received = _bytes(run.communication.up), _bytes(run.communication.down)
+    return None if sent is None or received is None else sent + received
+
+
 def up_per_client_round(run: Record) -> float | None:
     """Bytes of one upload, taken or refused, on average."""
     total = _bytes(run.communication.up)
@@ -208,5 +214,6 @@ ASKED = (
     Measure("aggregation_error", aggregation_error),
     Measure("factor_averaging_error", factor_averaging_error),
     Measure("client_memory_mb", client_memory, 1 / MEGA),
+    Measure("mb_traffic", traffic, 1 / MEGA),
 )
 """Those that a table has only where it is asked for them."""

@@ -69,8 +69,9 @@ def test_simulated_time_is_a_budget_and_a_cost() -> None:
 
 
 def test_a_mean_is_of_all_runs_or_of_none() -> None:
-    records = [scored(0.5, 0.8, seed=0), scored(0.9, 0.7, seed=1), scored(0.4, None, seed=0, method="fedot")]
-    records += [scored(0.9, 0.9, seed=1, method="fedot"), make_record("zero-shot", 0, None, unavailable="no head", federation={"rounds": 2})]
+    records = [scored(0.5, 0.8, seed=0), scored(0.9, 0.7, seed=1)]
+    records += [scored(0.4, None, seed=0, method="fedot"), scored(0.9, 0.9, seed=1, method="fedot")]
+    records += [make_record("zero-shot", 0, None, unavailable="no head", federation={"rounds": 2})]
     found = tables(records, to="80%")
     frame, notes = found["agnews-noniid, minilm-l6: cost to 80% on validation rows"]
     assert frame.loc["fedpft"].tolist() == ["1.5 ± 0.7 (2)", "6.00 ± 2.83 (2)", "1.50 ± 0.707 (2)"]
