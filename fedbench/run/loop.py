@@ -93,6 +93,9 @@ class Run:
                 "loss": float(np.mean(losses)) if losses else None,
                 "bytes_up": self.ledger.total("up", round=round),
                 "bytes_down": self.ledger.total("down", round=round),
+                "bytes_up_by_client": [sum(p.size for p in trained[c].upload) if c in trained else 0 for c in cohort],
+                "bytes_down_by_client": [sum(p.size for p in outbox.get(c, ())) for c in cohort],
+                "flops_by_client": [trained[c].flops if c in trained else None for c in cohort],
                 **({"lost": lost} if lost else {}),
                 **seen,
             }

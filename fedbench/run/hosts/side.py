@@ -21,7 +21,7 @@ from fedbench.errors import FedbenchError, MessageError
 from fedbench.machine.device import Execution
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.machine.workers import one_thread
-from fedbench.measures.cost import most_tokens, step_flops
+from fedbench.measures.cost import RoundFlops, most_tokens
 from fedbench.measures.observer import Observer
 from fedbench.measures.scores import Scores
 from fedbench.models.cache import ModuleCache
@@ -46,7 +46,7 @@ class Trained:
     """What one client sends back, and what the harness notes of its local training.
 
     steps, loss: of its training. most: the largest honest value of plain values in its upload, by name. upload: what it
-    sends; refused: why that could not even be sent.
+    sends; refused: why that could not even be sent. flops: operations of its training, None where they are not known.
     """
 
     steps: int
@@ -54,6 +54,7 @@ class Trained:
     most: Mapping[str, int]
     upload: Sequence[Parcel]
     refused: str | None = None
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,8 @@ class ClientSide:
         self.execution, self.time = execution, Stopwatch()
         self.modules = ModuleCache(execution.device)
         self.clients: dict[ClientId, Client] = {}
-        self._example: LocalTask | None = None
+        self._flops = RoundFlops(execution.device)
+        self._spent: dict[ClientId, int | None] = {}  # operations of this round's trainings
 
     def client(self, cid: ClientId) -> Client:
         """The client of this number, made when it is first asked for."""
@@ -308,11 +310,12 @@ class ClientSide:
                 inbox = [lent.lend(parcel.open()) for parcel in parcels]
                 tasks[cid] = self.client(cid).task(round, inbox, rows[cid])
             chosen = {cid: tasks[cid] for cid in staying}
-            results = {}
+            results, self._spent = {}, {}
             for cid, result in self.results(round, chosen):
                 results[cid] = result
                 report(result.loss)
-        self._example = next((task for task in chosen.values() if task.batches), None)
+        with self.time("flops"):
+            flops = {cid: self._spent[cid] if cid in self._spent else self._flops.of(chosen[cid]) for cid in chosen}
         trained = {}
         with self.time("upload"):
             for cid in chosen:  # in this order, whoever was done first
@@ -326,7 +329,7 @@ class ClientSide:
                 except MessageError as error:
                     why = reason(error)
                 most = {"num_examples": len(rows[cid]), "tokens": most_tokens(chosen[cid])}
-                trained[cid] = Trained(result.steps, result.loss, most, parcels, why)
+                trained[cid] = Trained(result.steps, result.loss, most, parcels, why, flops[cid])
         lent.close()
         return trained
 
@@ -344,8 +347,16 @@ class ClientSide:
         for i, result in execute_all([tasks[cid] for cid in declared], self.execution):
             yield declared[i], result
         for cid in own:
+            trained: list[LocalTask] = []  # a `fit` may train any number of tasks, or in ways of its own
+
+            def train(task: LocalTask, trained: list[LocalTask] = trained) -> LocalResult:
+                trained.append(task)
+                return execute(task, self.execution)
+
             with one_thread():
-                result = self.client(cid).fit(tasks[cid], lambda task: execute(task, self.execution))
+                result = self.client(cid).fit(tasks[cid], train)
+            counts = [self._flops.of(task) for task in trained]
+            self._spent[cid] = sum(c or 0 for c in counts) if counts and None not in counts else None
             yield cid, result
 
     def train_all(self, round: int, outbox: Outbox, staying: Sequence[ClientId]) -> dict[ClientId, Trained]:
@@ -361,7 +372,7 @@ class ClientSide:
         return self.client(cid).state()
 
     def step_flops(self) -> int | None:
-        return None if self._example is None else step_flops(self._example, self.execution.device)
+        return self._flops.first
 
     def states(self) -> Mapping[ClientId, Held]:
         return self.clients
