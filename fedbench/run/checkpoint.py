@@ -10,7 +10,6 @@ of the checkpoint, and what does not agree with it is damage.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from fedbench.api.messages import ClientId, State
 from fedbench.compat import writes
-from fedbench.errors import DamagedFileError
 from fedbench.files import append_text, load_tensors, save_tensors, write_text
+from fedbench.run.journal import INDEX, checksum, read_journal, text
 
-INDEX = "checkpoint.json"
 Block = dict[str, Any]
 
 
@@ -131,7 +129,7 @@ class Checkpoint:
         for cid in clients if self._rounds == 0 else sorted(changed & clients.keys()):
             kept = put(clients[cid].state())
             # Clients that hold the same have one state between them.
-            name = hashlib.sha256(_text(kept.block).encode()).hexdigest()[:16]
+            name = hashlib.sha256(text(kept.block).encode()).hexdigest()[:16]
             if name not in self._states:
                 self._states[name], states[name] = kept, kept.block
             self._held[cid] = name
@@ -141,7 +139,7 @@ class Checkpoint:
         files = {place.file: self._files.get(place.file, "") for place in places.values()}
         if new:
             files[file] = save_tensors(self.folder / file, new, {})
-        line = _text({"history": added, "states": states}) + "\n"
+        line = text({"history": added, "states": states}) + "\n"
         append_text(self.folder / self._journal, line, self._length)
         self._length += len(line.encode())
         self._digest.update(line.encode())
@@ -154,7 +152,7 @@ class Checkpoint:
             "clients": {str(cid): name for cid, name in sorted(self._held.items())},
             "values": dict(values),
         }
-        write_text(self.folder / INDEX, _text(index | {"checksum": _checksum(index)}))
+        write_text(self.folder / INDEX, text(index | {"checksum": checksum(index)}))
         self._files, self._places, self._rounds = files, places, rounds
         for path in (*self.folder.glob("round-*.safetensors"), *self.folder.glob("journal-*.jsonl")):
             if path.name not in files and path.name != self._journal:
@@ -166,24 +164,11 @@ def read_checkpoint(folder: Path, key: str) -> Saved | None:
 
     Raises DamagedFileError, naming the file, for one that is not what was written.
     """
-    path = folder / INDEX
-    if not path.exists():
+    found = read_journal(folder, key)
+    if found is None:
         return None
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        checksum = index.pop("checksum")
-        if checksum != _checksum(index):
-            raise ValueError("its checksum is another")
-        if index["key"] != key:
-            return None
-        name, length, digest = index["journal"]
-        journal = (folder / name).read_bytes()[:length]
-        if len(journal) != length or hashlib.sha256(journal).hexdigest() != digest:
-            raise ValueError(f"{name} is not what was written")
-        lines = [json.loads(line) for line in journal.decode().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(f"{path}: not a whole checkpoint: {error}; delete its folder") from None
-    files = {name: load_tensors(folder / name, checksum)[0] for name, checksum in index["files"].items()}
+    index, lines = found
+    files = {name: load_tensors(folder / name, digest)[0] for name, digest in index["files"].items()}
 
     def get(block: Mapping[str, Any]) -> State:
         return State({name: files[file][place] for name, (file, place) in block["tensors"].items()}, block["values"])
@@ -196,11 +181,3 @@ def read_checkpoint(folder: Path, key: str) -> Saved | None:
         [entry for line in lines for entry in line["history"]],
         index["values"],
     )
-
-
-def _text(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-def _checksum(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_text(index).encode()).hexdigest()
