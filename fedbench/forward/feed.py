@@ -37,7 +37,7 @@ from fedbench.forward.masks import Masks
 from fedbench.machine.device import Execution
 from fedbench.models.decoder import NextToken, body_of
 from fedbench.models.linear import reordered
-from fedbench.models.parts import Parts, family_of
+from fedbench.models.parts import Parts, adds_tokens, family_of
 from fedbench.models.spec import POOLING
 
 NAME = "fedbench_packed"
@@ -129,14 +129,15 @@ class _Enough(Exception):
 class Forward:
     """The forward pass of one model: how batches go in and what comes out; `forward` makes one.
 
-    packed: whether text batches lose their padding on the way, for families with positions to give.
+    packed: whether text batches lose their padding on the way, for families with positions to give; not of a model that
+    adds tokens of its own to each row, a prefix or a prompt.
     """
 
     def __init__(self, model: nn.Module, packed: bool = True, live: bool = False) -> None:
         """live: inside a `reordered` block, in which the structure of the model stays as it is."""
         self.model = model
         self.family = family_of(model)
-        self.packed = packed and self.family.packed(getattr(model.config, POOLING, None))
+        self.packed = packed and self.family.packed(getattr(model.config, POOLING, None)) and not adds_tokens(model)
         self._live = live
         self._layers: list[Layer] | None = None
 

@@ -14,6 +14,8 @@ from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear, family_of
+from fedbench.models.prefix import add_prefix
+from fedbench.models.prompt import add_prompt
 from fedbench.models.spec import PROJECTIONS, ModelSpec
 from fedbench.models.straight import straighten
 from fedbench.models.weights import set_tunable
@@ -52,6 +54,10 @@ def build(spec: ModelSpec) -> nn.Module:
         for i in range(parts.count):
             for path in (parts.attention_paths(i)[PROJECTIONS.index("output")], parts.ffn_out_path(i)):
                 model.set_submodule(path, Bottleneck(_linear(model, path), spec.bottleneck))
+    if spec.prefix is not None:
+        add_prefix(model, spec.prefix)
+    if spec.prompt is not None:
+        add_prompt(model, spec.prompt)
     with torch.no_grad():
         for p in model.parameters():
             p.requires_grad_(False)
