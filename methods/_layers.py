@@ -132,12 +132,17 @@ class LayersServer(ProxyServer):
 
     def distil(self, fm: FoundationModel) -> list[dict[str, Any]]:
         """Distil the emulator before federated learning; returns its residuals."""
+        names, loss, schedule = self.trained(), self.loss(), self.schedule()
+        return distil_once(self.full, self.model, names, loss, self.public, schedule, self.ctx, self.ingredients(fm))
+
+    def loss(self) -> LayerLoss:
+        """What distillation holds down."""
+        return LayerLoss(self.pairs())
+
+    def ingredients(self, fm: FoundationModel) -> dict[str, Any]:
+        """What distillation before federated learning depends on, besides data and schedule."""
         m = self.method
-        ingredients = {"method": [m.name, m.version], "layers": [self.origin, *self.emulated], "fm": fm.content_hash}
-        loss = LayerLoss(self.pairs())
-        return distil_once(
-            self.full, self.model, self.trained(), loss, self.public, self.schedule(), self.ctx, ingredients
-        )
+        return {"method": [m.name, m.version], "layers": [self.origin, *self.emulated], "fm": fm.content_hash}
 
     def fm_names(self) -> Mapping[str, str]:
         return self._fm_names

@@ -230,8 +230,21 @@ class Forward:
 
         `last`: the layer after which nothing is computed any more; None to go through the whole model.
         """
+        out, mask, _ = self._watched(batch, last, False)
+        return out, mask
+
+    def layer_outputs_and_logits(self, batch: Batch) -> tuple[list[Tensor], Tensor | None, Tensor]:
+        """The same of all layers, and what the model makes of the batch, [B, ..]."""
+        out, mask, logits = self._watched(batch, None, True)
+        assert logits is not None
+        return out, mask, logits
+
+    def _watched(
+        self, batch: Batch, last: int | None, gather: bool
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         parts = Parts(self.model)
         out: list[Tensor] = []
+        logits: Tensor | None = None
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             out.append(output[0] if isinstance(output, tuple) else output)
@@ -240,12 +253,14 @@ class Forward:
 
         hooks = [parts.layer(i).register_forward_hook(keep) for i in range(parts.count)]
         try:
-            with self.feeding(batch, gather=False) as (inputs, mask), suppress(_Enough):
-                self.model(**inputs)
+            # Whoever observes the last layer has all of its tokens computed.
+            inside = (f"{parts.layer_path(parts.count - 1)}.*",)
+            with self.feeding(batch, gather=gather, observed=inside) as (inputs, mask), suppress(_Enough):
+                logits = self.model(**inputs).logits
         finally:
             for hook in hooks:
                 hook.remove()
-        return out, mask
+        return out, mask, logits
 
 
 @contextmanager

@@ -41,7 +41,8 @@ class ModelSpec:
     ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, with
     `biases` every bias of the model itself, adapters of `bottleneck` neurons behind each layer's attention and FFN,
     keys and values of `prefix` tokens in each layer's attention, and the vectors of `prompt` tokens beside the
-    embeddings. head: what the model answers with, classes of a row or, of each token, the next one.
+    embeddings. head: what the model answers with, classes of a row or, of each token, the next one. repeats: how often
+    each layer is run, one after the other; None for once.
     """
 
     model_type: str
@@ -53,6 +54,7 @@ class ModelSpec:
     head: Head = "classes"
     prefix: int | None = None
     prompt: int | None = None
+    repeats: tuple[int, ...] | None = None
 
     @property
     def architecture(self) -> str:
@@ -124,6 +126,8 @@ class ModelSpec:
             body["prefix"] = self.prefix
         if self.prompt is not None:
             body["prompt"] = self.prompt
+        if self.repeats is not None:
+            body["repeats"] = list(self.repeats)
         return json.dumps(body, sort_keys=True)
 
     @classmethod
@@ -134,4 +138,6 @@ class ModelSpec:
             r, alpha, dropout, layers, *rest = body["lora"]
             lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
         more = {name: body[name] for name in ("biases", "bottleneck", "head", "prefix", "prompt") if name in body}
+        if "repeats" in body:
+            more["repeats"] = tuple(body["repeats"])
         return cls(body["type"], body["config"], tuple(body["ffn"]), lora, **more)
