@@ -38,7 +38,7 @@ from fedbench.forward.masks import Masks
 from fedbench.machine.device import Execution
 from fedbench.models.decoder import NextToken, body_of
 from fedbench.models.linear import reordered
-from fedbench.models.parts import Parts, family_of
+from fedbench.models.parts import Parts, adds_tokens, family_of
 from fedbench.models.spec import POOLING
 
 NAME = "fedbench_packed"
@@ -130,14 +130,15 @@ class _Enough(Exception):
 class Forward:
     """The forward pass of one model: how batches go in and what comes out; `forward` makes one.
 
-    packed: whether text batches lose their padding on the way, for families with positions to give.
+    packed: whether text batches lose their padding on the way, for families with positions to give; not of a model that
+    adds tokens of its own to each row, a prefix or a prompt.
     """
 
     def __init__(self, model: nn.Module, packed: bool = True, live: bool = False) -> None:
         """live: inside a `reordered` block, in which the structure of the model stays as it is."""
         self.model = model
         self.family = family_of(model)
-        self.packed = packed and self.family.packed(getattr(model.config, POOLING, None))
+        self.packed = packed and self.family.packed(getattr(model.config, POOLING, None)) and not adds_tokens(model)
         self._live = live
         self._layers: list[Layer] | None = None
 
@@ -232,8 +233,21 @@ class Forward:
 
         `last`: the layer after which nothing is computed any more; None to go through the whole model.
         """
+        out, mask, _ = self._watched(batch, last, False)
+        return out, mask
+
+    def layer_outputs_and_logits(self, batch: Batch) -> tuple[list[Tensor], Tensor | None, Tensor]:
+        """The same of all layers, and what the model makes of the batch, [B, ..]."""
+        out, mask, logits = self._watched(batch, None, True)
+        assert logits is not None
+        return out, mask, logits
+
+    def _watched(
+        self, batch: Batch, last: int | None, gather: bool
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         parts = Parts(self.model)
         out: list[Tensor] = []
+        logits: Tensor | None = None
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             out.append(output[0] if isinstance(output, tuple) else output)
@@ -242,12 +256,14 @@ class Forward:
 
         hooks = [parts.layer(i).register_forward_hook(keep) for i in range(parts.count)]
         try:
-            with self.feeding(batch, gather=False) as (inputs, mask), suppress(_Enough):
-                self.model(**inputs)
+            # Whoever observes the last layer has all of its tokens computed.
+            inside = (f"{parts.layer_path(parts.count - 1)}.*",)
+            with self.feeding(batch, gather=gather, observed=inside) as (inputs, mask), suppress(_Enough):
+                logits = self.model(**inputs).logits
         finally:
             for hook in hooks:
                 hook.remove()
-        return out, mask
+        return out, mask, logits
 
 
 @contextmanager

@@ -224,8 +224,12 @@ class RemoteServer:
     def seconds(self) -> dict[str, float]:
         return dict(self._ask("seconds"))
 
-    def tuned(self) -> Adapter:
-        adapter: Adapter = self._ask("tuned")
+    def farewell(self, clients: Sequence[ClientId]) -> Outbox:
+        found: Outbox = self._ask("farewell", clients)
+        return found
+
+    def tuned(self) -> Adapter | None:
+        adapter: Adapter | None = self._ask("tuned")
         return adapter
 
 
@@ -247,6 +251,12 @@ class RemoteClients:
     def step_flops(self) -> int | None:
         flops: int | None = self._ask("step_flops")
         return flops
+
+    def personal(self, outbox: Outbox, tests: Mapping[ClientId, Examples], size: int) -> dict[ClientId, float]:
+        return dict(self._ask("personal", outbox, tests, size))
+
+    def known(self) -> list[ClientId]:
+        return list(self._ask("known"))
 
     def states(self) -> Mapping[ClientId, Held]:
         return _RemoteStates(self._ask)
