@@ -12,9 +12,10 @@ from fedbench.errors import FedbenchError
 from fedbench.models.zoo.names import recorded_label
 from fedbench.records.record import Record
 from fedbench.registry import Registry
-from fedbench.scenario.load import load_scenario, read_toml
+from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import as_text
 from fedbench.scenario.tables import Scenario, flatten
+from fedbench.scenario.toml import read_toml
 
 _NAMES = ("name", "title", "fm")
 """Of a scenario's settings those that are no settings of the run."""
