@@ -40,19 +40,15 @@ def encode_language(
     """
     if part.texts is None:
         raise FedbenchError(f"FM {fm.name} predicts the next token of a text, the data set holds images")
-    end = [] if has_template(fm.processor) else [fm.processor.eos_token_id]
     tokens: list[np.ndarray] = []
     asked: list[np.ndarray] = []
     if (chats := chats_of(part)) is None:
-        tokens = [np.array([*ids, fm.processor.eos_token_id]) for ids in _ids(fm.processor, part.texts, True)]
+        tokens = [np.array([*ids, fm.processor.eos_token_id]) for ids in tokens_of(fm.processor, part.texts, True)]
         asked = [np.ones(len(row), dtype=bool) for row in tokens]
     else:
-        rows = [pieces(fm.processor, chat) for chat in chats]
-        found = _ids(fm.processor, [text for row in rows for text, _ in row], False)
-        for row in rows:
-            parts = [(next(found) + (end if answer else []), answer or not answers_only) for _, answer in row]
-            tokens.append(np.array([token for ids, _ in parts for token in ids]))
-            asked.append(np.repeat([wanted for _, wanted in parts], [len(ids) for ids, _ in parts]))
+        for row in written_as_tokens(fm.processor, chats):
+            tokens.append(np.array([token for ids, _ in row for token in ids]))
+            asked.append(np.repeat([answer or not answers_only for _, answer in row], [len(ids) for ids, _ in row]))
     tokens = [row[:max_length].astype(np.int32) for row in tokens]
     targets = without_given(objective.targets(part.labels, tokens), [row[:max_length] for row in asked])
     if empty := np.flatnonzero((targets == IGNORED).all(1).numpy()).tolist():
@@ -79,10 +75,19 @@ def chats_of(part: Part) -> Sequence[Chat] | None:
     return [(("user", prompt), ("assistant", answer)) for prompt, answer in zip(part.texts, answers, strict=True)]
 
 
-def _ids(tokenizer: Any, texts: Sequence[str], special: bool) -> Iterator[list[int]]:
+def tokens_of(tokenizer: Any, texts: Sequence[str], special: bool) -> Iterator[list[int]]:
     """The tokens of each text. special: whether it begins as the tokenizer begins a row."""
     for start in range(0, len(texts), CHUNK):
         yield from tokenizer(list(texts[start : start + CHUNK]), add_special_tokens=special)["input_ids"]
+
+
+def written_as_tokens(tokenizer: Any, chats: Sequence[Chat]) -> Iterator[list[tuple[list[int], bool]]]:
+    """The tokens of each conversation in pieces, and of each piece whether it is an answer."""
+    end = [] if has_template(tokenizer) else [int(tokenizer.eos_token_id)]
+    rows = [pieces(tokenizer, chat) for chat in chats]
+    found = tokens_of(tokenizer, [text for row in rows for text, _ in row], False)
+    for row in rows:
+        yield [(next(found) + (end if answer else []), answer) for _, answer in row]
 
 
 def has_template(tokenizer: Any) -> bool:

@@ -27,6 +27,8 @@ from fedbench.forward.agreement import check_family
 from fedbench.machine.device import Execution, choose_execution
 from fedbench.machine.paths import cache_folder
 from fedbench.measures.scores import HeldOut
+from fedbench.measures.written import check_scores
+from fedbench.models.answering import answers_for
 from fedbench.models.conversation import NothingAsked
 from fedbench.models.families.known import is_built_in
 from fedbench.models.foundation import FoundationModel
@@ -184,6 +186,7 @@ def _load(
     """
     data = load_data(data_set, corpus, dataset, public, data_dir, split)
     if objective is not None:
+        check_scores(objective.scores)
         data = replace(data, objective=LANGUAGE[objective.normalised].name)
     load = load_fm if weights else load_reader
     model = load(fm, len(data.class_names), cache, data.class_names, head_for(objective))
@@ -192,13 +195,17 @@ def _load(
     answers = objective is None or objective.loss_on == "answers"
     parts: dict[str, Examples] = {}
     for role in data.roles():
-        try:
-            parts[role] = encode(data.roles()[role], model, dataset.max_length, data.objective, answers)
-        except NothingAsked as error:
-            if dataset.bad_rows == "error":
-                raise
-            data = data.without(role, error.rows, f"no answer is left within {dataset.max_length} tokens")
-            parts[role] = encode(data.roles()[role], model, dataset.max_length, data.objective, answers)
+        while role not in parts:
+            part = data.roles()[role]
+            try:
+                rows = encode(part, model, dataset.max_length, data.objective, answers)
+                if objective is not None and role not in ("train", "public"):
+                    rows = replace(rows, answers=answers_for(part, model, dataset.max_length, objective))
+                parts[role] = rows
+            except NothingAsked as error:
+                if dataset.bad_rows == "error":
+                    raise
+                data = data.without(role, error.rows, f"no answer is left within {dataset.max_length} tokens")
     extra = {name: parts[f"test {name}"] for name in data.extra_tests}
     notes = model.notes
     if (tokens := parts["train"].tokens) and (unknown := unknown_tokens(model.processor, tokens[:1000])):

@@ -244,11 +244,19 @@ class ObjectiveSettings(Settings):
 
     loss_on: of a row with a second text, its answer alone, or all of it. normalised: whether in training rows count
     alike ("row") or the tokens of a batch do ("batch").
+
+    scores: of answers that the model writes to the prompts of test rows, at most new_tokens each. match: how an exact
+    match is told, by words or by the number behind `####`.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"scores", "new_tokens", "match"})
 
     kind: Literal["language"]
     loss_on: Literal["answers", "all"] = "answers"
     normalised: Literal["row", "batch"] = "row"
+    scores: tuple[Literal["exact_match", "rouge_l"], ...] = ()
+    new_tokens: int = Field(64, ge=1)
+    match: Literal["words", "number"] = "words"
 
 
 class PrivacySettings(Settings):

@@ -33,6 +33,16 @@ def perplexity(run: Record) -> float | None:
     return None if score is None or score.diverged else score.perplexity
 
 
+def _beside(name: str) -> Reader:
+    """A further score of the FM plugged in, on the test rows."""
+
+    def read(run: Record) -> float | None:
+        score = run.accuracy.plug_in
+        return None if score is None or score.diverged else getattr(score, name)
+
+    return read
+
+
 def plug_in(run: Record) -> float | None:
     return score_of(run.accuracy.plug_in)
 
@@ -196,6 +206,9 @@ MEASURES = (
 
 ASKED = (
     Measure("perplexity", perplexity),
+    Measure("acc_norm", _beside("acc_norm")),
+    Measure("exact_match", _beside("exact_match")),
+    Measure("rouge_l", _beside("rouge_l")),
     Measure("aggregation_error", aggregation_error),
     Measure("factor_averaging_error", factor_averaging_error),
 )
