@@ -62,7 +62,7 @@ class Examples:
     def select(self, rows: np.ndarray | Sequence[int]) -> Examples:
         """Some rows, in this order."""
         index = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return Examples(
+        chosen = Examples(
             self.labels[index],
             None if self.tokens is None else [self.tokens[i] for i in index.tolist()],
             None if self.pixels is None else self.pixels[index],
@@ -71,6 +71,9 @@ class Examples:
             self.processor,
             self.objective,
         )
+        if "lengths" in vars(self):  # where they were counted once, they are not counted again
+            vars(chosen)["lengths"] = self.lengths[index.numpy()]
+        return chosen
 
     @classmethod
     def joined(cls, parts: Sequence[Examples]) -> Examples:
