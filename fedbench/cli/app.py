@@ -21,6 +21,7 @@ from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
 from fedbench.cli.new import new_app
 from fedbench.cli.plain import PlainCommand, PlainGroup
+from fedbench.cli.report import report_command
 from fedbench.cli.run import run_command
 from fedbench.cli.server import server_command
 from fedbench.cli.show import show_command
@@ -54,6 +55,9 @@ app.command("show")(show_command)
 app.command("grid", epilog="Stop it at any time: the same command skips what is finished and goes on.")(grid_command)
 app.command("table", epilog="Example: fedbench table --results results --format markdown --scenario agnews-noniid")(
     table_command
+)
+app.command("report", epilog="Example: fedbench report results -o report.html; docs/report.md shows what is in it")(
+    report_command
 )
 app.command("gradient", epilog="Example: fedbench gradient --method fedpft --method fedot --scenario tweets-noniid")(
     gradient_command

@@ -114,8 +114,9 @@ class AggregationErrors(Observer):
         self._weights = {}
         if not sent:
             return
+        if (model := server.put_in_fm()) is None:
+            return
         with self.time("aggregation_error"):
-            model = server.put_in_fm()
             counts = [float(m.meta.get("num_examples", 1)) for m in adapters]
             for path, one in sent.items():
                 mine = [one.replace(".lora_A.", f".lora_{f}.").replace(".lora_B.", f".lora_{f}.") for f in "BA"]
@@ -127,10 +128,10 @@ class AggregationErrors(Observer):
                 self._weights[path] = _Weight(weight, [(b, a) for b, a in factors], shares)
 
     def aggregated(self, round: int, server: Server) -> None:
-        if not self._weights:
+        if not self._weights or (model := server.put_in_fm()) is None:
             return
         with self.time("aggregation_error"):
-            model, names = server.put_in_fm(), {adapted(mine): adapted(fm) for mine, fm in server.fm_names().items()}
+            names = {adapted(mine): adapted(fm) for mine, fm in server.fm_names().items()}
             found = [
                 self._compared(model.get_submodule(names.get(path, path)), weight)
                 for path, weight in self._weights.items()

@@ -10,7 +10,6 @@ checksum of the journal: what the two do not name is not part of the checkpoint,
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from fedbench.api.messages import ClientId, State
 from fedbench.compat import writes
 from fedbench.errors import DamagedFileError
 from fedbench.files import append_text, load_tensors, save_tensors, write_text
+from fedbench.run.journal import INDEX, checksum, read_journal, text
 
-INDEX = "checkpoint.json"
 Block = dict[str, Any]
 
 
@@ -134,7 +133,7 @@ class Checkpoint:
         for cid in clients if self._rounds == 0 else sorted(changed & clients.keys()):
             kept = put(clients[cid].state())
             # Clients that hold the same have one state between them.
-            name = hashlib.sha256(_text(kept.block).encode()).hexdigest()[:16]
+            name = hashlib.sha256(text(kept.block).encode()).hexdigest()[:16]
             if name not in self._states:
                 self._states[name], states[name] = kept, kept.block
             if (before := self._held.get(cid)) != name:
@@ -150,7 +149,7 @@ class Checkpoint:
         if new:
             files[file] = save_tensors(self.folder / file, new, {})
         sums = {file: files[file]} if new else {}
-        line = _text({"history": added, "states": states, "clients": whose, "files": sums}) + "\n"
+        line = text({"history": added, "states": states, "clients": whose, "files": sums}) + "\n"
         append_text(self.folder / self._journal, line, self._length)
         self._length += len(line.encode())
         self._digest.update(line.encode())
@@ -161,7 +160,7 @@ class Checkpoint:
             "parts": blocks,
             "values": dict(values),
         }
-        write_text(self.folder / INDEX, _text(index | {"checksum": _checksum(index)}))
+        write_text(self.folder / INDEX, text(index | {"checksum": checksum(index)}))
         self._files, self._places, self._rounds = files, places, rounds
         for path in (*self.folder.glob("round-*.safetensors"), *self.folder.glob("journal-*.jsonl")):
             if path.name not in files and path.name != self._journal:
@@ -173,45 +172,27 @@ def read_checkpoint(folder: Path, key: str) -> Saved | None:
 
     Raises DamagedFileError, naming the file, for one that is not what was written.
     """
-    path = folder / INDEX
-    if not path.exists():
+    found = read_journal(folder, key)
+    if found is None:
         return None
+    index, lines = found
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        checksum = index.pop("checksum")
-        if checksum != _checksum(index):
-            raise ValueError("its checksum is another")
-        if index["key"] != key:
-            return None
-        name, length, digest = index["journal"]
-        journal = (folder / name).read_bytes()[:length]
-        if len(journal) != length or hashlib.sha256(journal).hexdigest() != digest:
-            raise ValueError(f"{name} is not what was written")
-        lines = [json.loads(line) for line in journal.decode().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(f"{path}: not a whole checkpoint: {error}; delete its folder") from None
-    held = {int(cid): name for line in lines for cid, name in line["clients"].items()}
-    blocks = {name: block for line in lines for name, block in line["states"].items()}
-    states = {name: blocks[name] for name in sorted(set(held.values()))}
-    sums = {name: checksum for line in lines for name, checksum in line["files"].items()}
-    wanted = {file for block in (*index["parts"].values(), *states.values()) for file, _ in block["tensors"].values()}
+        held = {int(cid): name for line in lines for cid, name in line["clients"].items()}
+        blocks = {name: block for line in lines for name, block in line["states"].items()}
+        states = {name: blocks[name] for name in sorted(set(held.values()))}
+        sums = {name: digest for line in lines for name, digest in line["files"].items()}
+        wanted = {f for block in (*index["parts"].values(), *states.values()) for f, _ in block["tensors"].values()}
+    except KeyError as error:  # written by another version
+        raise DamagedFileError(f"{folder / INDEX}: not a whole checkpoint: no {error}; delete its folder") from None
     files = {name: load_tensors(folder / name, sums[name])[0] for name in sorted(wanted)}
 
     def get(block: Mapping[str, Any]) -> State:
         return State({name: files[file][place] for name, (file, place) in block["tensors"].items()}, block["values"])
 
-    found = {name: get(block) for name, block in states.items()}
+    known = {name: get(block) for name, block in states.items()}
     return Saved(
         {name: get(block) for name, block in index["parts"].items()},
-        {cid: found[held[cid]] for cid in sorted(held)},
+        {cid: known[held[cid]] for cid in sorted(held)},
         [entry for line in lines for entry in line["history"]],
         index["values"],
     )
-
-
-def _text(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-def _checksum(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_text(index).encode()).hexdigest()

@@ -93,6 +93,9 @@ class Run:
                 "loss": float(np.mean(losses)) if losses else None,
                 "bytes_up": self.ledger.total("up", round=round),
                 "bytes_down": self.ledger.total("down", round=round),
+                "bytes_up_by_client": [sum(p.size for p in trained[c].upload) if c in trained else 0 for c in cohort],
+                "bytes_down_by_client": [sum(p.size for p in outbox.get(c, ())) for c in cohort],
+                "flops_by_client": [trained[c].flops if c in trained else None for c in cohort],
                 **({"lost": lost} if lost else {}),
                 **seen,
             }
@@ -141,9 +144,21 @@ class Run:
             "step_flops": self.step_flops,
             "seconds": self.seconds(),
             "kept": self.host.keeps,
+            "run": self._told(),
         }
         self._saved.write(kept.parts, self.host.clients.states(), self._changed, self._history, values)
         self._changed = set()
+
+    def _told(self) -> dict[str, Any]:
+        """Which run this is, for whoever looks on."""
+        p = self.p
+        return {
+            "method": p.method.name,
+            "scenario": p.scenario.name,
+            "fm": p.fm_name,
+            "seed": p.request.seed,
+            "rounds": self.federation.rounds,
+        }
 
     def _history(self, start: int) -> list[dict[str, Any]]:
         """What each round from `start` on has added to what this run knows; the first also has what came before it."""

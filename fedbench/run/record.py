@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from fedbench.api.messages import SETUP_KINDS, ClientId
 from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
+from fedbench.measures.accuracy import over_clients
 from fedbench.records import provenance
 from fedbench.records.record import Record, complaint_of
 from fedbench.records.schema import SCHEMA
@@ -21,7 +23,28 @@ from fedbench.run.privacy import spent
 def finish(run: Run) -> Record:
     """Score the selected round on the test rows and write everything down."""
     run.progress.phase("test", detail=f"{len(run.p.loaded.test)} rows")
-    return record_of(run, run.host.server.finish(run.federation.rounds))
+    # Clients' own models are those after the last round, whatever round the server goes back to.
+    personal = {"personal": personal_of(run)} if run.p.method.personal else {}
+    return record_of(run, run.host.server.finish(run.federation.rounds) | personal)
+
+
+def personal_of(run: Run) -> dict[str, Any]:
+    """The block of clients' own models: the accuracy of each on test rows of its own.
+
+    Raises FedbenchError where no client has a model, or none of those a test row.
+    """
+    tests = run.p.own_tests(run.host.clients.known())
+    outbox = run.host.server.farewell(list(tests))
+    found = run.host.clients.personal(outbox, tests, run.evaluation.batch_size)
+    if not found:
+        raise FedbenchError(f"{run.p.method.name}: no client that trained has a test row, so no model can be scored")
+    whose = run.p.held_out.test_clients
+    return {
+        **over_clients(np.array([found[cid] for cid in sorted(found)])),
+        "rows": [len(tests[cid]) for cid in sorted(found)],
+        "drawn": whose is None or not bool((whose >= 0).any()),
+        "without": len(run.partition.clients) - len(found),
+    }
 
 
 def without_scores(run: Run, why: str) -> Record:

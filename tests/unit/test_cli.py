@@ -92,7 +92,7 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
 
 def test_every_command_has_a_file_of_its_own() -> None:
     found = {command.name: command.callback for command in app.registered_commands}
-    assert len(found) == len(app.registered_commands) == 12
+    assert len(found) == len(app.registered_commands) == 13
     for name, call in found.items():
         assert call is not None
         assert (call.__module__, call.__name__) == (f"fedbench.cli.{name}", f"{name}_command")
@@ -121,6 +121,9 @@ def test_every_command_has_a_file_of_its_own() -> None:
         (["check", "fedpft", "--plugin", "no/such.py"], "--plugin no/such.py: no such"),
         (["grid", "no-such-grid"], "no-such-grid"),
         (["table", "--results", "no/such/folder"], "no/such/folder"),
+        (["report", "no/such/folder"], "no/such/folder: no such folder; name one with records in it"),
+        (["report", "docs"], "docs: there are no records; make some with `fedbench run`"),
+        (["report", "results", "-o", "docs"], "--out docs: a folder is there; name a file"),
         (["run", "--method", "fedpft", "--scenario", "tweets-iid", "--fm", ""], "--fm: an empty value; leave"),
         (["grid", "quickstart", "--fm", " "], "--fm: an empty value"),
         (["run", "--method", "fedpft", "--scenario", "tweets-iid", "--data-dir", ""], "--data-dir: an empty value"),

@@ -189,7 +189,7 @@ def dropping(silo: int, rounds: set[int]) -> type[Here]:
 
 
 class Impatient(Silos):
-    patience: ClassVar[float] = 1.0
+    patience: ClassVar[float] = 3.0
 
 
 def test_a_round_whose_silo_is_away_ends_at_once(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_killed_silo_is_left_out_and_taken_up_again(asked: Prepared, comes_bac
         lost = this.rounds[1]["lost"]
         assert lost == of_silo(host, 2, this.rounds[1]["cohort"]) != []
         assert not set(lost) & set(this.rounds[1]["arrived"])
-        assert host.said == ["round 2 goes on without silo 2: no answer within 1 s"]
+        assert host.said == ["round 2 goes on without silo 2: no answer within 3 s"]
         host.threads.kill_at.clear()
         if comes_back:
             host.start(2)

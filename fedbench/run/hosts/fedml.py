@@ -85,6 +85,7 @@ class FedML(Host):
 
     name = "fedml"
     one_process = False
+    scores_clients = False  # no test rows lie at a silo
 
     @classmethod
     def ready(cls, request: RunRequest) -> None:
