@@ -68,9 +68,7 @@ def test_ten_thousand_clients_run_like_a_hundred(folder: Path, say: Callable[[st
     first, last = sizes[10] - sizes[0], sizes[-1] - sizes[-11]
     say(f"start {many.start:.2f} s against {few.start:.2f}; {ROUNDS} rounds {many.rest:.1f} s against {few.rest:.1f}")
     say(f"memory grew by {many.grown / 1e6:.0f} MB against {few.grown / 1e6:.0f}")
-    say(
-        f"checkpoint {sizes[-1] / 1e3:.0f} kB; ten rounds add {first / 1e3:.0f} kB at first, {last / 1e3:.0f} in the end"
-    )
+    say(f"checkpoint {sizes[-1] / 1e3:.0f} kB; ten rounds add {first / 1e3:.0f} at first, {last / 1e3:.0f} last")
     say(f"record {many.record.stat().st_size / 1e6:.2f} MB, loaded in {many.loading:.2f} s")
     assert many.start < few.start + 10
     assert many.grown < few.grown + 100e6

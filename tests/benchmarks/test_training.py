@@ -102,10 +102,7 @@ def digits(steps: int = 40, batch: int = 16) -> LocalTask:
 @pytest.mark.parametrize("shape", [*SHAPES, "digits on a ViT, batches of 16"])
 def test_packed_training_against_the_padded_reference(shape: str, say: Callable[[str], None]) -> None:
     task = texts(*SHAPES[shape]) if shape in SHAPES else digits()
-    sides = {
-        name: seconds_of(partial(execute, task, Execution(executor=name, workers=1)))
-        for name in ("packed", "reference")
-    }
+    sides = {name: seconds_of(partial(execute, task, Execution(executor=name))) for name in ("packed", "reference")}
     in_turns(sides, 1)
     found = in_turns(sides, 5)
     ratio = Ratio.of(found["packed"], found["reference"])
