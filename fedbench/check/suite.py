@@ -68,13 +68,11 @@ def check_method(
     profile: str | None = "smoke",
     settings: Mapping[str, str] | None = None,
     data_dir: Path | None = None,
-    apart: bool = True,
     report: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
     """Run the contract suite on the method called `name`; one result a clause, in a fixed order.
 
-    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. apart:
-    look at server and clients in processes of their own too, which take longer to start than all else takes. Raises
+    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. Raises
     FedbenchError if the method cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -107,9 +105,8 @@ def check_method(
                 ("the method learns", learns),
                 ("what clients send is what the server expects", uploads_are_expected),
                 ("the server needs what it says", needs_what_it_says),
+                ("server and clients in separate processes", separate_processes),
             ]
-            if apart:
-                clauses.append(("server and clients in separate processes", separate_processes))
         results = []
         for label, clause in clauses:
             results.append(_result(label, clause, subject))
@@ -182,8 +179,7 @@ def same_seed_same_record(subject: Subject) -> None:
     The second spreads its clients over worker processes, where those can be had: a client that learns something in
     the functions its task declares, behind the harness's back, would lose it there.
     """
-    prepared = subject.prepared
-    first = run(_with_workers(prepared, 1))
+    prepared, first = subject.prepared, subject.record
     other = prepare(replace(prepared.request, seed=prepared.request.seed + 1))
     require(other.key != prepared.key, "two seeds have one key")
     torch.rand(3)  # whatever else reads the global generator must not matter
@@ -263,7 +259,7 @@ def learns(subject: Subject) -> str | None:
     everything = {"rounds": 3, "local_epochs": 4, "batch_size": len(rows), "max_steps": None, "dropout": 0.0}
     federation = p.scenario.federation.model_copy(update={**everything, "fraction": 1.0})
     watch = _Watch()
-    run, server = _watched(p, federation, watch, [rows] * len(subject.whole.rows), few=True)
+    run, server = _watched(p, federation, watch, dict.fromkeys(subject.whole.rows, rows), few=True)
 
     def loss() -> float:
         proxy = server.put_in_proxy()
@@ -328,7 +324,7 @@ class _Watch:
 
 
 def _watched(
-    p: Prepared, federation: Federation, watch: _Watch, rows: Sequence[Examples], few: bool = False
+    p: Prepared, federation: Federation, watch: _Watch, rows: Mapping[ClientId, Examples], few: bool = False
 ) -> tuple[Run, Server]:
     """A run whose clients hold these rows and train under a watch, and its server; `few`: two clients take part."""
 
@@ -346,7 +342,9 @@ def _watched(
     class Watched(Here):
         client_side = Clients
 
-        def __init__(self, prepared: Prepared, _: Sequence[Examples], label_counts: Sequence[Sequence[int]]) -> None:
+        def __init__(
+            self, prepared: Prepared, _: Mapping[ClientId, Examples], label_counts: Sequence[Sequence[int]]
+        ) -> None:
             super().__init__(prepared, rows, label_counts)
 
     class Tried(Run):

@@ -32,6 +32,7 @@ from fedbench.compat import attention_of, set_attention
 from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
 from fedbench.forward.encoder import Layer, layers_of, whole_layers
+from fedbench.forward.image import image_layers_of
 from fedbench.forward.layout import Layout
 from fedbench.forward.masks import Masks
 from fedbench.machine.device import Execution
@@ -162,8 +163,12 @@ class Forward:
         given, answers = batch.inputs, gather and isinstance(model, NextToken)
         if answers:
             given = {**given, "targets": batch.labels}
+        parts = Parts(model)
+        last = parts.layer_path(parts.count - 1)
+        seen = any(path.startswith(f"{last}.") for path in observed)
         if padded or not self.packed or batch.mask is None:
-            yield given, batch.mask
+            with whole_layers(self._whole(batch.mask is None and not padded), gather and not seen):
+                yield given, batch.mask
             return
         chosen = layout or Layout.of(batch.mask)
         config: Any = model.config
@@ -171,9 +176,7 @@ class Forward:
         if offset == "after padding token":
             offset = config.pad_token_id + 1
         before = attention_of(config)
-        parts = Parts(model)
-        last = parts.layer_path(parts.count - 1)
-        trim = gather and family.residual is not None and not any(path.startswith(f"{last}.") for path in observed)
+        trim = gather and family.residual is not None and not seen
 
         def first_tokens(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -204,7 +207,7 @@ class Forward:
         token = _layout.set((chosen, Masks()))
         set_attention(config, NAME)
         try:
-            with whole_layers(self._whole(chosen), chosen.buckets, chosen.first, trim):
+            with whole_layers(self._whole(chosen.blocks), trim, chosen.buckets, chosen.first):
                 yield pack(given, chosen, offset), chosen.real
         finally:
             set_attention(config, before)
@@ -212,11 +215,11 @@ class Forward:
             for hook in hooks:
                 hook.remove()
 
-    def _whole(self, layout: Layout) -> Sequence[Layer]:
-        if not (self._live and layout.blocks):
+    def _whole(self, possible: bool) -> Sequence[Layer]:
+        if not (self._live and possible):
             return ()
         if self._layers is None:
-            self._layers = layers_of(self.model)
+            self._layers = image_layers_of(self.model) or layers_of(self.model)
         return self._layers
 
     def logits(self, batch: Batch, padded: bool = False) -> Tensor:

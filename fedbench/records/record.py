@@ -230,6 +230,14 @@ def _course(record: Record) -> Iterator[str]:
         cohort, arrived, refused = set(entry.cohort), set(entry.arrived), {each.client for each in entry.refused}
         if not arrived | refused <= cohort or arrived & refused:
             yield f"rounds.{i}: arrived and refused are not separate parts of its cohort"
+        for way, said, by_client in (
+            ("up", size.up, entry.bytes_up_by_client), ("down", size.down, entry.bytes_down_by_client)
+        ):  # fmt: skip
+            if by_client is not None and sum(by_client) != said:
+                yield f"rounds.{i}.bytes_{way}_by_client: sums to {sum(by_client)}, but per_round has {said}"
+        for name in ("bytes_up_by_client", "bytes_down_by_client", "flops_by_client"):
+            if (values := getattr(entry, name)) is not None and len(values) != len(entry.cohort):
+                yield f"rounds.{i}.{name}: {len(values)} of them, but the cohort has {len(entry.cohort)} clients"
         for way, said, measured in (("up", size.up, entry.bytes_up), ("down", size.down, entry.bytes_down)):
             if measured not in (None, said):
                 yield f"communication.per_round.{i}.{way}: {said}, but rounds has {measured}"

@@ -339,6 +339,9 @@ class Round(Block):
     loss: Finite | None = None  # mean training loss of those that arrived
     bytes_up: Count | None = None
     bytes_down: Count | None = None
+    bytes_up_by_client: list[Count] | None = None  # of each of the cohort, in its order
+    bytes_down_by_client: list[Count] | None = None
+    flops_by_client: list[Count | None] | None = None  # of its local training, padded; null where none or not known
     plug_in_validation: Share | None = None
     proxy_validation: Share | None = None
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from fedbench.api.messages import ClientId
 from fedbench.api.sides import Method
+from fedbench.data.clients import ClientRows
 from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
 from fedbench.data.natural import words_skew
@@ -92,11 +93,11 @@ class Prepared:
         skew = found.skew(labels, classes) | (words_skew(data) if split.kind == "natural" else {})
         return Division(found, found.label_counts(labels, classes), skew)
 
-    def rows(self) -> list[Examples]:
+    def rows(self) -> ClientRows:
         """The training rows of each client; none where they are not here."""
         if self.divided is not None:
-            return []
-        return [self.loaded.train.select(rows) for rows in self.division.partition.clients]
+            return ClientRows.of(self.loaded.train, [])
+        return ClientRows.of(self.loaded.train, self.division.partition.clients)
 
     def without_rows(self) -> Prepared:
         """The same without any client's rows, as a server has it."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from fedbench.api.messages import SETUP_KINDS
+from fedbench.api.messages import SETUP_KINDS, ClientId
 from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
@@ -66,10 +66,15 @@ def whose(data: RawData) -> dict[str, str]:
     return {} if data.clients is None else {"by": data.clients.by, "clients_hash": data.clients.column_hash}
 
 
+def took_part(run: Run) -> list[ClientId]:
+    """The clients that were sampled in some round."""
+    return sorted({client for entry in run.rounds for client in entry["cohort"]})
+
+
 def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
     """The record of a run with these scores. Raises FedbenchError where what a method says of itself fits none."""
     p, ledger, device = run.p, run.ledger, run.p.execution.device
-    server, clients = run.host.server.report(), run.host.clients.report()
+    server, clients = run.host.server.report(took_part(run)), run.host.clients.report()
     content = {
         "schema": SCHEMA,
         "status": "complete",

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedbench.errors import FedbenchError
-from fedbench.names import nearest
 from fedbench.records.record import Record
 from fedbench.records.schema import Direction, Score
 from fedbench.tables.formats import MEGA
@@ -96,6 +94,12 @@ def setup(run: Record) -> float | None:
     return run.communication.setup_bytes
 
 
+def traffic(run: Record) -> float | None:
+    """Bytes in both directions, set-up included."""
+    sent, received = _bytes(run.communication.up), _bytes(run.communication.down)
+    return None if sent is None or received is None else sent + received
+
+
 def up_per_client_round(run: Record) -> float | None:
     """Bytes of one upload, taken or refused, on average."""
     total = _bytes(run.communication.up)
@@ -150,6 +154,12 @@ def held(run: Record) -> float | None:
     return run.compute.resident_parameters
 
 
+def client_memory(run: Record) -> float | None:
+    """Bytes of the parameters that a client holds, 4 each; activations and an optimiser's state are not counted."""
+    held = run.compute.resident_parameters
+    return None if held is None else 4 * held
+
+
 def local_steps(run: Record) -> float | None:
     return run.compute.local_steps
 
@@ -169,11 +179,16 @@ def train_rows(run: Record) -> int:
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the table of plain numbers: its name, how it is read, and what it is multiplied by."""
+    """A column of the table of plain numbers: its name, how it is read, and what it is multiplied by.
+
+    about: a line on it under tables that were asked for it. unknown: why a run has no number, nothing where it has one.
+    """
 
     name: str
     read: Reader
     scale: float = 1.0
+    about: str = ""
+    unknown: Callable[[Record], str] | None = None
 
 
 MEASURES = (
@@ -209,13 +224,7 @@ ASKED = (
     Measure("perplexity", perplexity),
     Measure("aggregation_error", aggregation_error),
     Measure("factor_averaging_error", factor_averaging_error),
+    Measure("client_memory_mb", client_memory, 1 / MEGA),
+    Measure("mb_traffic", traffic, 1 / MEGA),
 )
 """Those that a table has only where it is asked for them."""
-
-
-def measure_called(name: str) -> Measure:
-    """A measure by its name. Raises FedbenchError for one that there is none of."""
-    known = {measure.name: measure for measure in (*MEASURES, *ASKED)}
-    if name not in known:
-        raise FedbenchError(f"--measure {name}: no such measure; {nearest(name, known)}")
-    return known[name]
