@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear, family_of
+from fedbench.models.prefix import add_prefix
+from fedbench.models.prompt import add_prompt
 from fedbench.models.spec import PROJECTIONS, ModelSpec
 from fedbench.models.straight import straighten
 from fedbench.models.weights import set_tunable
@@ -52,6 +56,13 @@ def build(spec: ModelSpec) -> nn.Module:
         for i in range(parts.count):
             for path in (parts.attention_paths(i)[PROJECTIONS.index("output")], parts.ffn_out_path(i)):
                 model.set_submodule(path, Bottleneck(_linear(model, path), spec.bottleneck))
+    for i, times in enumerate(spec.repeats or ()):
+        if times > 1:
+            parts.layer(i).register_forward_hook(partial(_again, times - 1), with_kwargs=True)
+    if spec.prefix is not None:
+        add_prefix(model, spec.prefix)
+    if spec.prompt is not None:
+        add_prompt(model, spec.prompt)
     with torch.no_grad():
         for p in model.parameters():
             p.requires_grad_(False)
@@ -78,6 +89,13 @@ def as_computed_here(model: nn.Module) -> None:
         predict_next(model)
     elif family.reads == "last":
         read_last(model)
+
+
+def _again(times: int, layer: nn.Module, inputs: tuple[Any, ...], given: Mapping[str, Any], output: Any) -> Any:
+    """Run a layer on what it has made, so many times more; whatever else it was given stays the same."""
+    for _ in range(times):
+        output = layer.forward(output[0] if isinstance(output, tuple) else output, *inputs[1:], **given)
+    return output
 
 
 def _narrow(parts: Parts, i: int, width: int) -> None:

@@ -39,8 +39,10 @@ class ModelSpec:
 
     config: a transformers configuration as a dictionary, labels and layer count included.
     ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, with
-    `biases` every bias of the model itself, and adapters of `bottleneck` neurons behind each layer's attention and FFN.
-    head: what the model answers with, classes of a row or, of each token, the next one.
+    `biases` every bias of the model itself, adapters of `bottleneck` neurons behind each layer's attention and FFN,
+    keys and values of `prefix` tokens in each layer's attention, and the vectors of `prompt` tokens beside the
+    embeddings. head: what the model answers with, classes of a row or, of each token, the next one. repeats: how often
+    each layer is run, one after the other; None for once.
     """
 
     model_type: str
@@ -50,6 +52,9 @@ class ModelSpec:
     biases: bool = False
     bottleneck: int | None = None
     head: Head = "classes"
+    prefix: int | None = None
+    prompt: int | None = None
+    repeats: tuple[int, ...] | None = None
 
     @property
     def architecture(self) -> str:
@@ -78,6 +83,14 @@ class ModelSpec:
     def with_bottleneck(self, neurons: int | None) -> ModelSpec:
         """The same model with bottleneck adapters of so many neurons."""
         return replace(self, bottleneck=neurons)
+
+    def with_prefix(self, tokens: int | None) -> ModelSpec:
+        """The same model with a prefix of so many tokens in the attention of every layer."""
+        return replace(self, prefix=tokens)
+
+    def with_prompt(self, tokens: int | None) -> ModelSpec:
+        """The same model with so many learned vectors beside its embeddings."""
+        return replace(self, prompt=tokens)
 
     def with_ffn_widths(self, widths: Sequence[int]) -> ModelSpec:
         """The same model with other FFN widths, one a layer."""
@@ -109,6 +122,12 @@ class ModelSpec:
             body["bottleneck"] = self.bottleneck
         if self.head != "classes":
             body["head"] = self.head
+        if self.prefix is not None:
+            body["prefix"] = self.prefix
+        if self.prompt is not None:
+            body["prompt"] = self.prompt
+        if self.repeats is not None:
+            body["repeats"] = list(self.repeats)
         return json.dumps(body, sort_keys=True)
 
     @classmethod
@@ -118,5 +137,7 @@ class ModelSpec:
         if body["lora"] is not None:
             r, alpha, dropout, layers, *rest = body["lora"]
             lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
-        more = body.get("biases", False), body.get("bottleneck"), body.get("head", "classes")
-        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, *more)
+        more = {name: body[name] for name in ("biases", "bottleneck", "head", "prefix", "prompt") if name in body}
+        if "repeats" in body:
+            more["repeats"] = tuple(body["repeats"])
+        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, **more)

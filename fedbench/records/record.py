@@ -176,7 +176,9 @@ def _scores(accuracy: Accuracy) -> Iterator[str]:
     points = [s.accuracy for s in (accuracy.plug_in, accuracy.proxy) if s is not None and s.accuracy is not None]
     if gap is not None and (len(points) < 2 or not _close(gap, points[0] - points[1])):
         yield f"accuracy.gap: {gap}, but that is not plug_in minus proxy"
-    if (clients := accuracy.per_client) and clients.values:
+    for block, clients in (("per_client", accuracy.per_client), ("personal", accuracy.personal)):
+        if clients is None or not clients.values:
+            continue
         values = clients.values
         lowest = sorted(values)[: max(1, round(0.1 * len(values)))]
         for name, said, value in (
@@ -186,7 +188,7 @@ def _scores(accuracy: Accuracy) -> Iterator[str]:
         ):
             # The values are rounded to six digits.
             if not math.isclose(said, value, abs_tol=2e-6):
-                yield f"accuracy.per_client.{name}: {said}, but its values say {value:.6f}"
+                yield f"accuracy.{block}.{name}: {said}, but its values say {value:.6f}"
 
 
 def _traffic(traffic: Communication) -> Iterator[str]:
@@ -217,7 +219,7 @@ def _course(record: Record) -> Iterator[str]:
         if listed != list(range(len(listed))):
             yield f"{place}: not the rounds 0 to {len(listed) - 1} in order"
     federation, selection = record.scenario.federation, record.accuracy.selection
-    if record.accuracy.plug_in is None or federation is None or selection is None:
+    if (record.accuracy.plug_in or record.accuracy.personal) is None or federation is None or selection is None:
         return
     for place, listed in numbers.items():
         if len(listed) != federation.rounds:

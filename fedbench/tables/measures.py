@@ -58,6 +58,15 @@ def worst_tenth(run: Record) -> float | None:
     return None if clients is None or run.accuracy.diverged else clients.worst_tenth
 
 
+def personal_mean(run: Record) -> float | None:
+    """Of clients' own models, each on test rows of its own."""
+    return None if run.accuracy.personal is None else run.accuracy.personal.mean
+
+
+def personal_worst_tenth(run: Record) -> float | None:
+    return None if run.accuracy.personal is None else run.accuracy.personal.worst_tenth
+
+
 def accuracy_on(test: str) -> Reader:
     """The accuracy of the FM plugged in on one of the further test sets."""
 
@@ -210,6 +219,8 @@ MEASURES = (
 """In the order of the columns."""
 
 ASKED = (
+    Measure("personal_accuracy_mean", personal_mean),
+    Measure("personal_accuracy_worst_tenth", personal_worst_tenth),
     Measure("perplexity", perplexity),
     Measure("aggregation_error", aggregation_error),
     Measure("factor_averaging_error", factor_averaging_error),

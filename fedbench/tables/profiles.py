@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedbench.errors import FedbenchError
 from fedbench.names import bad_name, nearest
-from fedbench.scenario.load import read_toml
 from fedbench.scenario.settings import mistake
+from fedbench.scenario.toml import read_toml
 
 BUILT_IN = Path(__file__).with_name("profiles.toml")
 

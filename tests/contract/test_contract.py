@@ -52,15 +52,11 @@ def request(fm: str, results: Path, method: str = "fedpft", **changes: object) -
     return replace(asked, **changes)  # type: ignore[arg-type]
 
 
-APART = ("centralised-lora", "fedavg-lora", "fedex-lora", "fedot", "fedpft", "fedpft-official", "head-only", "scaffold")
-"""Looked at in processes of their own too: one of each kind of server and client, since starting them takes longest."""
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_the_contract(method: str, fm: str) -> None:
-    results = check_method(method, fm=fm, settings=SETTINGS.get(method), apart=method in APART)
+    results = check_method(method, fm=fm, settings=SETTINGS.get(method))
     assert all(r.ok for r in results), [f"{r.name}: {r.detail}" for r in results if not r.ok]
-    if method in APART:
+    if method != "zero-shot":  # which has no rounds
         assert results[-1].name == "server and clients in separate processes"
 
 

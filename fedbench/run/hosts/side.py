@@ -23,6 +23,7 @@ from fedbench.machine.stopwatch import Stopwatch
 from fedbench.machine.workers import one_thread
 from fedbench.measures.cost import RoundFlops, most_tokens
 from fedbench.measures.observer import Observer
+from fedbench.measures.personal import accuracy_of
 from fedbench.measures.scores import Scores
 from fedbench.models.cache import ModuleCache
 from fedbench.rng import Streams
@@ -92,14 +93,17 @@ class ServerEnd(Protocol):
     def finish(self, rounds: int) -> dict[str, Any]:
         """Score the selected round on the test rows; the block of the record."""
 
-    def report(self) -> dict[str, Any]:
-        """The observers' other blocks by name, `residuals`, `notes` and trainable parameters."""
+    def farewell(self, clients: Sequence[ClientId]) -> Outbox:
+        """What these clients need for models of their own after the last round."""
+
+    def report(self, clients: Sequence[ClientId]) -> dict[str, Any]:
+        """The observers' other blocks by name, `residuals`, `notes`, and the most that one of `clients` trains."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
 
-    def tuned(self) -> Adapter:
-        """What was tuned of the FM, as it is now."""
+    def tuned(self) -> Adapter | None:
+        """What was tuned of the FM, as it is now; None where there is no one model for all clients."""
 
 
 class ClientEnd(Protocol):
@@ -112,6 +116,15 @@ class ClientEnd(Protocol):
 
     def step_flops(self) -> int | None:
         """Floating-point operations of a local step; None before one was made."""
+
+    def personal(self, outbox: Outbox, tests: Mapping[ClientId, Examples], size: int) -> dict[ClientId, float]:
+        """The accuracy of each of these clients' own model on its test rows; clients without a model are left out.
+
+        outbox: what the server's `farewell` gave them. size: rows of a batch.
+        """
+
+    def known(self) -> list[ClientId]:
+        """The clients that were sampled so far."""
 
     def states(self) -> Mapping[ClientId, Held]:
         """Every client that was sampled so far, with its state on request."""
@@ -133,6 +146,8 @@ class Host(ABC):
     """
 
     name: ClassVar[str]
+    scores_clients: ClassVar[bool] = True
+    """Whether clients' own models are scored here, where a method makes some."""
     one_process: ClassVar[bool] = True
     """Whether both sides live in this process, whose peak memory is then the run's."""
     keeps: str = ""
@@ -170,17 +185,15 @@ class ServerSide:
         observers: Sequence[Observer],
         scores: Scores,
         federation: Federation,
-        clients: int,
         time: Stopwatch,
         bytes_only: bool = False,
         private: Private | None = None,
     ) -> None:
-        """clients: their number. bytes_only: what is sent leaves this process. time: shared with the observers.
+        """bytes_only: what is sent leaves this process. time: shared with the observers.
 
         private: settings and streams of differential privacy, None for none.
         """
         self.private = private
-        self.clients = clients
         self.server, self.observers, self.scores, self.federation = server, (*observers, scores), scores, federation
         self.time = time
         self._post, self._lent = Post(bytes_only), Lent()
@@ -257,9 +270,11 @@ class ServerSide:
     def finish(self, rounds: int) -> dict[str, Any]:
         return self.scores.finish(self.server, rounds)
 
-    def report(self) -> dict[str, Any]:
+    def farewell(self, clients: Sequence[ClientId]) -> Outbox:
+        return self._post.pack(self.server.farewell(clients))
+
+    def report(self, clients: Sequence[ClientId]) -> dict[str, Any]:
         blocks = {o.name: o.block(self.server) for o in self.observers if o is not self.scores}
-        clients = range(self.clients if self.federation.rounds else 0)
         trainable = max((self.server.trainable(client) for client in clients), default=0)
         return {
             "blocks": blocks,
@@ -271,8 +286,9 @@ class ServerSide:
     def seconds(self) -> dict[str, float]:
         return dict(self.time.seconds)
 
-    def tuned(self) -> Adapter:
-        return adapter_of(self.server.put_in_fm(), self.scores.fm.state)
+    def tuned(self) -> Adapter | None:
+        model = self.server.put_in_fm()
+        return None if model is None else adapter_of(model, self.scores.fm.state)
 
 
 class ClientSide:
@@ -283,11 +299,11 @@ class ClientSide:
         method: Method,
         streams: Streams,
         federation: Federation,
-        rows: Sequence[Examples] | Mapping[ClientId, Examples],
+        rows: Mapping[ClientId, Examples],
         execution: Execution,
         private: Private | None = None,
     ) -> None:
-        """rows: of every client, or by client of those that are here."""
+        """rows: of the clients that are here."""
         self.private = private
         self.method, self.streams, self.federation, self.rows = method, streams, federation, rows
         self.execution, self.time = execution, Stopwatch()
@@ -308,10 +324,10 @@ class ClientSide:
         lent = Lent()
         with self.time("local"):
             # A client that drops out has still received what it was sent.
-            tasks = {}
+            tasks, rows = {}, {cid: self.rows[cid] for cid in outbox}
             for cid, parcels in outbox.items():
                 inbox = [lent.lend(parcel.open()) for parcel in parcels]
-                tasks[cid] = self.client(cid).task(round, inbox, self.rows[cid])
+                tasks[cid] = self.client(cid).task(round, inbox, rows[cid])
             chosen = {cid: tasks[cid] for cid in staying}
             results, self._spent = {}, {}
             for cid, result in self.results(round, chosen):
@@ -331,7 +347,7 @@ class ClientSide:
                     parcels += [Parcel.of(message) for message in messages]
                 except MessageError as error:
                     why = reason(error)
-                most = {"num_examples": len(self.rows[cid]), "tokens": most_tokens(chosen[cid])}
+                most = {"num_examples": len(rows[cid]), "tokens": most_tokens(chosen[cid])}
                 trained[cid] = Trained(result.steps, result.loss, most, parcels, why, flops[cid])
         lent.close()
         return trained
@@ -365,6 +381,16 @@ class ClientSide:
     def train_all(self, round: int, outbox: Outbox, staying: Sequence[ClientId]) -> dict[ClientId, Trained]:
         """`train` for whoever cannot be told of each client as it is done."""
         return self.train(round, outbox, staying, lambda loss: None)
+
+    def personal(self, outbox: Outbox, tests: Mapping[ClientId, Examples], size: int) -> dict[ClientId, float]:
+        lent, found = Lent(), {}
+        with self.time("test"):
+            for cid, rows in tests.items():
+                inbox = [lent.lend(parcel.open()) for parcel in outbox.get(cid, ())]
+                if (model := self.client(cid).personal(inbox)) is not None:
+                    found[cid] = accuracy_of(model, cid, rows, size, self.execution)
+        lent.close()
+        return found
 
     def known(self) -> list[ClientId]:
         """The clients that were sampled so far."""
