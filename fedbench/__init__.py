@@ -195,33 +195,49 @@ def make_table(
     grid: str | Path | None = None,
     scenarios: str | Iterable[str] = (),
     fm: str | Path | None = None,
+    measures: str | Iterable[str] = (),
+    profile: str | Iterable[str] = (),
+    profiles: str | Path | None = None,
+    within: str | Iterable[str] = (),
+    to: str | float | None = None,
+    rank: bool = False,
+    baseline: str = "",
+    pareto: bool = False,
     format: Literal["markdown", "latex", "csv"] = "markdown",
 ) -> str:
     """Compare the methods that a results folder has records of, as `fedbench table` does, and return the text.
 
     With a `grid`, a name or a TOML file, rows and columns are the grid's: what is not there shows as missing, and the
-    figures that the grid reports stand beside ours. `scenarios` and `fm` leave the records of others out.
+    figures that the grid reports stand beside ours. `scenarios` and `fm` leave the records of others out. `measures`
+    are names of measures that get a column too; "simulated_time" has one for each client profile, or for those of the
+    names in `profile`, which come with the package or are read from the TOML file `profiles`. `within` ("10MB", "2h")
+    adds what was reached within budgets, `to` (0.8) what it cost to get there. `rank` marks the methods that cannot be
+    told apart, and adds how often one beats another; `pareto` adds the front of accuracy against traffic, client memory
+    and exposure. With a `baseline`, differences are those from that method.
 
     Returns Markdown, LaTeX or CSV. Raises FedbenchError where no record is left, for a record or a grid that cannot be
     read, and for another format.
     """
     from fedbench.errors import FedbenchError
+    from fedbench.tables.asked import Asked
     from fedbench.tables.folder import compare_folder
     from fedbench.tables.render.forms import render
 
     if format not in ("markdown", "latex", "csv"):
         raise FedbenchError(f"format {format!r}: no such format; use markdown, latex or csv")
-    asked = None if grid is None else str(grid)
-    return render(compare_folder(Path(results), asked, _texts(scenarios), None if fm is None else str(fm)), format)
+    asked = Asked.of(_texts(measures), _texts(profile), _path(profiles), _texts(within), to, rank, pareto)
+    named, model = (None if given is None else str(given) for given in (grid, fm))
+    return render(compare_folder(Path(results), named, _texts(scenarios), model, asked, baseline), format)
 
 
-def read_records(results: str | Path = "runs") -> pd.DataFrame:
+def read_records(results: str | Path = "runs", *, profiles: str | Path | None = None) -> pd.DataFrame:
     """Read every record of a results folder, and return a data frame with one row a record.
 
     The columns say what was run (`method`, `scenario`, `fm`, `seed`, `settings` as JSON, `key` ...), whether the record
     is `complete` or `failed` (`status`), what came out and what it cost. Measures have the names and units that they
     have in `fedbench table --format csv`: shares from 0 to 1, megabytes of 10^6 bytes, counts. `seconds` is the time of
-    all phases, `seconds_local` and its like of one. What a run does not have is missing.
+    all phases, `seconds_local` and its like of one. `simulated_time_phone` and its like are seconds that the rounds
+    would take with clients of a profile; `profiles` is a TOML file of others. What a run does not have is missing.
 
     `fault` says why a row has no accuracy, or one that is not to be ranked; it is empty for a sound run.
     `configuration` stands for all that decides a result but the seed: only rows that share it are to be averaged. Rows
@@ -230,8 +246,9 @@ def read_records(results: str | Path = "runs") -> pd.DataFrame:
     Raises FedbenchError where the folder has no records, and for the first that cannot be read.
     """
     from fedbench.tables.frame import read_frame
+    from fedbench.tables.profiles import chosen_profiles
 
-    return read_frame(Path(results))
+    return read_frame(Path(results), chosen_profiles((), _path(profiles)))
 
 
 def _request(

@@ -28,7 +28,7 @@ from fedbench.methods._layerwise import LayerLoss, Schedule, distil, ffn_product
 from fedbench.methods.fedavg_lora import AdapterServer, TuningMethod
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts
-from fedbench.models.weights import checkpoint_name, frozen_state, load_frozen, set_tensors
+from fedbench.models.weights import checkpoint_name, get_tensors, set_tensors
 from fedbench.records.text import canonical_json
 
 
@@ -120,6 +120,8 @@ def distil_once(
     result depends on besides public rows, schedule, stream, device and torch, which are added here.
     """
 
+    names = {checkpoint_name(name): name for name in trainable}
+
     def make() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         before = residuals(teacher, student, loss.pairs, public, ctx.execution)
         course = np.zeros((0, len(loss.pairs)))
@@ -131,8 +133,8 @@ def distil_once(
             {**a, "hidden_before": b["hidden"], "weight_before": b["weight"], "curve": curve(course[:, i])}
             for i, (a, b) in enumerate(zip(after, before, strict=True))
         ]
-        state = frozen_state(student)
-        return {name: state[name] for name in map(checkpoint_name, trainable)}, values
+        tensors = get_tensors(student, trainable)
+        return {there: tensors[name] for there, name in names.items()}, values
 
     everything = {
         **ingredients,
@@ -145,7 +147,7 @@ def distil_once(
         "curve": True,
     }
     tensors, values = cached(ctx.cache, everything, make)
-    load_frozen(student, frozen_state(student) | tensors)
+    set_tensors(student, {names[there]: tensor for there, tensor in tensors.items()})
     return list(values)
 
 

@@ -15,6 +15,7 @@ from mmap import mmap
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
@@ -54,16 +55,24 @@ def weight_loss(teacher: Tensor, student: Tensor) -> Tensor:
 class LayerLoss:
     """The mean over `pairs` of layers (the teacher's, the student's) of their hidden losses, plus a regulariser.
 
-    regulariser: a scalar of the student's weights alone; None for none.
+    regulariser: a scalar of the student's weights alone; None for none. answers: weight of the mean over rows of
+    KL(teacher || student) of what the two models answer, which `__call__` knows nothing of.
     """
 
     pairs: Sequence[tuple[int, int]]
     regulariser: Callable[[], Tensor] | None = None
+    answers: float = 0.0
 
     def __call__(self, teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """The loss of a batch, from the outputs of all layers [B, T, d] and the mask of real tokens."""
         total = torch.stack([hidden_loss(teacher[t], student[s], mask) for t, s in self.pairs]).mean()
         return total if self.regulariser is None else total + self.regulariser()
+
+
+def answer_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of classes by their logits [B, C], summed over rows."""
+    ours, theirs = (x.float().log_softmax(-1) for x in (student, teacher))
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +249,8 @@ class _Steps:
 
     def work(self, theirs: Forward, ours: Forward) -> Callable[[int, int], None]:
         """What a member of the team does when asked for a step: its gradients, and the teacher's part of the next."""
-        targets: dict[int, tuple[list[Tensor], Tensor | None]] = {}  # of the pieces that fell to this process
+        # Of the pieces that fell to this process: hidden states, mask, and answers where these count.
+        targets: dict[int, tuple[list[Tensor], Tensor | None, Tensor | None]] = {}
         last = max(t for t, _ in self.loss.pairs), max(s for _, s in self.loss.pairs)
 
         def mine(member: int, step: int) -> list[int]:
@@ -250,24 +260,36 @@ class _Steps:
         def train(step: int, piece: int) -> None:
             for p in self.parameters:
                 p.grad = None
-            target, mask = targets.pop(piece)
+            target, mask, answers = targets.pop(piece)
             batch = self.public.batch(self.batches[step][piece], self.device)
-            states = ours.layer_outputs(batch, last[1])[0]
+            logits: Tensor | None = None
+            if answers is None:
+                states = ours.layer_outputs(batch, last[1])[0]
+            else:
+                states, _, logits = ours.layer_outputs_and_logits(batch)
             squares = [
                 (real_tokens(states[s], mask) - t).square().sum()
                 for t, (_, s) in zip(target, self.loss.pairs, strict=True)
             ]
             relative = torch.stack(squares) / self.norms[step % 2].sum(0).to(squares[0].dtype)
             self._hidden[piece] = relative.detach()
-            relative.mean().backward()
+            loss = relative.mean()
+            if answers is not None and logits is not None:
+                rows = sum(map(len, self.batches[step]))
+                loss = loss + self.loss.answers * answer_loss(answers, logits) / rows
+            loss.backward()
             self._keep(piece)
 
         def teach(step: int, piece: int) -> None:
             with torch.no_grad():
                 batch = self.public.batch(self.batches[step][piece], self.device)
-                states, mask = theirs.layer_outputs(batch, last[0])
+                answers: Tensor | None = None
+                if self.loss.answers:
+                    states, mask, answers = theirs.layer_outputs_and_logits(batch)
+                else:
+                    states, mask = theirs.layer_outputs(batch, last[0])
                 found = [real_tokens(states[t], mask) for t, _ in self.loss.pairs]
-                targets[piece] = found, mask
+                targets[piece] = found, mask, answers
                 self.norms[step % 2, piece] = torch.stack([t.square().sum() for t in found])
 
         def work(member: int, step: int) -> None:

@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FOLDERS = ("unit", "contract", "golden", "benchmarks", "gpu")
-ON_REQUEST = ("slow", "benchmarks", "fedml")
+FOLDERS = ("unit", "contract", "golden", "benchmarks", "gpu", "browser")
+ON_REQUEST = ("slow", "benchmarks", "fedml", "browser")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -177,6 +177,14 @@ class LocalTask:
 
 
 @dataclass(frozen=True, slots=True)
+class PersonalModel:
+    """A model of one client's own: `tunables` by parameter name of `frozen.module`, every one that is not zero."""
+
+    frozen: Frozen
+    tunables: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class LocalResult:
     """What came of a LocalTask: tuned values, steps taken, mean loss, and the observers' sums.
 

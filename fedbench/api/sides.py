@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from fedbench.api.context import ClientContext, ServerContext
-from fedbench.api.local import LocalResult, LocalTask
+from fedbench.api.local import LocalResult, LocalTask, PersonalModel
 from fedbench.api.messages import ClientId, Message, Source, State, TensorSpec
 from fedbench.data.examples import Examples
 from fedbench.models.foundation import FoundationModel
@@ -48,12 +48,20 @@ class Server(ABC):
         return False
 
     @abstractmethod
-    def put_in_fm(self) -> nn.Module:
+    def put_in_fm(self) -> nn.Module | None:
         """Write the tuned parameters into the FM and return it, to be evaluated.
 
         Frozen weights are part of it: a method that changes them at its clients changes them here as well, and whatever
-        is measured on the FM then is measured on the changed one.
+        is measured on the FM then is measured on the changed one. None where there is no one model for all clients,
+        which only a method that is `personal` may say.
         """
+
+    def farewell(self, clients: Sequence[ClientId]) -> Mapping[ClientId, Sequence[Message]]:
+        """What these clients need for models of their own after the last round; asked of a method that is `personal`.
+
+        Like any method's final model it is charged to nobody.
+        """
+        return {}
 
     def put_in_proxy(self) -> nn.Module | None:
         """Write the global tunables into the model that clients train and return it; None where it is the FM."""
@@ -99,6 +107,13 @@ class Server(ABC):
         """Become the server that `state` was taken from."""
 
 
+def tuned_fm(server: Server) -> nn.Module:
+    """The FM with the tuned parameters in it, of a server that has one model for all clients."""
+    model = server.put_in_fm()
+    assert model is not None, "there is no one model for all clients"
+    return model
+
+
 class Client(ABC):
     """Holds what one client was sent. Never sees the FM, unless the method ships it."""
 
@@ -113,6 +128,10 @@ class Client(ABC):
     def fit(self, task: LocalTask, execute: Callable[[LocalTask], LocalResult]) -> LocalResult:
         """Run the task; only a method whose local work is not gradient descent overrides this."""
         return execute(task)
+
+    def personal(self, inbox: Sequence[Message]) -> PersonalModel | None:
+        """Its own model after the last round, by what `Server.farewell` sent it; None for a client that has none."""
+        return None
 
     def state(self) -> State:
         """Everything `restore` needs on a client newly made; empty for a client without memory."""
@@ -130,7 +149,8 @@ class Method(BaseModel, ABC):
 
     needs: what the server has to see of a round's uploads. "sum": no more than their sum, which is what secure
     aggregation leaves it (`fedbench.api.sums` says how a round's messages become one); `fedbench check` then hands
-    `aggregate` that alone. "each": every client's upload.
+    `aggregate` that alone. "each": every client's upload. personal: whether clients end with models of their own, which
+    are scored on test rows of each client's own, beside or instead of one model for all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -138,6 +158,7 @@ class Method(BaseModel, ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     needs: ClassVar[Literal["sum", "each"]] = "each"
+    personal: ClassVar[bool] = False
 
     @property
     def dropout(self) -> float:

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId, Message
-from fedbench.api.sides import Server
+from fedbench.api.sides import Server, tuned_fm
 from fedbench.api.sums import summed
 from fedbench.check.guards import CLIENTS_DATA, THE_FM, Guard, Violation
 from fedbench.data.examples import Examples
@@ -68,13 +68,11 @@ def check_method(
     profile: str | None = "smoke",
     settings: Mapping[str, str] | None = None,
     data_dir: Path | None = None,
-    apart: bool = True,
     report: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
     """Run the contract suite on the method called `name`; one result a clause, in a fixed order.
 
-    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. apart:
-    look at server and clients in processes of their own too, which take longer to start than all else takes. Raises
+    A clause that raises has failed; the others still run. `report` is told each result as soon as it is there. Raises
     FedbenchError if the method cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -107,9 +105,8 @@ def check_method(
                 ("the method learns", learns),
                 ("what clients send is what the server expects", uploads_are_expected),
                 ("the server needs what it says", needs_what_it_says),
+                ("server and clients in separate processes", separate_processes),
             ]
-            if apart:
-                clauses.append(("server and clients in separate processes", separate_processes))
         results = []
         for label, clause in clauses:
             results.append(_result(label, clause, subject))
@@ -134,20 +131,21 @@ class Subject:
         """All its rounds, in one process."""
         this = Run(_with_workers(self.prepared, 1), Silent())
         assert isinstance(this.host, Here)
-        self.before = _parameters(this.host.server.server.put_in_fm())
+        self.before = _made(this.host.server.server)
         this.loop(None)
-        self.after = _parameters(this.host.server.server.put_in_fm())
+        self.after = _made(this.host.server.server)
         return this
 
     @cached_property
     def tuned(self) -> dict[str, Tensor]:
-        """The tuned FM's tunables after the last round."""
-        return dict(self.whole.host.server.tuned().tensors)
+        """The tuned FM's tunables after the last round; none where there is no one model for all clients."""
+        tuned = self.whole.host.server.tuned()
+        return {} if tuned is None else dict(tuned.tensors)
 
     @cached_property
     def record(self) -> Record:
         """The run's record."""
-        assert self.tuned  # before the selected round takes the place of the last
+        _ = self.tuned  # before the selected round takes the place of the last
         return finish(self.whole)
 
 
@@ -181,8 +179,7 @@ def same_seed_same_record(subject: Subject) -> None:
     The second spreads its clients over worker processes, where those can be had: a client that learns something in
     the functions its task declares, behind the harness's back, would lose it there.
     """
-    prepared = subject.prepared
-    first = run(_with_workers(prepared, 1))
+    prepared, first = subject.prepared, subject.record
     other = prepare(replace(prepared.request, seed=prepared.request.seed + 1))
     require(other.key != prepared.key, "two seeds have one key")
     torch.rand(3)  # whatever else reads the global generator must not matter
@@ -208,7 +205,7 @@ def names_bind(subject: Subject) -> None:
     proxy = server.put_in_proxy()
     if proxy is None:
         return
-    inside, outside = dict(proxy.named_parameters()), dict(server.put_in_fm().named_parameters())
+    inside, outside = dict(proxy.named_parameters()), dict(tuned_fm(server).named_parameters())
     names = server.fm_names()
     require(bool(names), "a server with a proxy has to say where its tunables belong: fm_names() is empty")
     require(len(set(names.values())) == len(names), "fm_names() maps two tunables to one place")
@@ -229,7 +226,7 @@ def tunables_are_trained(subject: Subject) -> str | None:
     longer = p.scenario.federation.model_copy(update={"rounds": max(2, p.scenario.federation.rounds), "dropout": 0.0})
     watch = _Watch()
     run, server = _watched(p, longer, watch, subject.whole.rows)
-    before = _parameters(server.put_in_fm())
+    before = _made(server)
     run.loop(None)
     if watch.steps:
         without = sorted(watch.declared - watch.gradient)
@@ -240,7 +237,7 @@ def tunables_are_trained(subject: Subject) -> str | None:
         )
     still = sorted(watch.declared - watch.moved)
     require(not still, f"{_few(still)} ends every client's training as it began")
-    after, names = _parameters(server.put_in_fm()), server.fm_names()
+    after, names = _made(server), server.fm_names()
     moved = {n for n, tensor in after.items() if n not in before or not torch.equal(tensor, before[n])}
     # A product of LoRA may end in the frozen weight it is added to, with the adapter as it was.
     moved |= {n for n in after if f"{n.partition('.lora_')[0]}.base_layer.weight" in moved}
@@ -254,6 +251,7 @@ def learns(subject: Subject) -> str | None:
     """Clients who all hold the same few rows, one of each class, learn them: the loss there falls.
 
     It is the loss of what clients train, a proxy where there is one: how much of that arrives in the FM is a result.
+    Where there is no one model for all clients, it is that of their training in the first round and in the last.
     """
     p = subject.prepared
     _, first = np.unique(p.loaded.data.train.labels, return_index=True)
@@ -261,15 +259,19 @@ def learns(subject: Subject) -> str | None:
     everything = {"rounds": 3, "local_epochs": 4, "batch_size": len(rows), "max_steps": None, "dropout": 0.0}
     federation = p.scenario.federation.model_copy(update={**everything, "fraction": 1.0})
     watch = _Watch()
-    run, server = _watched(p, federation, watch, [rows] * len(subject.whole.rows), few=True)
+    run, server = _watched(p, federation, watch, dict.fromkeys(subject.whole.rows, rows), few=True)
 
     def loss() -> float:
         proxy = server.put_in_proxy()
-        return evaluate(server.put_in_fm() if proxy is None else proxy, rows, len(rows), Execution()).loss
+        return evaluate(tuned_fm(server) if proxy is None else proxy, rows, len(rows), Execution()).loss
 
-    before = loss()
-    run.loop(None)
-    after = loss()
+    if server.put_in_fm() is None:
+        run.loop(None)
+        before, after = (run.rounds[i]["loss"] for i in (0, -1))
+    else:
+        before = loss()
+        run.loop(None)
+        after = loss()
     if not watch.steps:  # without gradients a few steps need not go down
         return "not looked at: clients train in a way of their own"
     require(
@@ -280,8 +282,11 @@ def learns(subject: Subject) -> str | None:
     return None
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+def _made(server: Server) -> dict[str, Tensor]:
+    """The tuned FM's parameters or, where there is no one model for all clients, the server's state."""
+    model = server.put_in_fm()
+    found = server.state().tensors.items() if model is None else model.named_parameters()
+    return {name: tensor.detach().clone() for name, tensor in found}
 
 
 def _few(names: Sequence[str]) -> str:
@@ -319,7 +324,7 @@ class _Watch:
 
 
 def _watched(
-    p: Prepared, federation: Federation, watch: _Watch, rows: Sequence[Examples], few: bool = False
+    p: Prepared, federation: Federation, watch: _Watch, rows: Mapping[ClientId, Examples], few: bool = False
 ) -> tuple[Run, Server]:
     """A run whose clients hold these rows and train under a watch, and its server; `few`: two clients take part."""
 
@@ -337,7 +342,9 @@ def _watched(
     class Watched(Here):
         client_side = Clients
 
-        def __init__(self, prepared: Prepared, _: Sequence[Examples], label_counts: Sequence[Sequence[int]]) -> None:
+        def __init__(
+            self, prepared: Prepared, _: Mapping[ClientId, Examples], label_counts: Sequence[Sequence[int]]
+        ) -> None:
             super().__init__(prepared, rows, label_counts)
 
     class Tried(Run):
@@ -382,7 +389,7 @@ def needs_what_it_says(subject: Subject) -> str | None:
     server.aggregate = with_the_sum  # type: ignore[method-assign]
     run.loop(None)
     assert subject.whole
-    after = _parameters(server.put_in_fm())
+    after = _made(server)
     expected, found = ({n: t - subject.before[n] for n, t in each.items()} for each in (subject.after, after))
     require(
         tensors_close(expected, found, 1e-3),
@@ -404,7 +411,8 @@ def separate_processes(subject: Subject) -> None:
         run = Run(_with_workers(p, 1), Silent(), host)
         with run.host:
             run.loop(None)
-            apart = run.host.server.tuned().tensors
+            tuned = run.host.server.tuned()
+            apart = {} if tuned is None else tuned.tensors
             record = finish(run)
     except (FedbenchError, RuntimeError) as error:
         raise Violation(str(error)) from None

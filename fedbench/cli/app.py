@@ -20,6 +20,8 @@ from fedbench.cli.gradient import gradient_command
 from fedbench.cli.grid import grid_command
 from fedbench.cli.list import list_command
 from fedbench.cli.new import new_app
+from fedbench.cli.plain import PlainCommand, PlainGroup
+from fedbench.cli.report import report_command
 from fedbench.cli.run import run_command
 from fedbench.cli.server import server_command
 from fedbench.cli.show import show_command
@@ -29,6 +31,7 @@ from fedbench.errors import FedbenchError, printable
 
 app = typer.Typer(
     name="fedbench",
+    cls=PlainGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -47,11 +50,14 @@ app = typer.Typer(
 app.command("run", epilog="The same command after Ctrl-C or a crash goes on after the last finished round.")(
     run_command
 )
-app.command("list")(list_command)
+app.command("list", cls=PlainCommand)(list_command)
 app.command("show")(show_command)
 app.command("grid", epilog="Stop it at any time: the same command skips what is finished and goes on.")(grid_command)
 app.command("table", epilog="Example: fedbench table --results results --format markdown --scenario agnews-noniid")(
     table_command
+)
+app.command("report", epilog="Example: fedbench report results -o report.html; docs/report.md shows what is in it")(
+    report_command
 )
 app.command("gradient", epilog="Example: fedbench gradient --method fedpft --method fedot --scenario tweets-noniid")(
     gradient_command

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fedbench.cli.console import column_table, make_console
@@ -35,6 +33,9 @@ def doctor_command(data_dir: DataDir = None, cache: CacheDir = None) -> None:
 
 def facts(data_dir: Path | None = None, cache: Path | None = None) -> Iterator[tuple[str, str]]:
     """Pairs (what, found), one at a time: the slow ones (torch, the hub) come where they are needed."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     from fedbench.data.sources import hub_state
     from fedbench.package import own_version
 

@@ -90,4 +90,6 @@ def _score(record: Record) -> str:
     plug_in = record.accuracy.plug_in
     if plug_in:
         return f": accuracy {plug_in.accuracy:.4f}"
+    if personal := record.accuracy.personal:
+        return f": personal models {personal.mean:.4f}"
     return f": not available: {record.accuracy.unavailable}"

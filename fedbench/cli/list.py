@@ -50,15 +50,11 @@ def list_command(
     if kind in (None, Kind.scenarios):
         rows = [(e.name, e.error or e.summary, e.origin, bool(e.error)) for e in registry.scenarios.values()]
         console.print(_listing("scenarios", rows))
-    others = {
-        Kind.datasets: ("data sets", registry.datasets),
-        Kind.families: ("model families", registry.families),
-        Kind.hosts: ("hosts", registry.hosts),
-    }
+    others = {Kind.datasets: "data sets", Kind.families: "model families", Kind.hosts: "hosts"}
     if kind in others:
-        title, entries = others[kind]
+        entries = getattr(registry, kind)  # parsed here: the other kinds' files stay unread
         rows = [(e.name, e.error or e.summary, e.origin, bool(e.error)) for e in entries.values()]
-        console.print(_listing(title, rows))
+        console.print(_listing(others[kind], rows))
     if kind in (None, Kind.fms):
         from fedbench.models.zoo.names import FMS
 

@@ -34,7 +34,7 @@ def scenario_command(
     from fedbench.data.own.propose import propose
     from fedbench.files import write_text
     from fedbench.names import bad_name, plugin_name
-    from fedbench.scenario.load import split_names
+    from fedbench.scenario.toml import split_names
 
     target = output or Path(f"{source.resolve().name.partition('.')[0]}.toml")
     if target.suffix != ".toml":

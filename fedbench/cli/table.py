@@ -43,18 +43,62 @@ def table_command(
     ] = None,
     measure: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A column for this measure too, aggregation_error say; may be repeated."),
+        typer.Option(
+            metavar="NAME",
+            help="A column for this measure too: aggregation_error, say, or simulated_time; may be repeated.",
+        ),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Simulate clients of this profile alone: phone, laptop or silo; may be repeated."
+        ),
+    ] = None,
+    profiles: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Client profiles (link and speed) from this TOML file instead."),
+    ] = None,
+    within: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BUDGET",
+            help="What was reached within 10MB (traffic), up=10MB, memory=80MB or, with one --profile, 2h; repeated, "
+            "within all.",
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="ACCURACY", help="What it cost to reach 0.8 (or 80%): rounds, bytes, seconds."),
+    ] = None,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Letters for methods that cannot be told apart; who beats whom how often.")
+    ] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", parser=given("--baseline"), help="Differences from this method alone."),
+    ] = None,
+    pareto: Annotated[
+        bool,
+        typer.Option("--pareto", help="Which methods are not dominated in accuracy, traffic, memory and exposure."),
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The Pareto front as a picture, .svg or .png; implies --pareto.")
     ] = None,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
+    from fedbench.tables.asked import Asked
     from fedbench.tables.folder import compare_folder
     from fedbench.tables.render.forms import render
+    from fedbench.tables.render.ranking import pareto_picture
     from fedbench.tables.render.terminal import terminal
 
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():
         raise FedbenchError(f"--results {results}: no such folder")
-    comparison = compare_folder(folder, grid, scenario or (), fm, measure or ())
+    asked = Asked.of(measure or (), profile or (), profiles, within or (), to, rank, pareto or picture is not None)
+    comparison = compare_folder(folder, grid, scenario or (), fm, asked, baseline or "")
+    if picture is not None:
+        pareto_picture(comparison.sections, picture)
     if format is Format.terminal:
         make_console().print(terminal(comparison))
     else:

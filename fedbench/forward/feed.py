@@ -32,12 +32,13 @@ from fedbench.compat import attention_of, set_attention
 from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
 from fedbench.forward.encoder import Layer, layers_of, whole_layers
+from fedbench.forward.image import image_layers_of
 from fedbench.forward.layout import Layout
 from fedbench.forward.masks import Masks
 from fedbench.machine.device import Execution
 from fedbench.models.decoder import NextToken, body_of
 from fedbench.models.linear import reordered
-from fedbench.models.parts import Parts, family_of
+from fedbench.models.parts import Parts, adds_tokens, family_of
 from fedbench.models.spec import POOLING
 
 NAME = "fedbench_packed"
@@ -129,14 +130,15 @@ class _Enough(Exception):
 class Forward:
     """The forward pass of one model: how batches go in and what comes out; `forward` makes one.
 
-    packed: whether text batches lose their padding on the way, for families with positions to give.
+    packed: whether text batches lose their padding on the way, for families with positions to give; not of a model that
+    adds tokens of its own to each row, a prefix or a prompt.
     """
 
     def __init__(self, model: nn.Module, packed: bool = True, live: bool = False) -> None:
         """live: inside a `reordered` block, in which the structure of the model stays as it is."""
         self.model = model
         self.family = family_of(model)
-        self.packed = packed and self.family.packed(getattr(model.config, POOLING, None))
+        self.packed = packed and self.family.packed(getattr(model.config, POOLING, None)) and not adds_tokens(model)
         self._live = live
         self._layers: list[Layer] | None = None
 
@@ -161,8 +163,12 @@ class Forward:
         given, answers = batch.inputs, gather and isinstance(model, NextToken)
         if answers:
             given = {**given, "targets": batch.labels}
+        parts = Parts(model)
+        last = parts.layer_path(parts.count - 1)
+        seen = any(path.startswith(f"{last}.") for path in observed)
         if padded or not self.packed or batch.mask is None:
-            yield given, batch.mask
+            with whole_layers(self._whole(batch.mask is None and not padded), gather and not seen):
+                yield given, batch.mask
             return
         chosen = layout or Layout.of(batch.mask)
         config: Any = model.config
@@ -170,9 +176,7 @@ class Forward:
         if offset == "after padding token":
             offset = config.pad_token_id + 1
         before = attention_of(config)
-        parts = Parts(model)
-        last = parts.layer_path(parts.count - 1)
-        trim = gather and family.residual is not None and not any(path.startswith(f"{last}.") for path in observed)
+        trim = gather and family.residual is not None and not seen
 
         def first_tokens(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -203,7 +207,7 @@ class Forward:
         token = _layout.set((chosen, Masks()))
         set_attention(config, NAME)
         try:
-            with whole_layers(self._whole(chosen), chosen.buckets, chosen.first, trim):
+            with whole_layers(self._whole(chosen.blocks), trim, chosen.buckets, chosen.first):
                 yield pack(given, chosen, offset), chosen.real
         finally:
             set_attention(config, before)
@@ -211,11 +215,11 @@ class Forward:
             for hook in hooks:
                 hook.remove()
 
-    def _whole(self, layout: Layout) -> Sequence[Layer]:
-        if not (self._live and layout.blocks):
+    def _whole(self, possible: bool) -> Sequence[Layer]:
+        if not (self._live and possible):
             return ()
         if self._layers is None:
-            self._layers = layers_of(self.model)
+            self._layers = image_layers_of(self.model) or layers_of(self.model)
         return self._layers
 
     def logits(self, batch: Batch, padded: bool = False) -> Tensor:
@@ -229,8 +233,21 @@ class Forward:
 
         `last`: the layer after which nothing is computed any more; None to go through the whole model.
         """
+        out, mask, _ = self._watched(batch, last, False)
+        return out, mask
+
+    def layer_outputs_and_logits(self, batch: Batch) -> tuple[list[Tensor], Tensor | None, Tensor]:
+        """The same of all layers, and what the model makes of the batch, [B, ..]."""
+        out, mask, logits = self._watched(batch, None, True)
+        assert logits is not None
+        return out, mask, logits
+
+    def _watched(
+        self, batch: Batch, last: int | None, gather: bool
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         parts = Parts(self.model)
         out: list[Tensor] = []
+        logits: Tensor | None = None
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             out.append(output[0] if isinstance(output, tuple) else output)
@@ -239,12 +256,14 @@ class Forward:
 
         hooks = [parts.layer(i).register_forward_hook(keep) for i in range(parts.count)]
         try:
-            with self.feeding(batch, gather=False) as (inputs, mask), suppress(_Enough):
-                self.model(**inputs)
+            # Whoever observes the last layer has all of its tokens computed.
+            inside = (f"{parts.layer_path(parts.count - 1)}.*",)
+            with self.feeding(batch, gather=gather, observed=inside) as (inputs, mask), suppress(_Enough):
+                logits = self.model(**inputs).logits
         finally:
             for hook in hooks:
                 hook.remove()
-        return out, mask
+        return out, mask, logits
 
 
 @contextmanager

@@ -41,8 +41,8 @@ from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell
 from fedbench.names import bad_name, nearest
 from fedbench.run.request import LARGEST_SEED
-from fedbench.scenario.load import read_toml
 from fedbench.scenario.settings import as_text, mistake
+from fedbench.scenario.toml import read_toml
 
 MOST_SEEDS = 10_000
 """Seeds that a number may stand for."""

@@ -158,7 +158,7 @@ def per_client(test: Evaluation, classes: np.ndarray, label_counts: Sequence[Seq
     counts[:, np.isnan(by_class)] = 0.0
     totals = counts.sum(axis=1)
     values = (counts[totals > 0] @ np.nan_to_num(by_class)) / totals[totals > 0]
-    return _over_clients(values)
+    return over_clients(values)
 
 
 def on_own_rows(test: Evaluation, whose: np.ndarray) -> dict[str, Any]:
@@ -171,10 +171,11 @@ def on_own_rows(test: Evaluation, whose: np.ndarray) -> dict[str, Any]:
     of_row = test.shares
     right = np.bincount(whose[whose >= 0], weights=of_row[whose >= 0], minlength=len(counts))
     held = counts > 0
-    return _over_clients(right[held] / counts[held]) | {"rows": counts[held].tolist()}
+    return over_clients(right[held] / counts[held]) | {"rows": counts[held].tolist()}
 
 
-def _over_clients(values: np.ndarray) -> dict[str, Any]:
+def over_clients(values: np.ndarray) -> dict[str, Any]:
+    """The record's block of accuracies by client, [n]: mean, deviation, mean of the lowest tenth, and themselves."""
     lowest = np.sort(values)[: max(1, round(0.1 * len(values)))]
     return {
         "mean": float(values.mean()),

@@ -20,6 +20,15 @@ from fedbench.measures.observer import Observer
 
 
 @dataclass(frozen=True)
+class _Squares:
+    """Squared Frobenius norms: of mean(B_k A_k), and of its differences from mean(B_k) mean(A_k) and from the model."""
+
+    whole: float
+    factors: float
+    model: float
+
+
+@dataclass(frozen=True)
 class _Weight:
     """An adapted weight of the FM in a round: itself before it, and its clients' factors, B [out, r] and A [r, in].
 
@@ -39,13 +48,46 @@ class _Weight:
     @property
     def product_of_means(self) -> Tensor:
         """[out, in]; factors of lower rank count as padded with zeros."""
-        (first_b, first_a), rank = self.factors[0], max(len(a) for _, a in self.factors)
-        mean_b, mean_a = first_b.new_zeros(len(first_b), rank), first_a.new_zeros(rank, first_a.shape[1])
-        scale = sum(self.shares)
-        for (b, a), share in zip(self.factors, self.shares, strict=True):
-            mean_b[:, : b.shape[1]] += b * (share / scale)
-            mean_a[: len(a)] += a * (share / scale)
-        return scale * mean_b @ mean_a
+        _, _, (mean_b, mean_a) = self._around(max(len(a) for _, a in self.factors))
+        return sum(self.shares) * mean_b @ mean_a
+
+    def _around(self, rank: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """All B [k, out, rank] and A [k, rank, in] less their means, and the means; each padded with zeros to rank."""
+        each = [_padded(b, a, rank) for b, a in self.factors]
+        b, a = torch.stack([b for b, _ in each]), torch.stack([a for _, a in each])
+        weights = b.new_tensor(self.shares)[:, None, None] / sum(self.shares)
+        mean_b, mean_a = (weights * b).sum(0), (weights * a).sum(0)
+        return b - mean_b, a - mean_a, (mean_b, mean_a)
+
+    def of_products(self, own: tuple[Tensor, Tensor]) -> _Squares:
+        """Against a model whose weight is as before the round, and whose factors are `own`.
+
+        Every difference is a sum of products of low rank r. With b_k and a_k for what client k's factors are off their
+        means, and s for the scale, the mean of products is their product plus the mean of b_k a_k, so that sum is the
+        difference from the product; from the model's s B A it is that sum less s (B - mean) A and s mean (A - mean).
+        The norm of X Y is the sum over XᵀX times YYᵀ, of size [clients r, clients r]. No matrix [out, in] is made, and
+        what is small is no difference of what is large.
+        """
+        rank = max(len(a) for _, a in (*self.factors, own))
+        off_b, off_a, (mean_b, mean_a) = self._around(rank)
+        b, a = _padded(*own, rank)
+        scale, shares = sum(self.shares), off_a.new_tensor(self.shares)[:, None, None]
+        left = torch.cat([off_b.transpose(0, 1).flatten(1), mean_b, -mean_b, mean_b - b], 1)
+        right = torch.cat([(shares * off_a).flatten(0, 1), scale * mean_a, scale * (a - mean_a), scale * a])
+        overlaps = (left.T @ left) * (right @ right.T)
+        first = overlaps.shape[0] - 3 * rank
+        parts = [slice(0, first), slice(first, first + rank), slice(first + rank, None)]
+
+        def square(*chosen: slice) -> float:
+            return max(0.0, float(sum(overlaps[i, j].sum() for i in chosen for j in chosen)))
+
+        return _Squares(square(*parts[:2]), square(parts[0]), square(parts[0], parts[2]))
+
+    def of_whole(self, gained: Tensor) -> _Squares:
+        """Against a model that has gained [out, in] in this weight, in whatever way."""
+        mean = self.mean_of_products
+        differences = mean, mean - self.product_of_means, mean - gained
+        return _Squares(*(float(difference.square().sum()) for difference in differences))
 
 
 class AggregationErrors(Observer):
@@ -72,8 +114,9 @@ class AggregationErrors(Observer):
         self._weights = {}
         if not sent:
             return
+        if (model := server.put_in_fm()) is None:
+            return
         with self.time("aggregation_error"):
-            model = server.put_in_fm()
             counts = [float(m.meta.get("num_examples", 1)) for m in adapters]
             for path, one in sent.items():
                 mine = [one.replace(".lora_A.", f".lora_{f}.").replace(".lora_B.", f".lora_{f}.") for f in "BA"]
@@ -85,25 +128,31 @@ class AggregationErrors(Observer):
                 self._weights[path] = _Weight(weight, [(b, a) for b, a in factors], shares)
 
     def aggregated(self, round: int, server: Server) -> None:
-        if not self._weights:
+        if not self._weights or (model := server.put_in_fm()) is None:
             return
         with self.time("aggregation_error"):
-            model, names = server.put_in_fm(), {adapted(mine): adapted(fm) for mine, fm in server.fm_names().items()}
-            whole = factors = lost = 0.0
-            for path, weight in self._weights.items():
-                mean = weight.mean_of_products
-                whole += float(mean.square().sum())
-                factors += float((mean - weight.product_of_means).square().sum())
-                lost += float((mean - self._gained(model.get_submodule(names.get(path, path)), weight)).square().sum())
+            names = {adapted(mine): adapted(fm) for mine, fm in server.fm_names().items()}
+            found = [
+                self._compared(model.get_submodule(names.get(path, path)), weight)
+                for path, weight in self._weights.items()
+            ]
         self._weights = {}
-        of_factors, of_model = ((part / whole) ** 0.5 if whole > 0 else None for part in (factors, lost))
+        whole = sum(each.whole for each in found)
+        of_factors, of_model = (
+            (part / whole) ** 0.5 if whole > 0 else None
+            for part in (sum(each.factors for each in found), sum(each.model for each in found))
+        )
         self.points.append({"round": round, "factors": of_factors, "model": of_model})
 
     @staticmethod
-    def _gained(module: Any, weight: _Weight) -> Tensor:
-        """What the round left in an adapted weight: what was added to it, and its product."""
+    def _compared(module: Any, weight: _Weight) -> _Squares:
+        """What the round left in an adapted weight, what was added to it and its product, against what clients sent."""
         b, a = (_plain(getattr(module, f"lora_{f}")["default"].weight) for f in "BA")
-        return _plain(module.base_layer.weight) - _plain(weight.before) + module.scaling["default"] * (b @ a)
+        now, scale = module.base_layer.weight.detach().to("cpu"), module.scaling["default"]
+        # Compared by value: a method may write to a weight in ways that leave no trace.
+        if torch.equal(now, weight.before):
+            return weight.of_products((b * (scale / sum(weight.shares)), a))
+        return weight.of_whole(_plain(now) - _plain(weight.before) + scale * (b @ a))
 
     def block(self, server: Server) -> dict[str, Any] | None:
         errors = [point["model"] for point in self.points if point["model"] is not None]
@@ -122,6 +171,13 @@ class AggregationErrors(Observer):
 def adapted(name: str) -> str:
     """The path of the module that a tunable of LoRA belongs to; another name as it is."""
     return name.partition(".lora_")[0]
+
+
+def _padded(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors [out, r] and [r, in] of at least this rank, what they lack of it being zeros."""
+    if len(a) >= rank:
+        return b, a
+    return torch.nn.functional.pad(b, (0, rank - len(a))), torch.nn.functional.pad(a, (0, 0, 0, rank - len(a)))
 
 
 def _plain(tensor: Tensor | nn.Parameter) -> Tensor:

@@ -162,10 +162,10 @@ class GradientErrors(Observer):
         Returns the FM's gradient, which is the `reference` of another point at the same tunable values.
         """
         proxy = server.put_in_proxy()
-        if proxy is None or len(self.probe) == 0:
+        if proxy is None or len(self.probe) == 0 or (fm := server.put_in_fm()) is None:
             return None
         with self.time("gradient"):
-            fm, names = server.put_in_fm(), server.fm_names()
+            names = server.fm_names()
             if reference is None:
                 reference = gradients(fm, tunable_names(fm), self.probe, self.execution)
             mine = gradients(proxy, list(names), self.probe, self.execution)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from fedbench.api.messages import State
-from fedbench.api.sides import Server
+from fedbench.api.sides import Server, tuned_fm
 from fedbench.data.answers import References
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
@@ -90,9 +90,11 @@ class Scores(Observer):
         rows = self.rows.validation
         found: dict[str, float | None] = {}
         with self.time("evaluate"):
-            proxy = server.put_in_proxy()
+            proxy, fm = server.put_in_proxy(), server.put_in_fm()
+            if fm is None:
+                return {}
             if due or proxy is None:
-                found["plug_in_validation"] = self.evaluate(server.put_in_fm(), rows, round).accuracy
+                found["plug_in_validation"] = self.evaluate(fm, rows, round).accuracy
             found["proxy_validation"] = None if proxy is None else self.evaluate(proxy, rows, round).accuracy
         seen = found["plug_in_validation"] if proxy is None else found["proxy_validation"]
         assert seen is not None
@@ -112,8 +114,11 @@ class Scores(Observer):
         selected = self.selected(rounds)
         if self.best is not None:
             server.restore(self.best.state)
+        if server.put_in_fm() is None:
+            nothing = dict.fromkeys(("plug_in", "proxy", "untouched", "gap", "per_client", "unavailable"))
+            return {"selection": {"rule": "last", "round": selected}, **nothing}
         with self.time("test"):
-            plug_in, of_plug_in = self._test(server.put_in_fm(), self.rows.test, selected)
+            plug_in, of_plug_in = self._test(tuned_fm(server), self.rows.test, selected)
             proxy_model = server.put_in_proxy()
             proxy, of_proxy = None, None
             if proxy_model is not None:
@@ -123,7 +128,7 @@ class Scores(Observer):
                 model = self.fm.build(None, self.execution.device)
                 model.load_state_dict(self.fm.trained_head, strict=False)
                 _, untouched = self._test(model, self.rows.test, selected, rows=False)
-            models = {"plug_in": server.put_in_fm(), "proxy": proxy_model}
+            models = {"plug_in": tuned_fm(server), "proxy": proxy_model}
             extra = {
                 test: {
                     name: None if model is None else self._test(model, rows, selected)[1]
@@ -134,7 +139,7 @@ class Scores(Observer):
         final = dict(self.validation.get(selected, {}))
         if final and "plug_in_validation" not in final:
             with self.time("evaluate"):
-                final["plug_in_validation"] = self.evaluate(server.put_in_fm(), self.rows.validation, selected).accuracy
+                final["plug_in_validation"] = self.evaluate(tuned_fm(server), self.rows.validation, selected).accuracy
         accuracy: dict[str, Any] = {
             "selection": {"rule": self.settings.selection, "round": selected},
             "plug_in": of_plug_in,

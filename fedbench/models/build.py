@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +16,9 @@ from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear, family_of
-from fedbench.models.spec import PROJECTIONS, ModelSpec
+from fedbench.models.prefix import add_prefix
+from fedbench.models.prompt import add_prompt
+from fedbench.models.spec import FFN, FFN_ROLES, PROJECTIONS, ModelSpec
 from fedbench.models.straight import straighten
 from fedbench.models.weights import set_tunable
 
@@ -52,6 +56,13 @@ def build(spec: ModelSpec) -> nn.Module:
         for i in range(parts.count):
             for path in (parts.attention_paths(i)[PROJECTIONS.index("output")], parts.ffn_out_path(i)):
                 model.set_submodule(path, Bottleneck(_linear(model, path), spec.bottleneck))
+    for i, times in enumerate(spec.repeats or ()):
+        if times > 1:
+            parts.layer(i).register_forward_hook(partial(_again, times - 1), with_kwargs=True)
+    if spec.prefix is not None:
+        add_prefix(model, spec.prefix)
+    if spec.prompt is not None:
+        add_prompt(model, spec.prompt)
     with torch.no_grad():
         for p in model.parameters():
             p.requires_grad_(False)
@@ -80,6 +91,13 @@ def as_computed_here(model: nn.Module) -> None:
         read_last(model)
 
 
+def _again(times: int, layer: nn.Module, inputs: tuple[Any, ...], given: Mapping[str, Any], output: Any) -> Any:
+    """Run a layer on what it has made, so many times more; whatever else it was given stays the same."""
+    for _ in range(times):
+        output = layer.forward(output[0] if isinstance(output, tuple) else output, *inputs[1:], **given)
+    return output
+
+
 def _narrow(parts: Parts, i: int, width: int) -> None:
     """Give a layer's FFN another number of neurons."""
     model, times = parts.model, 2 if parts.stacked else 1
@@ -91,15 +109,19 @@ def _narrow(parts: Parts, i: int, width: int) -> None:
 
 
 def _adapted(parts: Parts, i: int, projections: Sequence[str]) -> list[str]:
-    """The linear layers of a layer's attention that these projections name, each once.
+    """The linear layers of a layer that these projections name, each once.
 
-    Raises FedbenchError where one layer gives several projections, of which some are named and some are not.
+    Raises FedbenchError for one that the layer does not have, and where one linear layer gives several, of which some
+    are named and some are not.
     """
-    named = list(zip(PROJECTIONS, parts.attention_paths(i), strict=True))
-    found = dict.fromkeys(path for projection, path in named if projection in projections)
-    for projection, path in named:
-        if path in found and projection not in projections:
-            together = [other for other, same in named if same == path]
+    roles = parts.linear_paths(i)
+    asked = {*projections} | ({role for role, _ in roles if role in FFN_ROLES} if FFN in projections else set())
+    if missing := sorted(asked - {FFN, *(role for role, _ in roles)}):
+        raise FedbenchError(f"LoRA on {missing[0]}: a layer of {parts.family.name} has none")
+    found = dict.fromkeys(path for role, path in roles if role in asked)
+    for role, path in roles:
+        if path in found and role not in asked:
+            together = [other for other, same in roles if same == path]
             raise FedbenchError(
                 f"LoRA on {', '.join(projections)}: in {parts.family.name} one layer gives {', '.join(together)}; name "
                 "all of them or none"

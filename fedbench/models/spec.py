@@ -13,6 +13,10 @@ from fedbench.models.families.known import family_called
 
 PROJECTIONS = ("query", "key", "value", "output")
 """The linear layers of an attention, in the order of `Family.attention`."""
+FFN_ROLES = ("gate", "up", "down")
+"""The linear layers of an FFN; a plain one has no gate."""
+FFN = "ffn"
+"""All linear layers that an FFN has."""
 
 Head = Literal["classes", "vocabulary"]
 """What a model answers with: classes of a row, or of each token the next one."""
@@ -24,13 +28,21 @@ LAYER_KINDS = "layer_types"
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """LoRA on these projections of the attention of these layers; None means all layers."""
+    """LoRA on these linear layers of these layers; None means all layers.
+
+    projections: those of attention, as in `PROJECTIONS`, and of FFNs, as in `FFN_ROLES`, or `FFN` for all of an FFN.
+    """
 
     r: int
     alpha: float
     dropout: float = 0.0
     layers: tuple[int, ...] | None = None
     projections: tuple[str, ...] = PROJECTIONS
+
+    @property
+    def on_ffns(self) -> bool:
+        """Whether there is LoRA on a linear layer of an FFN."""
+        return bool({FFN, *FFN_ROLES} & {*self.projections})
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,10 @@ class ModelSpec:
 
     config: a transformers configuration as a dictionary, labels and layer count included.
     ffn_widths: neurons of each layer's FFN. What is tunable follows from it: the head, the adapters of `lora`, with
-    `biases` every bias of the model itself, and adapters of `bottleneck` neurons behind each layer's attention and FFN.
-    head: what the model answers with, classes of a row or, of each token, the next one.
+    `biases` every bias of the model itself, adapters of `bottleneck` neurons behind each layer's attention and FFN,
+    keys and values of `prefix` tokens in each layer's attention, and the vectors of `prompt` tokens beside the
+    embeddings. head: what the model answers with, classes of a row or, of each token, the next one. repeats: how often
+    each layer is run, one after the other; None for once.
     """
 
     model_type: str
@@ -50,6 +64,9 @@ class ModelSpec:
     biases: bool = False
     bottleneck: int | None = None
     head: Head = "classes"
+    prefix: int | None = None
+    prompt: int | None = None
+    repeats: tuple[int, ...] | None = None
 
     @property
     def architecture(self) -> str:
@@ -78,6 +95,14 @@ class ModelSpec:
     def with_bottleneck(self, neurons: int | None) -> ModelSpec:
         """The same model with bottleneck adapters of so many neurons."""
         return replace(self, bottleneck=neurons)
+
+    def with_prefix(self, tokens: int | None) -> ModelSpec:
+        """The same model with a prefix of so many tokens in the attention of every layer."""
+        return replace(self, prefix=tokens)
+
+    def with_prompt(self, tokens: int | None) -> ModelSpec:
+        """The same model with so many learned vectors beside its embeddings."""
+        return replace(self, prompt=tokens)
 
     def with_ffn_widths(self, widths: Sequence[int]) -> ModelSpec:
         """The same model with other FFN widths, one a layer."""
@@ -109,6 +134,12 @@ class ModelSpec:
             body["bottleneck"] = self.bottleneck
         if self.head != "classes":
             body["head"] = self.head
+        if self.prefix is not None:
+            body["prefix"] = self.prefix
+        if self.prompt is not None:
+            body["prompt"] = self.prompt
+        if self.repeats is not None:
+            body["repeats"] = list(self.repeats)
         return json.dumps(body, sort_keys=True)
 
     @classmethod
@@ -118,5 +149,7 @@ class ModelSpec:
         if body["lora"] is not None:
             r, alpha, dropout, layers, *rest = body["lora"]
             lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
-        more = body.get("biases", False), body.get("bottleneck"), body.get("head", "classes")
-        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, *more)
+        more = {name: body[name] for name in ("biases", "bottleneck", "head", "prefix", "prompt") if name in body}
+        if "repeats" in body:
+            more["repeats"] = tuple(body["repeats"])
+        return cls(body["type"], body["config"], tuple(body["ffn"]), lora, **more)

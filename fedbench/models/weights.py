@@ -27,8 +27,8 @@ def set_tunable(model: nn.Module, biases: bool) -> None:
 
 
 def _is_added(name: str) -> bool:
-    """Whether a parameter is of an adapter: of LoRA, or of a bottleneck."""
-    return ".lora_" in name or ".adapter_" in name
+    """Whether a parameter is of an adapter: of LoRA, of a bottleneck, of a prefix or of a prompt."""
+    return any(word in name for word in (".lora_", ".adapter_", ".prefix.", ".prompt."))
 
 
 def _is_frozen(parts: Parts, name: str) -> bool:

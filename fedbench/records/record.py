@@ -201,7 +201,9 @@ def _scores(accuracy: Accuracy) -> Iterator[str]:
     points = [s.accuracy for s in (accuracy.plug_in, accuracy.proxy) if s is not None and s.accuracy is not None]
     if gap is not None and (len(points) < 2 or not _close(gap, points[0] - points[1])):
         yield f"accuracy.gap: {gap}, but that is not plug_in minus proxy"
-    if (clients := accuracy.per_client) and clients.values:
+    for block, clients in (("per_client", accuracy.per_client), ("personal", accuracy.personal)):
+        if clients is None or not clients.values:
+            continue
         values = clients.values
         lowest = sorted(values)[: max(1, round(0.1 * len(values)))]
         for name, said, value in (
@@ -211,7 +213,7 @@ def _scores(accuracy: Accuracy) -> Iterator[str]:
         ):
             # The values are rounded to six digits.
             if not math.isclose(said, value, abs_tol=2e-6):
-                yield f"accuracy.per_client.{name}: {said}, but its values say {value:.6f}"
+                yield f"accuracy.{block}.{name}: {said}, but its values say {value:.6f}"
 
 
 def _traffic(traffic: Communication) -> Iterator[str]:
@@ -242,7 +244,7 @@ def _course(record: Record) -> Iterator[str]:
         if listed != list(range(len(listed))):
             yield f"{place}: not the rounds 0 to {len(listed) - 1} in order"
     federation, selection = record.scenario.federation, record.accuracy.selection
-    if record.accuracy.plug_in is None or federation is None or selection is None:
+    if (record.accuracy.plug_in or record.accuracy.personal) is None or federation is None or selection is None:
         return
     for place, listed in numbers.items():
         if len(listed) != federation.rounds:
@@ -253,6 +255,14 @@ def _course(record: Record) -> Iterator[str]:
         cohort, arrived, refused = set(entry.cohort), set(entry.arrived), {each.client for each in entry.refused}
         if not arrived | refused <= cohort or arrived & refused:
             yield f"rounds.{i}: arrived and refused are not separate parts of its cohort"
+        for way, said, by_client in (
+            ("up", size.up, entry.bytes_up_by_client), ("down", size.down, entry.bytes_down_by_client)
+        ):  # fmt: skip
+            if by_client is not None and sum(by_client) != said:
+                yield f"rounds.{i}.bytes_{way}_by_client: sums to {sum(by_client)}, but per_round has {said}"
+        for name in ("bytes_up_by_client", "bytes_down_by_client", "flops_by_client"):
+            if (values := getattr(entry, name)) is not None and len(values) != len(entry.cohort):
+                yield f"rounds.{i}.{name}: {len(values)} of them, but the cohort has {len(entry.cohort)} clients"
         for way, said, measured in (("up", size.up, entry.bytes_up), ("down", size.down, entry.bytes_down)):
             if measured not in (None, said):
                 yield f"communication.per_round.{i}.{way}: {said}, but rounds has {measured}"

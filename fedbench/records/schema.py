@@ -147,6 +147,16 @@ class PerClient(Block):
     rows: list[Positive] | None = None  # own test rows of each of these clients; null where values are by label shares
 
 
+class Personal(PerClient):
+    """Accuracy of clients' own models, each on test rows of its own: not to be compared with that of one model for all.
+
+    `rows` and `values` are by client that has a model.
+    """
+
+    drawn: bool  # whether the rows were drawn from the test set in the clients' label shares; else they are their own
+    without: Count  # clients without a model, for want of training
+
+
 class Accuracy(Block):
     """What came out."""
 
@@ -157,6 +167,7 @@ class Accuracy(Block):
     gap: Gap | None = None  # plug_in minus proxy
     validation: Validation = Validation()
     per_client: PerClient | None = None
+    personal: Personal | None = None  # of clients' own models, where a method makes some
     unavailable: str | None = None  # why there is nothing to score
     test_name: str | None = None  # of the first test set, where there are several
     extra_tests: dict[str, ExtraTest] | None = None  # by name of the test set
@@ -165,9 +176,9 @@ class Accuracy(Block):
     def _named(self) -> Accuracy:
         if self.empty:
             return self
-        if self.plug_in is None and not self.unavailable:
+        if self.plug_in is None and not self.unavailable and self.personal is None:
             raise ValueError("neither plug_in has a score nor unavailable a reason why there is none")
-        if self.plug_in is not None and self.selection is None:
+        if (self.plug_in or self.personal) is not None and self.selection is None:
             raise ValueError("selection is missing, so nobody knows which round was scored")
         if self.extra_tests and not self.test_name:
             raise ValueError("test_name is missing beside extra_tests")
@@ -334,6 +345,9 @@ class Round(Block):
     loss: Finite | None = None  # mean training loss of those that arrived
     bytes_up: Count | None = None
     bytes_down: Count | None = None
+    bytes_up_by_client: list[Count] | None = None  # of each of the cohort, in its order
+    bytes_down_by_client: list[Count] | None = None
+    flops_by_client: list[Count | None] | None = None  # of its local training, padded; null where none or not known
     plug_in_validation: Share | None = None
     proxy_validation: Share | None = None
 

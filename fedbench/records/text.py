@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ SIGNIFICANT_DIGITS = 9
 """Floats of a record are rounded to this many digits: enough for any measure, and stable under one more rounding."""
 
 WIDTH = 120
+
+_LONG = 300
+"""Digits from which on a whole number may be too large for a float."""
 
 _DEPTH = 32
 """How deep a record's tables may be nested; ours are six deep."""
@@ -42,10 +45,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        # Of a large population a record holds lists of a million numbers.
+        return list(value) if _whole_numbers(value) else [plain(item) for item in value]
     if isinstance(value, BaseModel):
         return plain(value.model_dump(by_alias=True, exclude_unset=True))
     raise TypeError(f"{type(value).__name__} cannot be kept in a record")
+
+
+def _whole_numbers(value: Sequence[Any]) -> bool:
+    return {*map(type, value)} == {int}
 
 
 def canonical_json(obj: Any) -> str:
@@ -65,7 +73,8 @@ def parse(text: str) -> Any:
         return value
 
     def whole(literal: str) -> int:
-        number(literal)
+        if len(literal) > _LONG:
+            number(literal)
         return int(literal)
 
     def table(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,7 +93,11 @@ def parse(text: str) -> Any:
 def _sound(value: Any, place: tuple[str | int, ...]) -> None:
     """Raise ValueError where tables are nested too deeply, or a text holds half a character, which no file can."""
     wrong = "nested too deeply" if len(place) > _DEPTH else ""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value[:1] if _whole_numbers(value) else value)  # one number stands for all
     if not wrong:
         for name, item in inner:
             if isinstance(name, str):
@@ -144,7 +157,8 @@ def _text(value: Any, indent: int, used: int) -> str:
         if all(map(_scalar, value)):
             if indent + used + len(flat) <= WIDTH or len(value) == 1:
                 return flat
-            return "[\n" + _fill([_flat(item) for item in value], inner) + "\n" + " " * indent + "]"
+            items = flat[1:-1].split(", ") if _whole_numbers(value) else [_flat(item) for item in value]
+            return "[\n" + _fill(items, inner) + "\n" + " " * indent + "]"
         return "[\n" + ",\n".join(inner + _row(item, indent + 1) for item in value) + "\n" + " " * indent + "]"
     return _flat(value)
 

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedbench.errors import FedbenchError
 from fedbench.names import nearest
-from fedbench.registry.doors import built_in, given, installed
-from fedbench.registry.entries import DATA_SETS, FAMILIES, HOSTS, KINDS, METHODS, SCENARIOS, Entry, Kind, add
+from fedbench.registry.doors import built_in, given, installed, require_whole
+from fedbench.registry.entries import DATA_SETS, FAMILIES, HOSTS, METHODS, SCENARIOS, Entry, Kind, add
 from fedbench.registry.importing import import_class, import_value
+from fedbench.scenario.toml import split_names
 
 if TYPE_CHECKING:
     from fedbench.api.sides import Method
@@ -43,18 +44,41 @@ class Registry:
     """
 
     def __init__(self, plugins: Sequence[str] = ()) -> None:
-        found: dict[Kind, dict[str, Entry]] = {kind: {} for kind in KINDS}
-        for entry in chain(built_in(), installed()):
-            add(found[entry.kind], entry)
+        require_whole()
         self._brought: dict[str, list[Entry]] = {plugin: [*given(plugin)] for plugin in plugins}
-        for entry in chain.from_iterable(self._brought.values()):
-            add(found[entry.kind], entry)
-        self._found = {kind: dict(sorted(entries.items())) for kind, entries in found.items()}
-        self.methods = self._found[METHODS]
-        self.scenarios = self._found[SCENARIOS]
-        self.datasets = self._found[DATA_SETS]
-        self.families = self._found[FAMILIES]
-        self.hosts = self._found[HOSTS]
+        self._others = [*installed(), *chain.from_iterable(self._brought.values())]
+        self._found: dict[Kind, dict[str, Entry]] = {}
+        for kind in dict.fromkeys(entry.kind for entry in self._others):  # what shares a name is told at once
+            self._entries(kind)
+
+    def _entries(self, kind: Kind) -> dict[str, Entry]:
+        """All of a kind; its files are parsed when it is first asked for."""
+        if kind not in self._found:
+            found: dict[str, Entry] = {}
+            for entry in chain(built_in(kind), (other for other in self._others if other.kind is kind)):
+                add(found, entry)
+            self._found[kind] = dict(sorted(found.items()))
+        return self._found[kind]
+
+    @property
+    def methods(self) -> dict[str, Entry]:
+        return self._entries(METHODS)
+
+    @property
+    def scenarios(self) -> dict[str, Entry]:
+        return self._entries(SCENARIOS)
+
+    @property
+    def datasets(self) -> dict[str, Entry]:
+        return self._entries(DATA_SETS)
+
+    @property
+    def families(self) -> dict[str, Entry]:
+        return self._entries(FAMILIES)
+
+    @property
+    def hosts(self) -> dict[str, Entry]:
+        return self._entries(HOSTS)
 
     def load_method(self, name: str) -> type[Method]:
         """The method's class; imports its module. Raises FedbenchError for an unknown or a broken method."""
@@ -110,7 +134,7 @@ class Registry:
         return import_class(self._find(HOSTS, name), object, "Host")
 
     def _find(self, kind: Kind, name: str) -> Entry:
-        entries = self._found[kind]
+        entries = self._entries(kind)
         if name not in entries:
             known = [known for known, entry in entries.items() if kind is not SCENARIOS or not entry.error]
             how = f"; {kind.page} says how to add one" if kind in (DATA_SETS, FAMILIES) else ""
@@ -128,8 +152,6 @@ class Registry:
 
 def _file(name: str) -> tuple[Path, str] | None:
     """The file and the split that a scenario's name says, where it is one of a file."""
-    from fedbench.scenario.load import split_names
-
     path, split = name, ""
     if ".toml:" in name:
         path, _, split = name.rpartition(":")

@@ -17,18 +17,22 @@ from fedbench.registry.parsing import python_file, scenario_file
 NOTHING = "no such .py or .toml file, folder or module"
 
 
-def built_in() -> Iterator[Entry]:
-    """What comes with fedbench. Raises FedbenchError for a package without its methods or scenarios."""
+def require_whole() -> None:
+    """Raise FedbenchError for a package without its methods or scenarios."""
     for kind in (METHODS, SCENARIOS):
         if not _folders(kind.package):
             raise FedbenchError(f"{HOME} comes without {kind.package}; install fedbench, or use a whole clone")
-    for kind in (METHODS, DATA_SETS, FAMILIES, HOSTS):
-        for folder in _folders(kind.package):
-            for path in _sources(folder):
-                yield from python_file(path, f"{kind.package}.{path.stem}", "fedbench", kind)
-    for folder in _folders(SCENARIOS.package):
-        for path in sorted(folder.glob("*.toml")):
-            yield from scenario_file(path, "fedbench")
+
+
+def built_in(kind: Kind) -> Iterator[Entry]:
+    """What comes with fedbench of a kind."""
+    for folder in _folders(kind.package):
+        if kind is SCENARIOS:
+            for path in sorted(folder.glob("*.toml")):
+                yield from scenario_file(path, "fedbench")
+            continue
+        for path in _sources(folder):
+            yield from python_file(path, f"{kind.package}.{path.stem}", "fedbench", kind)
 
 
 def installed() -> Iterator[Entry]:

@@ -27,7 +27,6 @@ SCENARIOS = Kind("scenario", "fedbench.scenarios", "fedbench.scenarios")
 DATA_SETS = Kind("data set", "fedbench.data.sets", "fedbench.datasets", "docs/adding-a-data-set.md")
 FAMILIES = Kind("family", "fedbench.models.families", "fedbench.families", "docs/adding-a-family.md")
 HOSTS = Kind("host", "fedbench.run.hosts", "fedbench.hosts")
-KINDS = (METHODS, SCENARIOS, DATA_SETS, FAMILIES, HOSTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedbench.errors import FedbenchError, printable
 from fedbench.names import bad_name, plugin_name
 from fedbench.registry.entries import DATA_SETS, FAMILIES, HOSTS, METHODS, SCENARIOS, Entry, Kind
+from fedbench.scenario.toml import read_toml, splits_of
 
 VALUES = {"DataSet": DATA_SETS, "Family": FAMILIES}
 """Type of a module-level value -> the kind that it is."""
@@ -51,12 +52,10 @@ def python_file(path: Path, module: str, origin: str, only: Kind | None = None) 
 
 def scenario_file(path: Path, origin: str) -> Iterator[Entry]:
     """The splits of a scenario file; one entry with an error where it cannot be read."""
-    from fedbench.scenario.load import read_toml, split_names
-
     name = plugin_name(path.stem)
     try:
-        splits = split_names(path)
-        title = str(read_toml(path).get("title", ""))
+        content = read_toml(path)
+        splits, title = splits_of(path, content), str(content.get("title", ""))
     except FedbenchError as error:
         yield Entry(SCENARIOS, printable(name), origin, path=path, error=str(error))
         return

@@ -1,16 +1,16 @@
 """Checkpoints: what a run needs to go on after a round, whole at any moment, checked before it is used.
 
-A folder holds an index, a journal, and files of tensors. The journal has what a round adds and nothing changes later
-(what crossed, what came of the round, states of clients that are new); the files have tensors, each written once for
-as long as it stays the same. So what is written in all grows with the number of rounds, not with its square, however
-large the population. The index is written last, and names the checksum of everything: what it does not name is not part
-of the checkpoint, and what does not agree with it is damage.
+A folder holds an index, a journal, and files of tensors. The journal has what a round adds (what crossed, what came of
+the round, states of clients that are new, whose they are, the checksum of a new file); the files have tensors, each
+written once for as long as it stays the same. So what is written in all grows with the number of rounds, not with its
+square, however large the population and however many of it were sampled so far. The index is written last, and has the
+checksum of the journal: what the two do not name is not part of the checkpoint, and what does not agree is damage.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ from fedbench.api.messages import ClientId, State
 from fedbench.compat import writes
 from fedbench.errors import DamagedFileError
 from fedbench.files import append_text, load_tensors, save_tensors, write_text
+from fedbench.run.journal import INDEX, checksum, read_journal, text
 
-INDEX = "checkpoint.json"
 Block = dict[str, Any]
 
 
@@ -78,6 +78,7 @@ class Checkpoint:
         self._places: dict[int, _Place] = {}
         self._states: dict[str, _Kept] = {}
         self._held: dict[ClientId, str] = {}
+        self._holders: Counter[str] = Counter()  # clients by state
         self._rounds = 0
         self._journal, self._length, self._digest = "", 0, hashlib.sha256()
 
@@ -128,20 +129,27 @@ class Checkpoint:
 
         blocks = {name: put(state).block for name, state in parts.items()}
         states: dict[str, Block] = {}
+        whose: dict[str, str] = {}
         for cid in clients if self._rounds == 0 else sorted(changed & clients.keys()):
             kept = put(clients[cid].state())
             # Clients that hold the same have one state between them.
-            name = hashlib.sha256(_text(kept.block).encode()).hexdigest()[:16]
+            name = hashlib.sha256(text(kept.block).encode()).hexdigest()[:16]
             if name not in self._states:
                 self._states[name], states[name] = kept, kept.block
-            self._held[cid] = name
-        self._states = {name: self._states[name] for name in set(self._held.values())}
+            if (before := self._held.get(cid)) != name:
+                self._holders[name] += 1
+                if before is not None:
+                    self._holders[before] -= 1
+                self._held[cid] = whose[str(cid)] = name
+        for name in [name for name in self._states if not self._holders[name]]:
+            del self._states[name], self._holders[name]
         for kept in self._states.values():
             places.update(kept.places)
         files = {place.file: self._files.get(place.file, "") for place in places.values()}
         if new:
             files[file] = save_tensors(self.folder / file, new, {})
-        line = _text({"history": added, "states": states}) + "\n"
+        sums = {file: files[file]} if new else {}
+        line = text({"history": added, "states": states, "clients": whose, "files": sums}) + "\n"
         append_text(self.folder / self._journal, line, self._length)
         self._length += len(line.encode())
         self._digest.update(line.encode())
@@ -149,12 +157,10 @@ class Checkpoint:
             "key": self.key,
             "rounds": rounds,
             "journal": [self._journal, self._length, self._digest.hexdigest()],
-            "files": files,
             "parts": blocks,
-            "clients": {str(cid): name for cid, name in sorted(self._held.items())},
             "values": dict(values),
         }
-        write_text(self.folder / INDEX, _text(index | {"checksum": _checksum(index)}))
+        write_text(self.folder / INDEX, text(index | {"checksum": checksum(index)}))
         self._files, self._places, self._rounds = files, places, rounds
         for path in (*self.folder.glob("round-*.safetensors"), *self.folder.glob("journal-*.jsonl")):
             if path.name not in files and path.name != self._journal:
@@ -166,41 +172,27 @@ def read_checkpoint(folder: Path, key: str) -> Saved | None:
 
     Raises DamagedFileError, naming the file, for one that is not what was written.
     """
-    path = folder / INDEX
-    if not path.exists():
+    found = read_journal(folder, key)
+    if found is None:
         return None
+    index, lines = found
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        checksum = index.pop("checksum")
-        if checksum != _checksum(index):
-            raise ValueError("its checksum is another")
-        if index["key"] != key:
-            return None
-        name, length, digest = index["journal"]
-        journal = (folder / name).read_bytes()[:length]
-        if len(journal) != length or hashlib.sha256(journal).hexdigest() != digest:
-            raise ValueError(f"{name} is not what was written")
-        lines = [json.loads(line) for line in journal.decode().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(f"{path}: not a whole checkpoint: {error}; delete its folder") from None
-    files = {name: load_tensors(folder / name, checksum)[0] for name, checksum in index["files"].items()}
+        held = {int(cid): name for line in lines for cid, name in line["clients"].items()}
+        blocks = {name: block for line in lines for name, block in line["states"].items()}
+        states = {name: blocks[name] for name in sorted(set(held.values()))}
+        sums = {name: digest for line in lines for name, digest in line["files"].items()}
+        wanted = {f for block in (*index["parts"].values(), *states.values()) for f, _ in block["tensors"].values()}
+    except KeyError as error:  # written by another version
+        raise DamagedFileError(f"{folder / INDEX}: not a whole checkpoint: no {error}; delete its folder") from None
+    files = {name: load_tensors(folder / name, sums[name])[0] for name in sorted(wanted)}
 
     def get(block: Mapping[str, Any]) -> State:
         return State({name: files[file][place] for name, (file, place) in block["tensors"].items()}, block["values"])
 
-    blocks = {name: block for line in lines for name, block in line["states"].items()}
-    states = {name: get(blocks[name]) for name in set(index["clients"].values())}
+    known = {name: get(block) for name, block in states.items()}
     return Saved(
         {name: get(block) for name, block in index["parts"].items()},
-        {int(cid): states[name] for cid, name in index["clients"].items()},
+        {cid: known[held[cid]] for cid in sorted(held)},
         [entry for line in lines for entry in line["history"]],
         index["values"],
     )
-
-
-def _text(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-def _checksum(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_text(index).encode()).hexdigest()

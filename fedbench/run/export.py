@@ -100,6 +100,8 @@ def export_adapter(record: Path, folder: Path, cache: Path, fm: str | None = Non
 
     run = load(record)
     # <results>/records/<scenario>/<method>/<file>
+    if run.accuracy.plug_in is None and run.accuracy.personal is not None:
+        raise FedbenchError(f"{record}: {run.identity.method} makes a model for each client, and none for all")
     path = adapter_path(Path(*record.resolve().parts[:-4]), run.key)
     if not path.is_file():
         raise FedbenchError(

@@ -30,22 +30,24 @@ class Entry:
 
 @dataclass(slots=True)
 class Ledger:
-    """What crossed, message by message."""
+    """What crossed, message by message, kept by round."""
 
-    entries: list[Entry] = field(default_factory=list)
+    rounds: dict[int, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Of all rounds, in the order in which these were first charged."""
+        return [entry for entries in self.rounds.values() for entry in entries]
 
     def charge(self, round: int, direction: Direction, client: ClientId, parcels: Iterable[Parcel]) -> None:
         """Note what was sent to a client or by it; one that is refused was sent all the same."""
-        self.entries += [Entry(round, direction, client, p.kind, p.size, p.elements) for p in parcels]
+        self.rounds[round] += [Entry(round, direction, client, p.kind, p.size, p.elements) for p in parcels]
 
     def total(self, direction: Direction, kinds: Iterable[str] | None = None, round: int | None = None) -> int:
         """Bytes in one direction, over all rounds and kinds unless told."""
         wanted = None if kinds is None else set(kinds)
-        return sum(
-            e.bytes
-            for e in self.entries
-            if e.direction == direction and (wanted is None or e.kind in wanted) and (round is None or e.round == round)
-        )
+        entries = self.entries if round is None else self.rounds[round]
+        return sum(e.bytes for e in entries if e.direction == direction and (wanted is None or e.kind in wanted))
 
     def by_kind(self, direction: Direction) -> dict[str, dict[str, int]]:
         """kind -> bytes, elements and number of messages."""
@@ -60,4 +62,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, rows: Sequence[Sequence[Any]]) -> Ledger:
-        return cls([Entry(*row) for row in rows])
+        ledger = cls()
+        for entry in (Entry(*row) for row in rows):
+            ledger.rounds[entry.round].append(entry)
+        return ledger

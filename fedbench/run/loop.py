@@ -93,6 +93,9 @@ class Run:
                 "loss": float(np.mean(losses)) if losses else None,
                 "bytes_up": self.ledger.total("up", round=round),
                 "bytes_down": self.ledger.total("down", round=round),
+                "bytes_up_by_client": [sum(p.size for p in trained[c].upload) if c in trained else 0 for c in cohort],
+                "bytes_down_by_client": [sum(p.size for p in outbox.get(c, ())) for c in cohort],
+                "flops_by_client": [trained[c].flops if c in trained else None for c in cohort],
                 **({"lost": lost} if lost else {}),
                 **seen,
             }
@@ -141,22 +144,26 @@ class Run:
             "step_flops": self.step_flops,
             "seconds": self.seconds(),
             "kept": self.host.keeps,
+            "run": self._told(),
         }
         self._saved.write(kept.parts, self.host.clients.states(), self._changed, self._history, values)
         self._changed = set()
 
+    def _told(self) -> dict[str, Any]:
+        """Which run this is, for whoever looks on."""
+        p = self.p
+        return {
+            "method": p.method.name,
+            "scenario": p.scenario.name,
+            "fm": p.fm_name,
+            "seed": p.request.seed,
+            "rounds": self.federation.rounds,
+        }
+
     def _history(self, start: int) -> list[dict[str, Any]]:
         """What each round from `start` on has added to what this run knows; the first also has what came before it."""
-        crossed: dict[int, list[Any]] = defaultdict(list)
-        for entry in self.ledger.entries:
-            if entry.round >= start:
-                crossed[entry.round].append(entry.to_json())
-        refused: dict[int, list[Any]] = defaultdict(list)
-        for round, client, why in self.refused:
-            if round >= start:
-                refused[round].append([round, client, why])
         return [
-            {"round": entry, "notes": self.notes[r], "ledger": crossed[r], "refused": refused[r]}
+            {"round": entry, "notes": self.notes[r], "ledger": [e.to_json() for e in self.ledger.rounds[r]]}
             for r, entry in enumerate(self.rounds[start:], start=start)
         ]
 
@@ -182,7 +189,7 @@ class Run:
             self.host.clients.restore(saved.clients)
             self.rounds = [entry["round"] for entry in saved.history]
             self.ledger = Ledger.from_json([row for entry in saved.history for row in entry["ledger"]])
-            self.refused = [(r, c, why) for entry in saved.history for r, c, why in entry["refused"]]
+            self.refused = [(r["round"], e["client"], e["reason"]) for r in self.rounds for e in r["refused"]]
             self.steps, self.step_flops = saved.values["steps"], saved.values["step_flops"]
             self.time = Stopwatch(saved.values["seconds"])
         except Exception as error:  # a method may raise anything over a state that another version of it wrote

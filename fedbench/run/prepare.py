@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from fedbench.api.messages import ClientId
 from fedbench.api.sides import Method
+from fedbench.data.clients import ClientRows
 from fedbench.data.examples import Examples
 from fedbench.data.load import load_data
 from fedbench.data.natural import words_skew
@@ -26,6 +28,7 @@ from fedbench.files import try_folder
 from fedbench.forward.agreement import check_family
 from fedbench.machine.device import Execution, choose_execution
 from fedbench.machine.paths import cache_folder
+from fedbench.measures.personal import drawn_rows
 from fedbench.measures.scores import HeldOut
 from fedbench.measures.written import check_scores
 from fedbench.models.answering import answers_for
@@ -93,11 +96,11 @@ class Prepared:
         skew = found.skew(labels, classes) | (words_skew(data) if split.kind == "natural" else {})
         return Division(found, found.label_counts(labels, classes), skew)
 
-    def rows(self) -> list[Examples]:
+    def rows(self) -> ClientRows:
         """The training rows of each client; none where they are not here."""
         if self.divided is not None:
-            return []
-        return [self.loaded.train.select(rows) for rows in self.division.partition.clients]
+            return ClientRows.of(self.loaded.train, [])
+        return ClientRows.of(self.loaded.train, self.division.partition.clients)
 
     def without_rows(self) -> Prepared:
         """The same without any client's rows, as a server has it."""
@@ -127,6 +130,18 @@ class Prepared:
             rows, probe, loaded.test, data.test.labels, data.test_name, loaded.extra_tests,
             None if data.clients is None else data.clients.test,
         )  # fmt: skip
+
+    def own_tests(self, clients: Sequence[ClientId]) -> dict[ClientId, Examples]:
+        """The test rows of each of these clients that has some: its own or, of a drawn split, drawn for it."""
+        held = self.held_out
+        whose = held.test_clients
+        if whose is not None and (whose >= 0).any():
+            own = {cid: np.flatnonzero(whose == cid) for cid in clients}
+        else:
+            counts = self.division.label_counts
+            streams = {cid: self.brief.streams.numpy("personal-test", cid) for cid in clients}
+            own = {cid: drawn_rows(held.test_classes, counts[cid], streams[cid]) for cid in clients}
+        return {cid: held.test.select(rows) for cid, rows in own.items() if len(rows)}
 
     @property
     def fm_name(self) -> str:
@@ -268,6 +283,10 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
     scenario = load_scenario(path, split, request.profile, overrides)
     given = {name: value for name, (value, _) in scenario_settings(kind, scenario).items()}
     method = make_method(kind, {**given, **parse_values(mine)}, request)
+    if method.personal and not getattr(host, "scores_clients", False):
+        raise FedbenchError(
+            f"--host {request.host}: does not score clients' own models, which {method.name} makes; use --host here"
+        )
     if scenario.privacy is not None:
         check_private(method, scenario.privacy)
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)

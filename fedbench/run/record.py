@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
-from fedbench.api.messages import SETUP_KINDS
+from fedbench.api.messages import SETUP_KINDS, ClientId
 from fedbench.data.rows import RawData
 from fedbench.errors import FedbenchError
 from fedbench.machine.memory import peak_memory
+from fedbench.measures.accuracy import over_clients
 from fedbench.records import provenance
 from fedbench.records.record import Record, complaint_of
 from fedbench.records.schema import SCHEMA
@@ -21,7 +23,28 @@ from fedbench.run.privacy import spent
 def finish(run: Run) -> Record:
     """Score the selected round on the test rows and write everything down."""
     run.progress.phase("test", detail=f"{len(run.p.loaded.test)} rows")
-    return record_of(run, run.host.server.finish(run.federation.rounds))
+    # Clients' own models are those after the last round, whatever round the server goes back to.
+    personal = {"personal": personal_of(run)} if run.p.method.personal else {}
+    return record_of(run, run.host.server.finish(run.federation.rounds) | personal)
+
+
+def personal_of(run: Run) -> dict[str, Any]:
+    """The block of clients' own models: the accuracy of each on test rows of its own.
+
+    Raises FedbenchError where no client has a model, or none of those a test row.
+    """
+    tests = run.p.own_tests(run.host.clients.known())
+    outbox = run.host.server.farewell(list(tests))
+    found = run.host.clients.personal(outbox, tests, run.evaluation.batch_size)
+    if not found:
+        raise FedbenchError(f"{run.p.method.name}: no client that trained has a test row, so no model can be scored")
+    whose = run.p.held_out.test_clients
+    return {
+        **over_clients(np.array([found[cid] for cid in sorted(found)])),
+        "rows": [len(tests[cid]) for cid in sorted(found)],
+        "drawn": whose is None or not bool((whose >= 0).any()),
+        "without": len(run.partition.clients) - len(found),
+    }
 
 
 def without_scores(run: Run, why: str) -> Record:
@@ -43,10 +66,15 @@ def whose(data: RawData) -> dict[str, str]:
     return {} if data.clients is None else {"by": data.clients.by, "clients_hash": data.clients.column_hash}
 
 
+def took_part(run: Run) -> list[ClientId]:
+    """The clients that were sampled in some round."""
+    return sorted({client for entry in run.rounds for client in entry["cohort"]})
+
+
 def record_of(run: Run, accuracy: Mapping[str, Any]) -> Record:
     """The record of a run with these scores. Raises FedbenchError where what a method says of itself fits none."""
     p, ledger, device = run.p, run.ledger, run.p.execution.device
-    server, clients = run.host.server.report(), run.host.clients.report()
+    server, clients = run.host.server.report(took_part(run)), run.host.clients.report()
     content = {
         "schema": SCHEMA,
         "status": "complete",

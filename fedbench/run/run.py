@@ -49,7 +49,8 @@ def _run(prepared: Prepared, progress: Progress) -> Record:
                 this = Run(prepared, progress)
             this.loop(folder)
             record = finish(this)
-            keep_adapter(this.host.server.tuned(), adapter_path(results, prepared.key), prepared.key)
+            if (tuned := this.host.server.tuned()) is not None:
+                keep_adapter(tuned, adapter_path(results, prepared.key), prepared.key)
     finally:
         this.host.close()
     save(record, results / "records")

@@ -60,8 +60,8 @@ def server_part(request: RunRequest) -> Prepared:
 def silo_part(request: RunRequest, silo: int, silos: int) -> SiloPart:
     """What silo `silo` of that many starts with; the weights of the FM are not read."""
     p = prepare(request, weights=False)
-    clients = p.division.partition.clients
-    check_number(silos, len(clients))
-    rows = {cid: p.loaded.train.select(own) for cid, own in enumerate(clients) if silo_of(cid, silos) == silo}
+    rows = p.rows()
+    check_number(silos, len(rows))
+    own = rows.only([cid for cid in rows if silo_of(cid, silos) == silo])
     method = Named(p.method.name, p.method.model_dump(mode="json"), request.plugins)
-    return SiloPart(dict(p.identity), p.key, p.brief, method, rows, silo_folder(p, silo))
+    return SiloPart(dict(p.identity), p.key, p.brief, method, own, silo_folder(p, silo))

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
-from datetime import date, time
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fedbench.errors import FedbenchError, printable
-from fedbench.names import bad_name, nearest, plugin_name
-from fedbench.scenario.settings import leaves, mistake, parse_value
+from fedbench.errors import FedbenchError
+from fedbench.names import nearest, plugin_name
+from fedbench.scenario.settings import mistake, parse_value
 from fedbench.scenario.tables import KEYS, Scenario, flatten
+from fedbench.scenario.toml import read_toml, splits_of, tables_of
 
 _TABLES = (
     *("title", "fm", "dataset", "public", "objective", "privacy"),
     *("federation", "evaluation", "methods", "splits", "profiles"),
 )
-
-
-def split_names(path: Path) -> list[str]:
-    """The names of a scenario file's splits, in the file's order. Raises FedbenchError for an unreadable file."""
-    if why := bad_name(plugin_name(path.stem)):
-        raise FedbenchError(f"{printable(str(path))}: a scenario is called as its file, and {why}")
-    splits = _tables(path, read_toml(path), "splits")
-    if not splits:
-        raise FedbenchError(f"{path}: no [splits.NAME] table; a scenario needs at least one")
-    return list(splits)
 
 
 def load_scenario(
@@ -40,15 +29,15 @@ def load_scenario(
     `profile` names a [profiles.NAME] table laid over the file's own; `overrides` maps dotted keys to values as in
     `--set federation.rounds=3`. Raises FedbenchError naming file, field and fix.
     """
-    known_splits = split_names(path)
     raw = read_toml(path)
+    known_splits = splits_of(path, raw)
     if extra := sorted(set(raw) - set(_TABLES)):
         raise FedbenchError(f"{path}: unknown field {extra[0]!r}; {nearest(extra[0], _TABLES)}")
     if split not in known_splits:
         raise FedbenchError(f"{path}: no split {split!r}; it has {', '.join(known_splits)}")
-    _tables(path, raw, "methods")
-    profiles = _tables(path, raw, "profiles")
-    splits = _tables(path, raw, "splits")
+    tables_of(path, raw, "methods")
+    profiles = tables_of(path, raw, "profiles")
+    splits = tables_of(path, raw, "splits")
     # A split may carry tables of its own (federation, evaluation, methods), which win over the file's.
     own = dict(splits[split])
     tables = ("federation", "evaluation", "methods", "public", "privacy")
@@ -85,43 +74,6 @@ def load_scenario(
     scenario._sources.update(sources)
     scenario._folder = path.resolve().parent
     return scenario
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file holds, without dates, which no setting is, and without what a terminal would act on.
-
-    Raises FedbenchError, with file and place, for one that cannot be read or holds such a thing.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin with a mark
-    except OSError as error:
-        raise FedbenchError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise FedbenchError(f"{path}: not TOML: it is not in UTF-8; save it as that") from None
-    except (ValueError, RecursionError) as error:
-        raise FedbenchError(f"{path}: not TOML: {error}") from None
-    for place, value in leaves(content):
-        name = printable(".".join(place))
-        if any(printable(part) != part for part in place):
-            raise FedbenchError(f"{path}: {name}: a name may not hold control characters")
-        if isinstance(value, str) and printable(value, but="\n\t") != value:
-            raise FedbenchError(f"{path}: {name}: text may not hold control characters; {printable(value)[:60]!r} does")
-        if isinstance(value, (date, time)):
-            raise FedbenchError(
-                f"{path}: {name}: {value} is a date or a time, which no setting is; write text in quotes"
-            )
-    return content
-
-
-def _tables(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """The [name.*] tables of a file; FedbenchError where something else stands in their place."""
-    tables = raw.get(name, {})
-    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
-        raise FedbenchError(f"{path}: {name} has to hold tables, written as [{name}.NAME]")
-    for key in tables:
-        if why := bad_name(key):
-            raise FedbenchError(f"{path}: {name}: {why}")
-    return tables
 
 
 def _nest(parts: list[str], value: Any) -> dict[str, Any]:

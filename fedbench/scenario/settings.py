@@ -8,11 +8,12 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, time
-from typing import Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any
 
 from fedbench.errors import FedbenchError, printable
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def leaves(value: Any, place: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:

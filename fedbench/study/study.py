@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fedbench.api.local import LocalResult, LocalTask
 from fedbench.api.messages import ClientId
-from fedbench.api.sides import Client, Method, Server
+from fedbench.api.sides import Client, Method, Server, tuned_fm
 from fedbench.errors import FedbenchError
 from fedbench.measures.gradient import GradientErrors, aggregation_error, gradient_error, gradients
 from fedbench.methods.fedavg_lora import FedAvgLora
@@ -147,11 +147,11 @@ def _reference(prepared: Prepared, progress: Progress) -> Trace:
     assert isinstance(run.host, _NotingHost)
     trace, server = Trace(), run.host.server.server
     run.host.clients.updates = trace.updates
-    names = tunable_names(server.put_in_fm())
-    trace.values.append(get_tensors(server.put_in_fm(), names))
+    names = tunable_names(tuned_fm(server))
+    trace.values.append(get_tensors(tuned_fm(server), names))
     for round in range(run.federation.rounds):
         run.loop(None, until=round + 1)
-        trace.values.append(get_tensors(server.put_in_fm(), names))
+        trace.values.append(get_tensors(tuned_fm(server), names))
     return trace
 
 
@@ -170,7 +170,7 @@ class _Comparing:
 
     def block(self, mine: Tensors, reference: Tensors) -> dict[str, Any]:
         """How far tensors by the FM's names are from the reference's."""
-        parts = Parts(self.server.put_in_fm())
+        parts = Parts(tuned_fm(self.server))
         own, theirs = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (mine, reference))
         return gradient_error(own, theirs, parts.layer_of, parts.is_head)
 
@@ -227,7 +227,7 @@ class _CommonErrors(GradientErrors):
         compared, trace, names = self.compared, self.compared.trace, server.fm_names()
         values = trace.values[round + 1]
         if round not in trace.gradients:
-            fm = server.put_in_fm()
+            fm = tuned_fm(server)
             with _holding(fm, values):
                 trace.gradients[round] = gradients(fm, tunable_names(fm), self.probe, self.execution)
         proxy = server.put_in_proxy()
@@ -262,7 +262,7 @@ class _Studied:
         start = trace.values[0]
         for round in range(self.run.federation.rounds):
             self.run.loop(None, until=round + 1)
-            now = get_tensors(self.server.put_in_fm(), list(self.server.fm_names().values()))
+            now = get_tensors(tuned_fm(self.server), list(self.server.fm_names().values()))
             moved, expected = ({n: v - start[n] for n, v in x.items()} for x in (now, trace.values[round + 1]))
             block = compared.block(moved, expected)
             self.drift.append({"round": round, "aggregation": compared.aggregation, **block})

@@ -10,14 +10,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell
 from fedbench.grid.file import Reported
+from fedbench.names import nearest
 from fedbench.records.record import Record
 from fedbench.tables import roles
 from fedbench.tables.beside import reported_beside
 from fedbench.tables.comparison import Comparison, Section
 from fedbench.tables.conditions import conditions_of, flag_rows
-from fedbench.tables.matching import asked_fm, belongs, flat, fm_names, fm_of, setting_text
+from fedbench.tables.matching import asked_fm, belongs, fm_names, fm_of, method_settings, setting_text
 from fedbench.tables.notes import add_notes
 from fedbench.tables.pairs import add_differences
 from fedbench.tables.rows import Row, seed_names
@@ -28,12 +30,14 @@ def compare(
     cells: Sequence[Cell] | None = None,
     title: str = "",
     reported: Reported | None = None,
+    baseline: str = "",
 ) -> Comparison:
     """Sort records into sections and rows.
 
     With the `cells` of a grid, rows and columns are the grid's and what is not there yet shows as missing; records
     that do not belong to a cell are left out. Without, every record is shown. `reported` figures stand beside the
-    cells of their FM; where no cell has one of their FMs, beside those of every FM.
+    cells of their FM; where no cell has one of their FMs, beside those of every FM. With a `baseline`, a method or the
+    label of a row, differences are those from it. Raises FedbenchError where no row is called so.
     """
     records = list(records)
     names = fm_names(records, [cell.fm for cell in cells or () if cell.fm is not None])
@@ -57,14 +61,17 @@ def compare(
     sections = []
     for scenario, fm in sorted(by_section, key=place):
         wanted = None if cells is None else [c for c in cells if c.scenario == scenario and asked_fm(c) in (None, fm)]
-        sections.append(_section(scenario, fm, by_section[scenario, fm], wanted, names))
+        sections.append(_section(scenario, fm, by_section[scenario, fm], wanted, names, baseline))
+    known = {called for section in sections for row in section.rows for called in (row.label, row.name, row.method)}
+    if baseline and baseline not in known:
+        raise FedbenchError(f"--baseline {baseline}: no such method in these records; {nearest(baseline, known)}")
     if cells is None:
         _add_absent(sections)
     return Comparison(sections, title, reported_beside(sections, cells, reported) if cells and reported else [])
 
 
 def _section(
-    scenario: str, fm: str, records: list[Record], cells: Sequence[Cell] | None, names: Mapping[str, str]
+    scenario: str, fm: str, records: list[Record], cells: Sequence[Cell] | None, names: Mapping[str, str], baseline: str
 ) -> Section:
     rows: list[Row] = []
     conditions = conditions_of(records)
@@ -100,7 +107,7 @@ def _section(
     section = Section(scenario, fm, rows, twice)
     flag_rows(section, conditions)
     add_notes(section)
-    add_differences(section)
+    add_differences(section, baseline)
     return section
 
 
@@ -119,7 +126,7 @@ def _variants(records: Sequence[Record], conditions: Mapping[str, Mapping[str, A
     for record in records:
         about = {
             **conditions[record.key],
-            **flat(record.method.settings),
+            **method_settings(record),
             "version": record.identity.method_version,
         }
         name = repr(sorted((path, repr(value)) for path, value in about.items()))

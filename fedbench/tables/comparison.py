@@ -8,14 +8,19 @@ from typing import Any
 
 import pandas as pd
 
-from fedbench.tables.measures import MEASURES, Measure, train_rows
+from fedbench.tables.asked import Asked
+from fedbench.tables.budgets import budget_columns
+from fedbench.tables.measures import MEASURES, train_rows
 from fedbench.tables.rows import Row, accuracy_in, extra_tests
 from fedbench.tables.statistics import Difference
 
 
 @dataclass
 class Section:
-    """All rows of one scenario with one FM."""
+    """All rows of one scenario with one FM.
+
+    baseline: the label of the row that all differences are from, where one was asked for and is there.
+    """
 
     scenario: str
     fm: str
@@ -23,6 +28,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     headroom: Difference | None = None
     differences: list[Difference] = field(default_factory=list)
+    baseline: str = ""
 
     @property
     def title(self) -> str:
@@ -50,15 +56,12 @@ class Beside:
 
 @dataclass
 class Comparison:
-    """Everything the tables show: one section a scenario and FM, and reported figures beside them if a grid has any.
-
-    asked: measures that were asked for, a column each at the end.
-    """
+    """Everything the tables show: one section a scenario and FM, and reported figures beside them if a grid has any."""
 
     sections: list[Section]
     title: str = ""
     beside: list[Beside] = field(default_factory=list)
-    asked: Sequence[Measure] = ()
+    asked: Asked = field(default_factory=Asked)
 
     def frame(self) -> pd.DataFrame:
         """One line a method and scenario, all measures as plain numbers (shares 0 to 1, megabytes, counts)."""
@@ -76,7 +79,7 @@ class Comparison:
                     "failed": row.failed,
                     "not_comparable": row.flag,
                 }
-                for measure in dict.fromkeys((*MEASURES, *self.asked)):
+                for measure in dict.fromkeys((*MEASURES, *self.asked.measures)):
                     found = row.summary(measure.read, measure.scale)
                     line[measure.name] = found.mean if found else None
                     line[f"{measure.name}_std"] = found.std if found else None
@@ -84,6 +87,7 @@ class Comparison:
                     extra = row.summary(accuracy_in(row, test))
                     line[f"accuracy_{test}"] = extra.mean if extra else None
                     line[f"accuracy_{test}_std"] = extra.std if extra else None
+                line |= budget_columns(row, self.asked.within, self.asked.target, self.asked.profiles)
                 if self.beside:
                     line |= self._reported(section, row)
                 lines.append(line)

@@ -10,10 +10,12 @@ from fedbench.grid.file import load_grid
 from fedbench.models.zoo.names import FMS
 from fedbench.names import nearest
 from fedbench.records.store import load_all
+from fedbench.tables.asked import Asked
 from fedbench.tables.compare import compare
 from fedbench.tables.comparison import Comparison
 from fedbench.tables.matching import of_fm
-from fedbench.tables.measures import measure_called
+
+NOTHING = Asked()
 
 
 def compare_folder(
@@ -21,16 +23,16 @@ def compare_folder(
     grid: str | None = None,
     scenarios: Sequence[str] = (),
     fm: str | None = None,
-    measures: Sequence[str] = (),
+    asked: Asked = NOTHING,
+    baseline: str = "",
 ) -> Comparison:
     """Compare the records of the results folder `folder`.
 
     With a `grid`, a name or a file, rows and columns are the grid's, and what it reports stands beside them. With
-    `scenarios` or `fm` only theirs are left. `measures`: names of those to show in columns of their own. Raises
-    FedbenchError where nothing is left, for a measure that there is none of, and for a record or a grid that cannot be
-    read.
+    `scenarios` or `fm` only theirs are left. `asked`: what is shown in addition. `baseline`: the row that
+    differences are from, instead of those of all pairs. Raises FedbenchError where nothing is
+    left, and for a record or a grid that cannot be read.
     """
-    asked = tuple(measure_called(name) for name in measures)
     chosen = load_grid(grid).only(fm=fm) if grid else None
     cells = chosen.cells() if chosen else None
     found = load_all(folder / "records")
@@ -46,6 +48,8 @@ def compare_folder(
         only = [*scenarios, *([fm] if fm else ())]
         what = f"records of {', '.join(only)}" if only else "records"
         raise FedbenchError(f"{folder}: there are no {what}; make some with `fedbench run`, or give --results DIR")
-    comparison = compare(found, cells, chosen.title if chosen else "", chosen.reported if chosen else None)
+    if baseline and asked.pareto:
+        raise FedbenchError("--pareto compares all pairs of methods; leave out --baseline")
+    comparison = compare(found, cells, chosen.title if chosen else "", chosen.reported if chosen else None, baseline)
     comparison.asked = asked
     return comparison

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from fedbench.errors import FedbenchError, one_line
 from fedbench.records.record import Record
 from fedbench.records.store import load_all, record_key
 from fedbench.tables.conditions import conditions_of
-from fedbench.tables.measures import ASKED, MEASURES, accuracy_on
+from fedbench.tables.measures import ASKED, MEASURES, Measure, accuracy_on
+from fedbench.tables.profiles import Profile, chosen_profiles
+from fedbench.tables.simulated import time_measures
 
 WHOLE = ("seed", "clients", "rounds", "trainable_parameters", "resident_parameters", "local_steps")
 """Columns of whole numbers, some of which may be missing."""
@@ -25,25 +27,30 @@ TEXTS = (
 """Columns that are no numbers; a method's version may be either. All others are measures."""
 
 
-def read_frame(results: Path) -> pd.DataFrame:
-    """All records of a results folder, one row each. Raises FedbenchError where there is none."""
+def read_frame(results: Path, profiles: Sequence[Profile] = ()) -> pd.DataFrame:
+    """All records of a results folder, one row each. Raises FedbenchError where there is none.
+
+    profiles: those that simulated time is given for, without any those of the package.
+    """
     folder = results / "records"
     if not folder.is_dir():
         raise FedbenchError(f"{results}: there is no folder `records` in it; name the folder that --results named")
     found = load_all(folder)
     if not found:
         raise FedbenchError(f"{results}: there are no records; make some with `fedbench run`")
-    return frame_of(found)
+    return frame_of(found, profiles)
 
 
-def frame_of(records: Iterable[Record]) -> pd.DataFrame:
+def frame_of(records: Iterable[Record], profiles: Sequence[Profile] = ()) -> pd.DataFrame:
     """One row a record, in the order given; what a record does not have is missing.
 
-    `configuration` is a short hash of all that decides a result but the seed; a failed run has none.
+    `configuration` is a short hash of all that decides a result but the seed; a failed run has none. `profiles` as in
+    `read_frame`.
     """
+    measures = (*MEASURES, *ASKED, *time_measures(profiles or chosen_profiles()))
     records = list(records)
     conditions = conditions_of(records)
-    rows = [_row(record, conditions.get(record.key)) for record in records]
+    rows = [_row(record, conditions.get(record.key), measures) for record in records]
     frame = pd.DataFrame(rows)
     for name in frame.columns:
         if name in WHOLE:
@@ -53,7 +60,7 @@ def frame_of(records: Iterable[Record]) -> pd.DataFrame:
     return frame
 
 
-def _row(record: Record, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
+def _row(record: Record, conditions: Mapping[str, Any] | None, measures: Sequence[Measure]) -> dict[str, Any]:
     who, scenario = record.identity, record.scenario
     settings = record.method.settings
     decides = {"scenario": who.scenario, "method": who.method, "version": who.method_version}
@@ -73,7 +80,7 @@ def _row(record: Record, conditions: Mapping[str, Any] | None) -> dict[str, Any]
         "rounds": scenario.federation.rounds if scenario.federation else None,
         "precision": who.precision,
     }
-    for measure in (*MEASURES, *ASKED):
+    for measure in measures:
         value = measure.read(record)
         row[measure.name] = value if value is None or measure.scale == 1.0 else value * measure.scale
     for test in record.accuracy.extra_tests or ():

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedbench.errors import FedbenchError
-from fedbench.names import nearest
 from fedbench.records.record import Record
 from fedbench.records.schema import Direction, Score
 from fedbench.tables.formats import MEGA
@@ -70,6 +68,15 @@ def worst_tenth(run: Record) -> float | None:
     return None if clients is None or run.accuracy.diverged else clients.worst_tenth
 
 
+def personal_mean(run: Record) -> float | None:
+    """Of clients' own models, each on test rows of its own."""
+    return None if run.accuracy.personal is None else run.accuracy.personal.mean
+
+
+def personal_worst_tenth(run: Record) -> float | None:
+    return None if run.accuracy.personal is None else run.accuracy.personal.worst_tenth
+
+
 def accuracy_on(test: str) -> Reader:
     """The accuracy of the FM plugged in on one of the further test sets."""
 
@@ -95,6 +102,12 @@ def down_after_setup(run: Record) -> float | None:
 
 def setup(run: Record) -> float | None:
     return run.communication.setup_bytes
+
+
+def traffic(run: Record) -> float | None:
+    """Bytes in both directions, set-up included."""
+    sent, received = _bytes(run.communication.up), _bytes(run.communication.down)
+    return None if sent is None or received is None else sent + received
 
 
 def up_per_client_round(run: Record) -> float | None:
@@ -151,6 +164,12 @@ def held(run: Record) -> float | None:
     return run.compute.resident_parameters
 
 
+def client_memory(run: Record) -> float | None:
+    """Bytes of the parameters that a client holds, 4 each; activations and an optimiser's state are not counted."""
+    held = run.compute.resident_parameters
+    return None if held is None else 4 * held
+
+
 def local_steps(run: Record) -> float | None:
     return run.compute.local_steps
 
@@ -170,11 +189,16 @@ def train_rows(run: Record) -> int:
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the table of plain numbers: its name, how it is read, and what it is multiplied by."""
+    """A column of the table of plain numbers: its name, how it is read, and what it is multiplied by.
+
+    about: a line on it under tables that were asked for it. unknown: why a run has no number, nothing where it has one.
+    """
 
     name: str
     read: Reader
     scale: float = 1.0
+    about: str = ""
+    unknown: Callable[[Record], str] | None = None
 
 
 MEASURES = (
@@ -205,19 +229,15 @@ MEASURES = (
 """In the order of the columns."""
 
 ASKED = (
+    Measure("personal_accuracy_mean", personal_mean),
+    Measure("personal_accuracy_worst_tenth", personal_worst_tenth),
     Measure("perplexity", perplexity),
     Measure("acc_norm", _beside("acc_norm")),
     Measure("exact_match", _beside("exact_match")),
     Measure("rouge_l", _beside("rouge_l")),
     Measure("aggregation_error", aggregation_error),
     Measure("factor_averaging_error", factor_averaging_error),
+    Measure("client_memory_mb", client_memory, 1 / MEGA),
+    Measure("mb_traffic", traffic, 1 / MEGA),
 )
 """Those that a table has only where it is asked for them."""
-
-
-def measure_called(name: str) -> Measure:
-    """A measure by its name. Raises FedbenchError for one that there is none of."""
-    known = {measure.name: measure for measure in (*MEASURES, *ASKED)}
-    if name not in known:
-        raise FedbenchError(f"--measure {name}: no such measure; {nearest(name, known)}")
-    return known[name]

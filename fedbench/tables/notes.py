@@ -8,6 +8,7 @@ from fedbench.records.record import Record
 from fedbench.tables import measures
 from fedbench.tables.comparison import Section
 from fedbench.tables.formats import seeds_text
+from fedbench.tables.rows import Row
 from fedbench.tables.statistics import Summary, binomial_standard_error
 
 
@@ -33,7 +34,8 @@ def add_notes(section: Section) -> None:
         section.notes += _budget(section)
         section.notes.append(f"made with {', '.join(_sources(scored))}")
     for row in section.rows:
-        reasons = sorted({str(run.accuracy.unavailable) for run in row.runs.values() if run.accuracy.plug_in is None})
+        section.notes += _personal(row)
+        reasons = sorted({why for run in row.runs.values() if (why := run.accuracy.unavailable)})
         section.notes += [f"{row.label}: not available: {reason}" for reason in reasons]
         without = {
             seed: f"{n} of {len(run.rounds)} (seed {seed})"
@@ -44,6 +46,17 @@ def add_notes(section: Section) -> None:
             section.notes.append(f"{row.label}: rounds without any upload: {', '.join(without.values())}")
         if row.failed:
             section.notes.append(f"{row.label}: {seeds_text(row.failed)} failed; the tracebacks are in the records")
+
+
+def _personal(row: Row) -> list[str]:
+    """What clients' own models reach, told apart from the accuracy of one model for all."""
+    mean, lowest = (row.summary(read, 100) for read in (measures.personal_mean, measures.personal_worst_tenth))
+    if mean is None or lowest is None:
+        return []
+    return [
+        f"{row.label}: personal models, on average over clients {mean}, worst tenth {lowest}, each on test rows of its "
+        "client's own: not to be compared with the accuracy of one model on all test rows"
+    ]
 
 
 def _sources(runs: Sequence[Record]) -> list[str]:

@@ -16,8 +16,11 @@ from fedbench.tables.roles import CEILING, FLOOR, REFERENCES
 from fedbench.tables.statistics import SEEDS_FOR_TEST, Difference, holm, paired_test
 
 
-def add_differences(section: Section) -> None:
-    """Headroom and the differences between methods, among comparable rows with per-row correctness."""
+def add_differences(section: Section, baseline: str = "") -> None:
+    """Headroom and the differences between methods, among comparable rows with per-row correctness.
+
+    With a `baseline`, a method or the label of a row, the differences are those of each other row from it.
+    """
     rows = {row.label: row for row in section.rows if row.scored and not row.flag}
     correct: dict[str, dict[int, NDArray[np.bool_]]] = {}
     sizes: dict[int, int] = defaultdict(int)
@@ -39,10 +42,16 @@ def add_differences(section: Section) -> None:
     pairs = []
     if CEILING in first and FLOOR in first and paired(first[CEILING], first[FLOOR]):
         pairs.append((first[CEILING], first[FLOOR]))
+    against = next((label for label, row in rows.items() if baseline in (label, row.name, row.method)), "")
     ranked = [label for label, row in rows.items() if row.method not in REFERENCES]
-    pairs += [(a, b) for a, b in itertools.combinations(ranked, 2) if paired(a, b)]
+    if baseline:
+        section.baseline = against
+        wanted = [(label, against) for label in ranked if against and label != against]
+    else:
+        wanted = list(itertools.combinations(ranked, 2))
+    pairs += [(a, b) for a, b in wanted if paired(a, b)]
     found = [_difference(a, b, correct[a], correct[b]) for a, b in pairs]
-    if pairs and pairs[0][1] == first.get(FLOOR):
+    if pairs and pairs[0] == (first.get(CEILING), first.get(FLOOR)):
         section.headroom = found.pop(0)
     tested = [i for i, difference in enumerate(found) if difference.seeds >= SEEDS_FOR_TEST]
     raw = []

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedbench.errors import one_line
 from fedbench.records.record import Record
-from fedbench.records.schema import Accuracy, Compute, Residual, Score
+from fedbench.records.schema import Accuracy, Compute, Personal, Residual, Score
 from fedbench.tables.formats import MEGA, megabytes, signed
 from fedbench.tables.statistics import binomial_standard_error
 
@@ -70,6 +70,11 @@ def split_line(sizes: Sequence[int], skew: Mapping[str, float]) -> str:
 
 def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
     plug_in, proxy, chosen = accuracy.plug_in, accuracy.proxy, accuracy.selection
+    if plug_in is None and accuracy.personal:
+        return [
+            ("accuracy", "none of one model for all: clients have their own"),
+            _personal(accuracy.personal),
+        ]
     if plug_in is None or chosen is None:
         return [("accuracy", f"not available: {accuracy.unavailable}")]
     if plug_in.accuracy is None or plug_in.diverged:
@@ -105,7 +110,20 @@ def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
         if rows := clients.rows:
             text += f"; {len(rows)} clients on {min(rows)} to {max(rows)} test rows of their own"
         lines.append(("per client", text))
+    if accuracy.personal:
+        lines.append(_personal(accuracy.personal))
     return lines
+
+
+def _personal(models: Personal) -> tuple[str, str]:
+    """What clients' own models reach, which is of other rows than the accuracy of one model."""
+    rows = models.rows or [0]
+    whose = "test rows drawn in its label shares" if models.drawn else "test rows of its own"
+    text = (
+        f"mean {_percent(models.mean)} ± {100 * models.std:.1f}, worst tenth {_percent(models.worst_tenth)}; models of "
+        f"{len(models.values)} clients, each on {min(rows)} to {max(rows)} {whose}"
+    )
+    return "personal", text + (f"; {models.without} clients never trained" if models.without else "")
 
 
 def _written(score: Score) -> str:

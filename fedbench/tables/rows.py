@@ -19,10 +19,10 @@ class Row:
     """One line of a scenario's table: a method, in one of its settings where there are several.
 
     `runs` are the complete records by seed, `scored` those with an accuracy; `state` is what to print where there is
-    none: "missing", "failed", "diverged" or "not available". `expected` counts the seeds a grid asks for, None where
-    there is no grid. `name` is the grid's row, `departures` what its runs do not share with the setting of the figures
-    they stand beside. `faults`: why runs are not to be ranked, whatever they stand beside; `flag`: that, and why they
-    cannot be compared with the other rows.
+    none: "missing", "failed", "diverged", "personal models" or "not available". `expected` counts the seeds a grid asks
+    for, None where there is no grid. `name` is the grid's row, `departures` what its runs do not share with the setting
+    of the figures they stand beside. `faults`: why runs are not to be ranked, whatever they stand beside; `flag`: that,
+    and why they cannot be compared with the other rows.
     """
 
     method: str
@@ -47,6 +47,8 @@ class Row:
     def state(self) -> str:
         if any(run.accuracy.diverged for run in self.runs.values()):
             return "diverged"
+        if any(run.accuracy.personal for run in self.runs.values()):
+            return "personal models"
         if self.runs:
             return "not available"
         return "failed" if self.failed else "missing"

@@ -14,7 +14,7 @@ from fedbench.api.messages import Message
 from fedbench.api.sides import Method
 from fedbench.api.sums import summed
 from fedbench.machine.stopwatch import Stopwatch
-from fedbench.measures.aggregation import AggregationErrors, _Weight
+from fedbench.measures.aggregation import AggregationErrors, _Squares, _Weight
 from fedbench.methods._products import pairs
 from fedbench.methods._ranks import cut
 from fedbench.methods.fedavg_lora import FedAvgLora
@@ -36,6 +36,58 @@ def test_the_mean_of_products_and_the_product_of_means_by_hand() -> None:
     assert torch.equal(weight.mean_of_products, B1 @ A1 + B2 @ A2)
     padded_b, padded_a = torch.cat([B1, torch.zeros(3, 1)], 1), torch.cat([A1, torch.zeros(1, 2)])
     assert torch.allclose(weight.product_of_means, 2 * ((padded_b + B2) / 2) @ ((padded_a + A2) / 2))
+
+
+def dense(weight: _Weight, own: tuple[Tensor, Tensor]) -> _Squares:
+    """The definition: matrices [out, in] are made and taken from each other."""
+    return weight.of_whole(sum(weight.shares) * own[0] @ own[1])
+
+
+@pytest.mark.parametrize("ranks", [(1,), (2, 2, 2), (1, 3, 2, 3)])
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_norms_of_low_rank_are_those_of_the_whole_matrices(ranks: tuple[int, ...], rank: int) -> None:
+    generator = torch.Generator().manual_seed(len(ranks))
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shares = [0.5 * (k + 1) for k in range(len(ranks))]
+    weight = _Weight(torch.zeros(7, 5), [(drawn(7, r), drawn(r, 5)) for r in ranks], shares)
+    own = drawn(7, rank), drawn(rank, 5)
+    found, wanted = weight.of_products(own), dense(weight, own)
+    assert found.whole == pytest.approx(wanted.whole, rel=1e-12)
+    assert found.factors == pytest.approx(wanted.factors, rel=1e-12, abs=1e-12)
+    assert found.model == pytest.approx(wanted.model, rel=1e-12)
+
+
+def test_a_small_error_keeps_its_digits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, a = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((40, 4), (4, 30)))
+    off = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    for size in (1e-2, 1e-5, 1e-9):
+        # Two clients, as far from the mean as they are from the model, in opposite directions and in A alone.
+        weight = _Weight(torch.zeros(40, 30), [(b + size * off, a), (b - size * off, a)], [1.0, 1.0])
+        found = weight.of_products((b + size * off, a))
+        assert found.factors == 0, "A is the same for all"
+        assert found.model**0.5 == pytest.approx(2 * size * float((off @ a).norm()), rel=1e-6)
+
+
+def test_a_weight_that_was_written_to_behind_torch_s_back_is_seen(tmp_path: Path) -> None:
+    def found(change: float) -> dict[str, Any]:
+        server: Any = FedAvgLora(lora_r=4).server(tiny_fm(), None, context(tmp_path))
+        one = {n: 0.1 * torch.ones(s.shape) for n, s in server.expected(0, 0)["adapter"].items()}
+        uploads = {0: [Message("adapter", one, {"num_examples": 1})]}
+        measure = AggregationErrors(Stopwatch())
+        measure.aggregating(0, server, uploads)
+        server.aggregate(0, uploads)
+        for name, parameter in server.full.named_parameters():
+            if "query.base_layer.weight" in name:
+                parameter.data += change
+        measure.aggregated(0, server)
+        return measure.points[0]
+
+    assert found(0.0)["model"] == pytest.approx(0, abs=1e-6)
+    assert found(0.1)["model"] > 1e-3
 
 
 def point(method: Method, tmp_path: Path, ranks: tuple[int, int] = (4, 4)) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from fedbench.errors import FedbenchError
 from fedbench.records.record import Record
 from fedbench.records.store import save
+from fedbench.tables.asked import Asked
 from fedbench.tables.folder import compare_folder
 from fedbench.tables.frame import frame_of
 from fedbench.tables.render.forms import render
@@ -40,7 +41,7 @@ def test_a_record_keeps_it_and_holds_it_to_its_points() -> None:
 def test_a_table_has_a_column_for_a_measure_that_is_asked_for(tmp_path: Path) -> None:
     for record in (measured(), make_record("head-only")):
         save(record, tmp_path / "records")
-    asked = compare_folder(tmp_path, measures=["aggregation_error", "factor_averaging_error"])
+    asked = compare_folder(tmp_path, asked=Asked.of(measures=["aggregation_error", "factor_averaging_error"]))
     plain = compare_folder(tmp_path)
     for form in ("markdown", "latex", "csv"):
         assert "aggregation" not in render(plain, form)
@@ -63,4 +64,4 @@ def test_the_data_frame_always_has_it() -> None:
 def test_a_measure_that_there_is_none_of_is_refused_with_the_nearest(tmp_path: Path) -> None:
     save(measured(), tmp_path / "records")
     with pytest.raises(FedbenchError, match="--measure agregation_error: no such measure; did you mean aggregation_er"):
-        compare_folder(tmp_path, measures=["agregation_error"])
+        compare_folder(tmp_path, asked=Asked.of(measures=["agregation_error"]))

@@ -54,15 +54,33 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_light_commands_load_nothing_heavy(arguments: Sequence[str]) -> None:
+    assert not HEAVY & loaded(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unwanted"),
+    [
+        # Where an option of its own is given, typer itself loads pydantic.
+        (["list"], {"pydantic", "numpy", "fedbench.scenario.tables", "fedbench.records", "fedbench.run"}),
+        (["--help"], {"numpy", "fedbench.registry", "fedbench.scenario"}),
+        (["--version"], {"numpy", "fedbench.registry", "fedbench.scenario"}),
+    ],
+)
+def test_what_answers_at_once_loads_only_what_it_needs(arguments: Sequence[str], unwanted: set[str]) -> None:
+    assert not unwanted & loaded(arguments)
+
+
+def loaded(arguments: Sequence[str]) -> set[str]:
+    """The modules that a command has loaded when it is done."""
     program = (
         "import sys\n"
         f"sys.argv = ['fedbench', *{list(arguments)!r}]\n"
         "from fedbench.cli.app import app, main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "print('loaded', *sorted(name for name in sys.modules if '.' not in name))\n"
+        "print('loaded', *sorted(sys.modules))\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert not HEAVY & set(run.stdout.splitlines()[-1].split()[1:])
+    return set(run.stdout.splitlines()[-1].split()[1:])
 
 
 def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> None:
@@ -74,7 +92,7 @@ def test_help_names_every_command_and_teaches_a_first_one(invoke: Invoke) -> Non
 
 def test_every_command_has_a_file_of_its_own() -> None:
     found = {command.name: command.callback for command in app.registered_commands}
-    assert len(found) == len(app.registered_commands) == 12
+    assert len(found) == len(app.registered_commands) == 13
     for name, call in found.items():
         assert call is not None
         assert (call.__module__, call.__name__) == (f"fedbench.cli.{name}", f"{name}_command")
@@ -103,6 +121,9 @@ def test_every_command_has_a_file_of_its_own() -> None:
         (["check", "fedpft", "--plugin", "no/such.py"], "--plugin no/such.py: no such"),
         (["grid", "no-such-grid"], "no-such-grid"),
         (["table", "--results", "no/such/folder"], "no/such/folder"),
+        (["report", "no/such/folder"], "no/such/folder: no such folder; name one with records in it"),
+        (["report", "docs"], "docs: there are no records; make some with `fedbench run`"),
+        (["report", "results", "-o", "docs"], "--out docs: a folder is there; name a file"),
         (["run", "--method", "fedpft", "--scenario", "tweets-iid", "--fm", ""], "--fm: an empty value; leave"),
         (["grid", "quickstart", "--fm", " "], "--fm: an empty value"),
         (["run", "--method", "fedpft", "--scenario", "tweets-iid", "--data-dir", ""], "--data-dir: an empty value"),

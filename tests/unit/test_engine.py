@@ -381,7 +381,7 @@ def test_a_record_says_what_was_run_and_what_it_took(request_of: RunRequest) -> 
     assert ["plug_in_validation" in entry for entry in one.rounds] == [False, True, True]
     assert record.accuracy.selection == Selection(rule=one.evaluation.selection, round=2)
     assert record.accuracy.validation == Validation(plug_in=one.rounds[2]["plug_in_validation"], proxy=None)
-    assert record.partition.sizes == [len(rows) for rows in one.rows]
+    assert record.partition.sizes == [len(rows) for rows in one.rows.values()]
     assert record.provenance.executor == p.execution.executor
     assert record.provenance.notes[: len(p.notes)] == list(p.notes)
     assert record.communication.per_round == [

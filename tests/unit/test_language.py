@@ -38,7 +38,7 @@ from fedbench.objectives.language import Language, without_given
 from fedbench.objectives.named import LANGUAGE, objective_of
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
-from fedbench.tables.measures import measure_called
+from fedbench.tables.asked import asked_measures
 from fedbench.tables.report import _lines
 from fedbench.training import fused
 from fedbench.training.alone import execute
@@ -296,7 +296,7 @@ def test_a_whole_run_reports_perplexity(method: str, family: str, tmp_path: Path
     assert record.accuracy.plug_in.correct is None, "rows that are right as a whole say little"
     said = dict(_lines(record))["accuracy"]
     assert f"perplexity {scores.perplexity:,.4g}  ({scores.tokens:,} tokens of 60 test rows; last round)" in said
-    assert measure_called("perplexity").read(record) == scores.perplexity
+    assert asked_measures(["perplexity"], ())[0].read(record) == scores.perplexity
     if method == "fedpft":
         assert all(entry.weight > 0 for entry in record.distillation)
 

@@ -22,8 +22,9 @@ from fedbench.machine.device import Execution
 from fedbench.measures.gradient import gradient_error, gradients
 from fedbench.methods import _distillation as d
 from fedbench.methods import _layerwise as layerwise
+from fedbench.methods._layers import uniform
 from fedbench.methods.fedavg_lora import FedAvgLora, count, weighted_mean
-from fedbench.methods.fedot import FedOT, FedOTServer, uniform
+from fedbench.methods.fedot import FedOT, FedOTServer
 from fedbench.methods.fedpft import FedPFT, FedPFTServer, highest, zeros
 from fedbench.models.cache import ModuleCache
 from fedbench.models.foundation import FoundationModel

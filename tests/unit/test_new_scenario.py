@@ -16,8 +16,9 @@ from helpers import save_tiny_bert
 from fedbench.cli.app import main
 from fedbench.errors import FedbenchError
 from fedbench.registry import Registry
-from fedbench.scenario.load import load_scenario, split_names
+from fedbench.scenario.load import load_scenario
 from fedbench.scenario.tables import Scenario
+from fedbench.scenario.toml import split_names
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:

@@ -11,7 +11,8 @@ import pytest
 import fedbench.scenarios
 from fedbench.errors import FedbenchError
 from fedbench.methods.fedpft import FedPFT
-from fedbench.scenario.load import load_scenario, split_names
+from fedbench.scenario.load import load_scenario
+from fedbench.scenario.toml import split_names
 
 FILES = sorted(Path(fedbench.scenarios.__path__[0]).glob("*.toml"))
 MINIMAL = """

@@ -30,7 +30,7 @@ class Family:
     batches are computed; others are fed padded. transposed: whether checkpoints keep linear layers transposed
     (transformers' `Conv1D`); they are straightened when read. padding_token: the number of the padding token where the
     model has it built in. computes: settings among those of `fedbench.models.families.refused.NOT_COMPUTED` that this
-    family's class does compute.
+    family's class does compute. norms_before: of a pre-norm image model, the LayerNorms in front of attention and FFN.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Family:
     transposed: bool = field(default=False, repr=False)
     padding_token: int | None = field(default=None, repr=False)
     computes: tuple[str, ...] = field(default=(), repr=False)
+    norms_before: tuple[str, str] | None = field(default=None, repr=False)
 
     def packed(self, pooling: str | None) -> bool:
         """Whether batches can lose their padding, in a model whose head pools tokens so, by its configuration."""

@@ -16,5 +16,6 @@ VIT = Family(
     ffn_out="mlp.fc2",
     ffn_norm=None,
     head=("classifier",),
+    norms_before=("layernorm_before", "layernorm_after"),
     dropout={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 )

@@ -7,13 +7,14 @@ clients' process is given their rows, and never the FM. This process holds the l
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -23,7 +24,6 @@ from fedbench.api.messages import ClientId, State
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
-from fedbench.machine.workers import end_with
 from fedbench.measures.scores import HeldOut
 from fedbench.models.zoo.load import load_fm
 from fedbench.registry import Registry
@@ -70,7 +70,7 @@ class Apart(Host):
     def __init__(
         self,
         prepared: Prepared,
-        rows: Sequence[Examples],
+        rows: Mapping[ClientId, Examples],
         label_counts: Sequence[Sequence[int]],
         server_watch: Watch | None = None,
         client_watch: Watch | None = None,
@@ -81,7 +81,7 @@ class Apart(Host):
         self._server = Child(
             "server", partial(_server, p.brief, method, names, public, p.held_out, label_counts, server_watch)
         )
-        self._clients = Child("clients", partial(_clients, p.brief, method, list(rows), client_watch))
+        self._clients = Child("clients", partial(_clients, p.brief, method, rows, client_watch))
         self.server, self.clients = RemoteServer(self._server.ask), RemoteClients(self._clients.ask)
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ def _server(
     return make_server(brief, loaded, fm, public, rows, label_counts, bytes_only=True)
 
 
-def _clients(brief: Brief, method: Named, rows: Sequence[Examples], watch: Watch | None) -> ClientSide:
+def _clients(brief: Brief, method: Named, rows: Mapping[ClientId, Examples], watch: Watch | None) -> ClientSide:
     if watch is not None:
         watch.begin()
     return make_clients(brief, method.load(), rows)
@@ -116,9 +116,9 @@ class Child:
 
     def __init__(self, role: str, make: partial[Any]) -> None:
         self.role = role
-        context = multiprocessing.get_context("spawn")
+        context = _processes()
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, os.getpid(), torch.get_num_threads(), make)
+        arguments = (theirs, torch.get_num_threads(), make)
         # Not a daemon: it has worker processes of its own.
         self.process = context.Process(target=_answer, args=arguments)
         self.process.start()
@@ -147,9 +147,21 @@ class Child:
             self.process.join()
 
 
-def _answer(connection: Connection, parent: int, threads: int, make: partial[Any]) -> None:
-    """Answer questions by the methods of what `make` makes; its last argument is a watch, or None."""
-    end_with(parent)
+def _processes() -> SpawnContext | ForkServerContext:
+    """What sides' processes come from: on Linux, copies of one that has imported what they need and done nothing else.
+
+    Most of the time of a short run would be imports.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "peft", "transformers.models.auto.modeling_auto"])
+    return context
+
+
+def _answer(connection: Connection, threads: int, make: partial[Any]) -> None:
+    """Answer questions by the methods of what `make` makes, until nobody is left to ask; its last argument is a watch,
+    or None."""
     torch.set_num_threads(threads)
     watch: Watch | None = make.args[-1]
     side: Any = None
@@ -206,14 +218,18 @@ class RemoteServer:
     def finish(self, rounds: int) -> dict[str, Any]:
         return dict(self._ask("finish", rounds))
 
-    def report(self) -> dict[str, Any]:
-        return dict(self._ask("report"))
+    def report(self, clients: Sequence[ClientId]) -> dict[str, Any]:
+        return dict(self._ask("report", clients))
 
     def seconds(self) -> dict[str, float]:
         return dict(self._ask("seconds"))
 
-    def tuned(self) -> Adapter:
-        adapter: Adapter = self._ask("tuned")
+    def farewell(self, clients: Sequence[ClientId]) -> Outbox:
+        found: Outbox = self._ask("farewell", clients)
+        return found
+
+    def tuned(self) -> Adapter | None:
+        adapter: Adapter | None = self._ask("tuned")
         return adapter
 
 
@@ -235,6 +251,12 @@ class RemoteClients:
     def step_flops(self) -> int | None:
         flops: int | None = self._ask("step_flops")
         return flops
+
+    def personal(self, outbox: Outbox, tests: Mapping[ClientId, Examples], size: int) -> dict[ClientId, float]:
+        return dict(self._ask("personal", outbox, tests, size))
+
+    def known(self) -> list[ClientId]:
+        return list(self._ask("known"))
 
     def states(self) -> Mapping[ClientId, Held]:
         return _RemoteStates(self._ask)

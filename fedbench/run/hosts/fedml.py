@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fedbench.api.messages import ClientId
+from fedbench.data.clients import ClientRows
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, printable
 from fedbench.machine.workers import cores, end_with
@@ -84,12 +85,13 @@ class FedML(Host):
 
     name = "fedml"
     one_process = False
+    scores_clients = False  # no test rows lie at a silo
 
     @classmethod
     def ready(cls, request: RunRequest) -> None:
         check_fedml()
 
-    def __init__(self, prepared: Prepared, rows: Sequence[Examples], label_counts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prepared: Prepared, rows: ClientRows, label_counts: Sequence[Sequence[int]]) -> None:
         p, silos = prepared, prepared.request.silos or min(SILOS, len(rows))
         check_number(silos, len(rows))
         self.keeps = f"--host fedml --silos {silos}"
@@ -125,7 +127,7 @@ class FedML(Host):
         p, silos = self._prepared, len(self.addresses) - 1
         share = max(1, p.execution.workers // silos)
         brief = replace(p.brief, execution=replace(p.execution, workers=share))
-        own = {cid: rows for cid, rows in enumerate(self._rows) if silo_of(cid, silos) == silo}
+        own = self._rows.only([cid for cid in self._rows if silo_of(cid, silos) == silo])
         make = partial(make_silo, silo, p.key, brief, self._method, own, silo_folder(p, silo))
         arguments = (os.getpid(), max(1, cores() // silos), silo, self._line, make)
         # Not a daemon: it has worker processes of its own.
@@ -168,7 +170,7 @@ class Served(Host):
     def __init__(
         self,
         prepared: Prepared,
-        rows: Sequence[Examples],
+        rows: Mapping[ClientId, Examples],
         label_counts: Sequence[Sequence[int]],
         line: Line,
         wait: Callable[[Sequence[int]], None],

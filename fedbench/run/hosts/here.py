@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from fedbench.api.messages import ClientId
 from fedbench.data.examples import Examples
 from fedbench.run.hosts.make import make_clients, make_server
 from fedbench.run.hosts.side import ClientSide, Host, ServerSide
@@ -19,7 +20,9 @@ class Here(Host):
     server: ServerSide
     clients: ClientSide
 
-    def __init__(self, prepared: Prepared, rows: Sequence[Examples], label_counts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, prepared: Prepared, rows: Mapping[ClientId, Examples], label_counts: Sequence[Sequence[int]]
+    ) -> None:
         p = prepared
         self.server = make_server(p.brief, p.method, p.loaded.fm, p.loaded.public, p.held_out, label_counts)
         self.clients = make_clients(p.brief, p.method, rows, self.client_side)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedbench.api.messages import ClientId, State
+from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError, MessageError
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.run.checkpoint import Held
@@ -289,6 +290,9 @@ class Hub:
                 for about, _ in self._ask({silo: ({"what": "step_flops"}, ())}, self.patience).values():
                     return None if about.get("value") is None else int(about["value"])
         return None
+
+    def personal(self, outbox: Outbox, tests: Mapping[ClientId, Examples], size: int) -> dict[ClientId, float]:
+        raise FedbenchError("clients' own models are not scored here: no test rows lie at a silo")
 
     def report(self) -> dict[str, Any]:
         here = {seat.silo: ({"what": "report"}, ()) for seat in self.seats.values() if seat.here}

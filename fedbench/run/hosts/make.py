@@ -37,13 +37,13 @@ def make_server(
         server = method.server(fm, public, context)
     observers = [Exposures(fm), GradientErrors(rows.probe, execution, time), AggregationErrors(time)]
     scores = Scores(rows, evaluation, execution, who, fm, label_counts, time)
-    return ServerSide(server, observers, scores, federation, len(label_counts), time, bytes_only, private_of(brief))
+    return ServerSide(server, observers, scores, federation, time, bytes_only, private_of(brief))
 
 
 def make_clients(
     brief: Brief,
     method: Method,
-    rows: Sequence[Examples] | Mapping[ClientId, Examples],
+    rows: Mapping[ClientId, Examples],
     kind: type[ClientSide] = ClientSide,
 ) -> ClientSide:
     """The clients' side of `method`; `rows` of each client that is there.

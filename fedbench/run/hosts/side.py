@@ -21,8 +21,9 @@ from fedbench.errors import FedbenchError, MessageError
 from fedbench.machine.device import Execution
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.machine.workers import one_thread
-from fedbench.measures.cost import most_tokens, step_flops
+from fedbench.measures.cost import RoundFlops, most_tokens
 from fedbench.measures.observer import Observer
+from fedbench.measures.personal import accuracy_of
 from fedbench.measures.scores import Scores
 from fedbench.models.cache import ModuleCache
 from fedbench.rng import Streams
@@ -46,7 +47,7 @@ class Trained:
     """What one client sends back, and what the harness notes of its local training.
 
     steps, loss: of its training. most: the largest honest value of plain values in its upload, by name. upload: what it
-    sends; refused: why that could not even be sent.
+    sends; refused: why that could not even be sent. flops: operations of its training, None where they are not known.
     """
 
     steps: int
@@ -54,6 +55,7 @@ class Trained:
     most: Mapping[str, int]
     upload: Sequence[Parcel]
     refused: str | None = None
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,17 @@ class ServerEnd(Protocol):
     def finish(self, rounds: int) -> dict[str, Any]:
         """Score the selected round on the test rows; the block of the record."""
 
-    def report(self) -> dict[str, Any]:
-        """The observers' other blocks by name, `residuals`, `notes` and trainable parameters."""
+    def farewell(self, clients: Sequence[ClientId]) -> Outbox:
+        """What these clients need for models of their own after the last round."""
+
+    def report(self, clients: Sequence[ClientId]) -> dict[str, Any]:
+        """The observers' other blocks by name, `residuals`, `notes`, and the most that one of `clients` trains."""
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far."""
 
-    def tuned(self) -> Adapter:
-        """What was tuned of the FM, as it is now."""
+    def tuned(self) -> Adapter | None:
+        """What was tuned of the FM, as it is now; None where there is no one model for all clients."""
 
 
 class ClientEnd(Protocol):
@@ -111,6 +116,15 @@ class ClientEnd(Protocol):
 
     def step_flops(self) -> int | None:
         """Floating-point operations of a local step; None before one was made."""
+
+    def personal(self, outbox: Outbox, tests: Mapping[ClientId, Examples], size: int) -> dict[ClientId, float]:
+        """The accuracy of each of these clients' own model on its test rows; clients without a model are left out.
+
+        outbox: what the server's `farewell` gave them. size: rows of a batch.
+        """
+
+    def known(self) -> list[ClientId]:
+        """The clients that were sampled so far."""
 
     def states(self) -> Mapping[ClientId, Held]:
         """Every client that was sampled so far, with its state on request."""
@@ -132,6 +146,8 @@ class Host(ABC):
     """
 
     name: ClassVar[str]
+    scores_clients: ClassVar[bool] = True
+    """Whether clients' own models are scored here, where a method makes some."""
     one_process: ClassVar[bool] = True
     """Whether both sides live in this process, whose peak memory is then the run's."""
     keeps: str = ""
@@ -169,17 +185,15 @@ class ServerSide:
         observers: Sequence[Observer],
         scores: Scores,
         federation: Federation,
-        clients: int,
         time: Stopwatch,
         bytes_only: bool = False,
         private: Private | None = None,
     ) -> None:
-        """clients: their number. bytes_only: what is sent leaves this process. time: shared with the observers.
+        """bytes_only: what is sent leaves this process. time: shared with the observers.
 
         private: settings and streams of differential privacy, None for none.
         """
         self.private = private
-        self.clients = clients
         self.server, self.observers, self.scores, self.federation = server, (*observers, scores), scores, federation
         self.time = time
         self._post, self._lent = Post(bytes_only), Lent()
@@ -256,9 +270,11 @@ class ServerSide:
     def finish(self, rounds: int) -> dict[str, Any]:
         return self.scores.finish(self.server, rounds)
 
-    def report(self) -> dict[str, Any]:
+    def farewell(self, clients: Sequence[ClientId]) -> Outbox:
+        return self._post.pack(self.server.farewell(clients))
+
+    def report(self, clients: Sequence[ClientId]) -> dict[str, Any]:
         blocks = {o.name: o.block(self.server) for o in self.observers if o is not self.scores}
-        clients = range(self.clients if self.federation.rounds else 0)
         trainable = max((self.server.trainable(client) for client in clients), default=0)
         return {
             "blocks": blocks,
@@ -270,8 +286,9 @@ class ServerSide:
     def seconds(self) -> dict[str, float]:
         return dict(self.time.seconds)
 
-    def tuned(self) -> Adapter:
-        return adapter_of(self.server.put_in_fm(), self.scores.fm.state)
+    def tuned(self) -> Adapter | None:
+        model = self.server.put_in_fm()
+        return None if model is None else adapter_of(model, self.scores.fm.state)
 
 
 class ClientSide:
@@ -282,17 +299,18 @@ class ClientSide:
         method: Method,
         streams: Streams,
         federation: Federation,
-        rows: Sequence[Examples] | Mapping[ClientId, Examples],
+        rows: Mapping[ClientId, Examples],
         execution: Execution,
         private: Private | None = None,
     ) -> None:
-        """rows: of every client, or by client of those that are here."""
+        """rows: of the clients that are here."""
         self.private = private
         self.method, self.streams, self.federation, self.rows = method, streams, federation, rows
         self.execution, self.time = execution, Stopwatch()
         self.modules = ModuleCache(execution.device)
         self.clients: dict[ClientId, Client] = {}
-        self._example: LocalTask | None = None
+        self._flops = RoundFlops(execution.device)
+        self._spent: dict[ClientId, int | None] = {}  # operations of this round's trainings
 
     def client(self, cid: ClientId) -> Client:
         """The client of this number, made when it is first asked for."""
@@ -306,16 +324,17 @@ class ClientSide:
         lent = Lent()
         with self.time("local"):
             # A client that drops out has still received what it was sent.
-            tasks = {}
+            tasks, rows = {}, {cid: self.rows[cid] for cid in outbox}
             for cid, parcels in outbox.items():
                 inbox = [lent.lend(parcel.open()) for parcel in parcels]
-                tasks[cid] = self.client(cid).task(round, inbox, self.rows[cid])
+                tasks[cid] = self.client(cid).task(round, inbox, rows[cid])
             chosen = {cid: tasks[cid] for cid in staying}
-            results = {}
+            results, self._spent = {}, {}
             for cid, result in self.results(round, chosen):
                 results[cid] = result
                 report(result.loss)
-        self._example = next((task for task in chosen.values() if task.batches), None)
+        with self.time("flops"):
+            flops = {cid: self._spent[cid] if cid in self._spent else self._flops.of(chosen[cid]) for cid in chosen}
         trained = {}
         with self.time("upload"):
             for cid in chosen:  # in this order, whoever was done first
@@ -328,8 +347,8 @@ class ClientSide:
                     parcels += [Parcel.of(message) for message in messages]
                 except MessageError as error:
                     why = reason(error)
-                most = {"num_examples": len(self.rows[cid]), "tokens": most_tokens(chosen[cid])}
-                trained[cid] = Trained(result.steps, result.loss, most, parcels, why)
+                most = {"num_examples": len(rows[cid]), "tokens": most_tokens(chosen[cid])}
+                trained[cid] = Trained(result.steps, result.loss, most, parcels, why, flops[cid])
         lent.close()
         return trained
 
@@ -347,13 +366,31 @@ class ClientSide:
         for i, result in execute_all([tasks[cid] for cid in declared], self.execution):
             yield declared[i], result
         for cid in own:
+            trained: list[LocalTask] = []  # a `fit` may train any number of tasks, or in ways of its own
+
+            def train(task: LocalTask, trained: list[LocalTask] = trained) -> LocalResult:
+                trained.append(task)
+                return execute(task, self.execution)
+
             with one_thread():
-                result = self.client(cid).fit(tasks[cid], lambda task: execute(task, self.execution))
+                result = self.client(cid).fit(tasks[cid], train)
+            counts = [self._flops.of(task) for task in trained]
+            self._spent[cid] = sum(c or 0 for c in counts) if counts and None not in counts else None
             yield cid, result
 
     def train_all(self, round: int, outbox: Outbox, staying: Sequence[ClientId]) -> dict[ClientId, Trained]:
         """`train` for whoever cannot be told of each client as it is done."""
         return self.train(round, outbox, staying, lambda loss: None)
+
+    def personal(self, outbox: Outbox, tests: Mapping[ClientId, Examples], size: int) -> dict[ClientId, float]:
+        lent, found = Lent(), {}
+        with self.time("test"):
+            for cid, rows in tests.items():
+                inbox = [lent.lend(parcel.open()) for parcel in outbox.get(cid, ())]
+                if (model := self.client(cid).personal(inbox)) is not None:
+                    found[cid] = accuracy_of(model, cid, rows, size, self.execution)
+        lent.close()
+        return found
 
     def known(self) -> list[ClientId]:
         """The clients that were sampled so far."""
@@ -364,7 +401,7 @@ class ClientSide:
         return self.client(cid).state()
 
     def step_flops(self) -> int | None:
-        return None if self._example is None else step_flops(self._example, self.execution.device)
+        return self._flops.first
 
     def states(self) -> Mapping[ClientId, Held]:
         return self.clients

@@ -154,6 +154,7 @@ def _written(trained: Trained, packing: Packing) -> dict[str, Any]:
         "most": dict(trained.most),
         "upload": [packing.add(parcel) for parcel in trained.upload],
         "refused": trained.refused,
+        "flops": trained.flops,
     }
 
 
@@ -165,7 +166,9 @@ def read_trained(silo: int, said: Any, payloads: Sequence[bytes]) -> dict[Client
         for cid, each in said.items():
             upload = [unpacking.parcel(parcel) for parcel in each["upload"]]
             most = {str(name): int(value) for name, value in each["most"].items()}
-            found[int(cid)] = Trained(int(each["steps"]), float(each["loss"]), most, upload, each["refused"])
+            steps, flops = int(each["steps"]), each["flops"]
+            flops = None if flops is None else int(flops)
+            found[int(cid)] = Trained(steps, float(each["loss"]), most, upload, each["refused"], flops)
     except (MessageError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise FedbenchError(f"silo {silo}: its answer cannot be read: {type(error).__name__}: {error}") from None
     return found

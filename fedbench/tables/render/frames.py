@@ -9,9 +9,12 @@ import pandas as pd
 
 from fedbench.errors import one_line
 from fedbench.tables import measures
+from fedbench.tables.asked import Asked
 from fedbench.tables.comparison import Beside, Comparison, Section
 from fedbench.tables.formats import MEGA, signed, three_digits
+from fedbench.tables.render.budgets import budget_tables
 from fedbench.tables.render.comments import comments
+from fedbench.tables.render.ranking import group_column, group_notes, improvement_table, pareto_table
 from fedbench.tables.rows import FLAG, Row, accuracy_in
 
 _HEADERS = (
@@ -59,18 +62,34 @@ def _columns() -> list[tuple[str, Callable[[Row], str]]]:
     return list(zip(_HEADERS[2:], writers, strict=True))
 
 
-def section_frame(section: Section, asked: Sequence[measures.Measure] = ()) -> pd.DataFrame:
-    """A scenario's table as text: one line a method. asked: measures with a column at the end."""
-    more = {measure.name.replace("_", " "): measure for measure in asked}
+def section_frame(section: Section, asked: Asked) -> pd.DataFrame:
+    """A scenario's table as text: one line a method, with columns at the end for what was asked for."""
+    more = {measure.name.replace("_", " "): measure for measure in asked.measures}
+    header, cells = group_column(section) if asked.rank else ("", {})
     lines = []
     for row in section.rows:
         line = {"method": row.label + (f" {FLAG}" if row.flag else ""), "accuracy %": accuracy_text(row)}
-        line |= {header: write(row) if row.scored else "–" for header, write in _columns()}
-        for header, measure in more.items():
+        line |= {name: write(row) if row.scored else "–" for name, write in _columns()}
+        for name, measure in more.items():
             found = row.summary(measure.read, measure.scale)
-            line[header] = three_digits(found.mean) if found else "–"
+            line[name] = three_digits(found.mean) if found else "–"
+        if header:
+            line[header] = cells.get(row.label, "–")
         lines.append(line)
-    return pd.DataFrame(lines, columns=[*_HEADERS, *more])
+    frame = pd.DataFrame(lines, columns=[*_HEADERS, *more, *([header] if header else [])])
+    if header:
+        frame.insert(2, header, frame.pop(header))
+    return frame
+
+
+def _asked_notes(section: Section, asked: Sequence[measures.Measure]) -> list[str]:
+    """On measures that were asked for: what they are, and why a row has none."""
+    out = [measure.about for measure in asked if measure.about]
+    for measure in asked:
+        for row in section.rows:
+            reasons = dict.fromkeys(filter(None, map(measure.unknown, row.scored.values()))) if measure.unknown else ()
+            out += [f"{row.label}: no {measure.name.replace('_', ' ')}: {reason}" for reason in reasons]
+    return out
 
 
 def overview_frame(comparison: Comparison) -> pd.DataFrame:
@@ -124,7 +143,15 @@ def printed(comparison: Comparison) -> list[tuple[str, pd.DataFrame, list[str]]]
     out = [(beside.title, beside_frame(beside), beside.notes) for beside in comparison.beside]
     if len(comparison.sections) > 1 and not out:
         out.append(("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
-    out += [(each.title, section_frame(each, comparison.asked), comments(each)) for each in comparison.sections]
+    for each in comparison.sections:
+        asked = comparison.asked
+        notes = [*comments(each), *(group_notes(each) if asked.rank else ()), *_asked_notes(each, asked.measures)]
+        out.append((each.title, section_frame(each, asked), notes))
+        out += budget_tables(each, asked)
+        out += pareto_table(each) if asked.pareto else []
+    if comparison.asked.rank:
+        baseline = next((each.baseline for each in comparison.sections if each.baseline), "")
+        out += improvement_table(comparison.sections, baseline)
     return [
         (one_line(title), frame.map(one_line).rename(columns=one_line), [one_line(note) for note in notes])
         for title, frame, notes in out
