@@ -16,8 +16,8 @@ import pytest
 from _records import altered, make_record
 from helpers import save_tiny_bert
 from test_claims import another_process
-from test_cli import Invoke, invoke  # noqa: F401  # a fixture
 
+from fedbench.cli.app import main
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell
 from fedbench.grid.status import expected_seconds, grid_status
@@ -203,18 +203,22 @@ def test_a_cell_whose_process_is_killed_is_made_by_the_other_and_no_other_cell_t
 
 
 def test_the_command_line_says_how_far_a_grid_is(
-    invoke: Invoke,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [
-        "--methods", "fedavg-lora", "--fm", save_tiny_bert(tmp_path / "bert", layers=2), "--profile", "smoke",
-        "--results", tmp_path / "runs", "--cache", tmp_path / "cache", "--device", "cpu",
-    ]  # fmt: skip
-    code, out, _ = invoke("grid", "quickstart", *options, "--seeds", "2", "--status")
-    assert code == 0
+    def grid(*more: str) -> str:
+        options = [
+            "--methods", "fedavg-lora", "--fm", save_tiny_bert(tmp_path / "bert", layers=2), "--profile", "smoke",
+            "--results", tmp_path / "runs", "--cache", tmp_path / "cache", "--device", "cpu",
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["fedbench", "grid", "quickstart", *map(str, options), *more])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    out = grid("--seeds", "2", "--status")
     assert "0 done, 0 running, 0 failed, 2 left of 2 cells; of 2 there is no record to go by" in out
-    assert invoke("grid", "quickstart", *options, "--seeds", "1")[0] == 0
-    out = invoke("grid", "quickstart", *options, "--seeds", "2", "--status")[1]
+    grid("--seeds", "1")
+    out = grid("--seeds", "2", "--status")
     assert "1 done, 0 running, 0 failed, 1 left of 2 cells; what is not done takes about" in out
     assert len(load_all(tmp_path / "runs" / "records")) == 1
