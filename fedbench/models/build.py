@@ -18,7 +18,7 @@ from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.parts import Parts, _linear, family_of
 from fedbench.models.prefix import add_prefix
 from fedbench.models.prompt import add_prompt
-from fedbench.models.spec import PROJECTIONS, ModelSpec
+from fedbench.models.spec import FFN, FFN_ROLES, PROJECTIONS, ModelSpec
 from fedbench.models.straight import straighten
 from fedbench.models.weights import set_tunable
 
@@ -109,15 +109,19 @@ def _narrow(parts: Parts, i: int, width: int) -> None:
 
 
 def _adapted(parts: Parts, i: int, projections: Sequence[str]) -> list[str]:
-    """The linear layers of a layer's attention that these projections name, each once.
+    """The linear layers of a layer that these projections name, each once.
 
-    Raises FedbenchError where one layer gives several projections, of which some are named and some are not.
+    Raises FedbenchError for one that the layer does not have, and where one linear layer gives several, of which some
+    are named and some are not.
     """
-    named = list(zip(PROJECTIONS, parts.attention_paths(i), strict=True))
-    found = dict.fromkeys(path for projection, path in named if projection in projections)
-    for projection, path in named:
-        if path in found and projection not in projections:
-            together = [other for other, same in named if same == path]
+    roles = parts.linear_paths(i)
+    asked = {*projections} | ({role for role, _ in roles if role in FFN_ROLES} if FFN in projections else set())
+    if missing := sorted(asked - {FFN, *(role for role, _ in roles)}):
+        raise FedbenchError(f"LoRA on {missing[0]}: a layer of {parts.family.name} has none")
+    found = dict.fromkeys(path for role, path in roles if role in asked)
+    for role, path in roles:
+        if path in found and role not in asked:
+            together = [other for other, same in roles if same == path]
             raise FedbenchError(
                 f"LoRA on {', '.join(projections)}: in {parts.family.name} one layer gives {', '.join(together)}; name "
                 "all of them or none"

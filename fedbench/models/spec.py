@@ -13,6 +13,10 @@ from fedbench.models.families.known import family_called
 
 PROJECTIONS = ("query", "key", "value", "output")
 """The linear layers of an attention, in the order of `Family.attention`."""
+FFN_ROLES = ("gate", "up", "down")
+"""The linear layers of an FFN; a plain one has no gate."""
+FFN = "ffn"
+"""All linear layers that an FFN has."""
 
 Head = Literal["classes", "vocabulary"]
 """What a model answers with: classes of a row, or of each token the next one."""
@@ -24,13 +28,21 @@ LAYER_KINDS = "layer_types"
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """LoRA on these projections of the attention of these layers; None means all layers."""
+    """LoRA on these linear layers of these layers; None means all layers.
+
+    projections: those of attention, as in `PROJECTIONS`, and of FFNs, as in `FFN_ROLES`, or `FFN` for all of an FFN.
+    """
 
     r: int
     alpha: float
     dropout: float = 0.0
     layers: tuple[int, ...] | None = None
     projections: tuple[str, ...] = PROJECTIONS
+
+    @property
+    def on_ffns(self) -> bool:
+        """Whether there is LoRA on a linear layer of an FFN."""
+        return bool({FFN, *FFN_ROLES} & {*self.projections})
 
 
 @dataclass(frozen=True)

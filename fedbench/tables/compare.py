@@ -19,7 +19,7 @@ from fedbench.tables import roles
 from fedbench.tables.beside import reported_beside
 from fedbench.tables.comparison import Comparison, Section
 from fedbench.tables.conditions import conditions_of, flag_rows
-from fedbench.tables.matching import asked_fm, belongs, flat, fm_names, fm_of, setting_text
+from fedbench.tables.matching import asked_fm, belongs, fm_names, fm_of, method_settings, setting_text
 from fedbench.tables.notes import add_notes
 from fedbench.tables.pairs import add_differences
 from fedbench.tables.rows import Row, seed_names
@@ -136,7 +136,7 @@ def _variants(records: Sequence[Record], conditions: Mapping[str, Mapping[str, A
     for record in records:
         about = {
             **conditions[record.key],
-            **flat(record.method.settings),
+            **method_settings(record),
             "version": record.identity.method_version,
         }
         name = repr(sorted((path, repr(value)) for path, value in about.items()))

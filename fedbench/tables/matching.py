@@ -68,7 +68,7 @@ def departures(record: Record, settings: Mapping[str, Any]) -> list[str]:
     settings were resolved. Nor is one that the method changes by its nature (`method.planned`).
     """
     method, planned = record.identity.method, record.method.planned or ()
-    have = {**flat(record.scenario.to_json()), **flat(record.method.settings)}
+    have = {**flat(record.scenario.to_json()), **method_settings(record)}
     out = []
     for key, value in settings.items():
         name = key.removeprefix("method.").removeprefix(f"methods.{method}.")
@@ -78,6 +78,12 @@ def departures(record: Record, settings: Mapping[str, Any]) -> list[str]:
             wanted = value if isinstance(value, str) else str(value).lower()
             out.append(f"{name} {value_text(name, have[name])} instead of {wanted}")
     return out
+
+
+def method_settings(record: Record) -> dict[str, Any]:
+    """The settings of a record's method by dotted path, with those that are left out where they say nothing."""
+    found = flat(record.method.settings)
+    return {**({"lora_targets": "attention"} if "lora_r" in found else {}), **found}
 
 
 def _equal(found: Any, value: Any) -> bool:
