@@ -75,6 +75,29 @@ def test_the_best_is_bold_only_where_it_is_better_than_all_others() -> None:
     assert "**" not in render(clear, "markdown"), "only where it is asked for"
 
 
+def test_the_command_line_has_what_python_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for record in (*runs("fedpft", *GOOD), *runs("fedprox", *BAD)):
+        save(record, tmp_path / "records")
+
+    def table(*options: str) -> str:
+        place = ["--results", str(tmp_path), "--format", "markdown"]
+        monkeypatch.setattr("sys.argv", ["fedbench", "table", *place, *options])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    assert table() == fedbench.make_table(tmp_path)
+    found = fedbench.make_table(tmp_path, rank=True, baseline="fedprox")
+    assert table("--rank", "--baseline", "fedprox") == found
+    assert table("--by", "method", "--metric", "mb_up") == fedbench.make_table(tmp_path, by="method", metric="mb_up")
+    picture = tmp_path / "front.png"
+    assert table("--picture", str(picture)) == table("--pareto") == fedbench.make_table(tmp_path, pareto=True)
+    assert picture.stat().st_size > 1000
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="takes pdflatex")
 def test_every_table_that_can_be_asked_for_compiles(tmp_path: Path) -> None:
     comparison = compare([*runs("fedpft", *GOOD), *runs("fedprox", *BAD), *runs("head-only", *BAD)])
