@@ -30,7 +30,8 @@ class Family:
     batches are computed; others are fed padded. transposed: whether checkpoints keep linear layers transposed
     (transformers' `Conv1D`); they are straightened when read. padding_token: the number of the padding token where the
     model has it built in. computes: settings among those of `fedbench.models.families.refused.NOT_COMPUTED` that this
-    family's class does compute. norms_before: of a pre-norm image model, the LayerNorms in front of attention and FFN.
+    family's class does compute. norms_before: of a pre-norm model, the norms in front of attention and FFN, by
+    which whole layers are computed as one function.
     """
 
     name: str
