@@ -39,6 +39,7 @@ from fedbench.forward.masks import Masks
 from fedbench.machine.device import Execution
 from fedbench.models.decoder import NextToken, body_of
 from fedbench.models.linear import reordered
+from fedbench.models.mpnet import distance_bias
 from fedbench.models.parts import Parts, adds_tokens, family_of
 from fedbench.models.spec import POOLING
 
@@ -205,7 +206,7 @@ class Forward:
             hooks.append(model.get_submodule(last).register_forward_hook(first_tokens))
         if trim:
             hooks.append(model.get_submodule(f"{last}.{family.residual}").register_forward_pre_hook(first_only))
-        masks = Masks()
+        masks = Masks(distance_bias(model))
         blocks = masks.buckets(chosen, causal=family.reads == "last", window=None)
         token = _layout.set((chosen, masks))
         set_attention(config, NAME)
