@@ -16,6 +16,7 @@ from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.low_rank import low_rank
+from fedbench.models.mpnet import attend_by_registry
 from fedbench.models.parts import Parts, _linear, family_of
 from fedbench.models.prefix import add_prefix
 from fedbench.models.prompt import add_prompt
@@ -81,7 +82,7 @@ def as_computed_here(model: nn.Module) -> None:
 
     Transposed linear layers are straightened, gated FFNs can be watched, and a decoder's head for classes reads the
     last real token by the mask, where transformers goes by the number of the padding token; one for the next token
-    gives what is asked for alone.
+    gives what is asked for alone. MPNet's attention goes through the registry.
     """
     family = family_of(model)
     if family.transposed:
@@ -90,6 +91,8 @@ def as_computed_here(model: nn.Module) -> None:
         parts = Parts(model)
         for i in range(parts.count):
             GatedFFN.adopt(model.get_submodule(parts.ffn_path(i)), family)
+    if family.name == "mpnet":
+        attend_by_registry(model)
     if type(model).__name__ == family.language:
         predict_next(model)
     elif family.reads == "last":
