@@ -105,10 +105,11 @@ class RoundFlops:
             return 0
         kind = self._kind(task)
         if kind not in self._formulas:
-            formula, counted = fitted(task, self.device), step_flops(task, self.device)
+            counted, shape = step_flops(task, self.device), Shape.of(task.data, task.batches[0])
             self.first = counted if self.first is None else self.first
-            agrees = formula.of(Shape.of(task.data, task.batches[0])) == counted
-            self._formulas[kind] = formula if agrees else None
+            if kind not in _fitted or _fitted[kind].of(shape) != counted:
+                _fitted[kind] = fitted(task, self.device)
+            self._formulas[kind] = _fitted[kind] if _fitted[kind].of(shape) == counted else None
         found = self._formulas[kind]
         return None if found is None else int(sum(found.of(Shape.of(task.data, batch)) for batch in task.batches))
 
@@ -122,6 +123,9 @@ class RoundFlops:
         how = (directions, task.penalty is None, type(task.optimiser), task.data.objective, task.loss is None)
         return self._layouts[key], frozenset(task.tunables), how
 
+
+_fitted: dict[Hashable, Formula] = {}
+"""Formulas by kind of task, from other runs of this process."""
 
 LENGTHS = 4, 6, 9
 """Tokens a row of the small steps; three, as a row's operations are a polynomial of degree two in them."""
