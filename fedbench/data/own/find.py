@@ -45,6 +45,8 @@ def tables_of(role: str, settings: DatasetSettings, folder: Path) -> Iterator[Ta
 def located(settings: DatasetSettings, folder: Path, root: Path | None) -> tuple[DatasetSettings, Path]:
     """The settings of a data set that has a folder below `root`, or is on the hub, and where its files are named from.
 
+    Of one on the hub `origin` then says what would have been the folder.
+
     Raises FedbenchError, which says what is expected where, for one that is neither.
     """
     found = next(set_folders(root, settings.folders), None) if root is not None else None
@@ -52,7 +54,7 @@ def located(settings: DatasetSettings, folder: Path, root: Path | None) -> tuple
         return settings.model_copy(update={"hub": None, "revision": None, "configuration": None}), found.absolute()
     if settings.hub is None:
         raise FedbenchError(f"data set {settings.name}: not found; {expected(settings)}")
-    splits = {"train": "train", "test": "test" if settings.test else ()}
+    splits = {"train": "train", "test": "test" if settings.test else (), "origin": expected(settings)}
     return settings.model_copy(update=splits), folder
 
 
@@ -127,7 +129,7 @@ def _from_hub(settings: DatasetSettings, splits: tuple[str, ...]) -> Iterator[Ta
         why = str(error).partition("(")[2].partition(")")[0]
         raise FedbenchError(
             f"dataset.hub {repository}: cannot be had ({why}); connect to the hub, fill its cache, or "
-            + (expected(settings) if settings.folders else "download the files and name them in train")
+            + (settings.origin if settings.folders and settings.origin else "download the files and name them in train")
         ) from None
     for split in splits:
         if split not in loaded:
