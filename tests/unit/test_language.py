@@ -29,7 +29,7 @@ from fedbench.measures.gradient import gradients
 from fedbench.models import decoder
 from fedbench.models.build import build
 from fedbench.models.cache import Frozen
-from fedbench.models.conversation import conversation
+from fedbench.models.conversation import pieces
 from fedbench.models.decoder import next_tokens
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode
@@ -279,7 +279,7 @@ def test_of_an_answer_its_own_tokens_are_asked_for_and_no_others(template: str |
 
 def test_given_tokens_are_hidden_by_hand() -> None:
     targets = torch.tensor([[2, 3, 4, IGNORED], [6, 7, 8, 9]])
-    found = without_given(targets, [3, 0])
+    found = without_given(targets, [np.array([False, False, False, True]), np.ones(4, dtype=bool)])
     assert found.tolist() == [[IGNORED, IGNORED, 4, IGNORED], [6, 7, 8, 9]]
 
 
@@ -291,7 +291,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
             return f"{len(turns)} turns"
 
     with pytest.raises(FedbenchError, match="writes a prompt in another way once it is answered"):
-        conversation(Tokenizer(), "a", "b")
+        pieces(Tokenizer(), (("user", "a"), ("assistant", "b")))
 
 
 def test_rows_whose_answer_is_cut_off_are_named() -> None:

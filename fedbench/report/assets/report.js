@@ -141,13 +141,15 @@
     const { step } = plot.spec.height ?? {}; // of each line of an axis of names
     const height = step ? step * new Set(rows.map(row => row[plot.spec.encoding.y.field])).size : 260;
     const spec = { ...drawing(plot, rows), width, height, autosize: { type: "fit-x", contains: "padding" }, data: { values: rows } };
-    const { view } = await vegaEmbed(chart, spec, {
+    // Within the chart, which keeps its role and its text: the drawing would give the element others.
+    const place = make("div");
+    chart.replaceChildren(place);
+    const { view } = await vegaEmbed(place, spec, {
       mode: "vega-lite", ast: true, renderer: "svg", actions: false, config, tooltip: { theme: "page" },
     });
-    // The drawing is one image, whose text the chart has: its parts are not read out one by one.
-    const svg = chart.querySelector("svg");
-    svg.setAttribute("aria-hidden", "true");
-    for (const part of [svg, ...svg.querySelectorAll("[role]")]) {
+    // The drawing is one image: its parts are not read out one by one.
+    place.setAttribute("aria-hidden", "true");
+    for (const part of [place, ...place.querySelectorAll("[role]")]) {
       for (const name of ["role", "aria-roledescription", "aria-label"]) part.removeAttribute(name);
     }
     view.addEventListener("click", (_, item) => item?.datum?.name && open(item.datum.name));
