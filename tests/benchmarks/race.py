@@ -8,7 +8,7 @@ AdamW 5e-4. Partition, cohorts, order of rows and initial values are the same fo
 the same weights, which is checked. Not in the times: imports, loading, tokenising, evaluation.
 
 `--workload decoder` is the same of a language model, against the bare loop alone: `tiny-llama` (or another decoder,
-`--fm`), r 8, the next token of tweets of up to 128 tokens, 20 clients, 4 a round, ten batches of 4 at each.
+`--fm`), r 8, the next token of 2,400 tweets of up to 128 tokens over 20 clients, 4 a round, one epoch in batches of 4.
 
 Every runner is a process of its own. They take turns, since the speed of a machine drifts. A runner whose framework is
 not installed is left out, with a note.
