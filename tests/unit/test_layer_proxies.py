@@ -26,7 +26,7 @@ from fedbench.models.build import build
 from fedbench.models.cache import ModuleCache
 from fedbench.models.parts import why_it_cannot_write
 from fedbench.models.spec import LoraSpec, ModelSpec
-from fedbench.models.weights import frozen_state, load_frozen, set_tensors, tunable_names
+from fedbench.models.weights import checkpoint_name, frozen_state, load_frozen, set_tensors, tunable_names
 from fedbench.rng import Streams
 from fedbench.training.alone import execute
 
@@ -322,3 +322,12 @@ def test_by_default_a_client_holds_about_what_it_does_in_fedpft(method: Any, tmp
     assert (
         note.startswith(f"{method.name} {method.front}-{len(server.emulated)}-{method.back}: ") and "fedpft's" in note
     )
+
+
+def test_fedsodas_alignment_is_of_the_same_weights_where_ffns_have_adapters_too(tmp_path: Path) -> None:
+    plain, adapted = (
+        sides(FedSODA(emulator=2, lora_targets=targets, **FEW), tmp_path, layers=6)[0]
+        for targets in ("attention", "all")
+    )
+    assert [checkpoint_name(n) for n in adapted.trained()] == [checkpoint_name(n) for n in plain.trained()]
+    assert any(".base_layer." in n for n in adapted.trained())
