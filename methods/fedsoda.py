@@ -70,9 +70,9 @@ class FedSODAServer(GroupsServer):
     def trained(self) -> list[str]:
         inside = [slices.name for i in self.several for slices in self.parts.neurons(i).values()]
         norms = [path for i in self.several if (path := self.parts.ffn_norm_path(i))]
-        ends = [f"{self.parts.ffn_out_path(i)}." for i in self.several] + [f"{path}." for path in norms]
-        known = [n for n, _ in self.model.named_parameters() if ".lora_" not in n]
-        return [n for n in known if n in inside or n.startswith(tuple(ends))]
+        ends = tuple(f"{path}." for path in [*norms, *(self.parts.ffn_out_path(i) for i in self.several)])
+        known = {n: checkpoint_name(n) for n, _ in self.model.named_parameters() if ".lora_" not in n}
+        return [n for n, there in known.items() if there in inside or there.startswith(ends)]
 
     def schedule(self) -> Schedule:
         m = self.method

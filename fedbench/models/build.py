@@ -17,7 +17,7 @@ from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
 from fedbench.models.low_rank import low_rank
 from fedbench.models.mpnet import attend_by_registry
-from fedbench.models.parts import Parts, _linear, family_of
+from fedbench.models.parts import Parts, _linear, family_of, note_repeats
 from fedbench.models.prefix import add_prefix
 from fedbench.models.prompt import add_prompt
 from fedbench.models.spec import FFN, FFN_ROLES, PROJECTIONS, ModelSpec
@@ -64,6 +64,7 @@ def build(spec: ModelSpec) -> nn.Module:
                 model.set_submodule(path, Bottleneck(_linear(model, path), spec.bottleneck))
     for i, times in enumerate(spec.repeats or ()):
         if times > 1:
+            note_repeats(model)
             parts.layer(i).register_forward_hook(partial(_again, times - 1), with_kwargs=True)
     if spec.prefix is not None:
         add_prefix(model, spec.prefix)

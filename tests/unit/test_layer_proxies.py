@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from fedbench.methods.crash import CRaSh
 from fedbench.methods.fedbiot import FedBiOT, extracted
 from fedbench.methods.fedbiot_official import FedBiOTOfficial
 from fedbench.methods.fedsoda import FedSODA
+from fedbench.models.build import build
 from fedbench.models.cache import ModuleCache
+from fedbench.models.parts import why_it_cannot_write
 from fedbench.models.spec import LoraSpec, ModelSpec
-from fedbench.models.weights import frozen_state, load_frozen, set_tensors, tunable_names
+from fedbench.models.weights import checkpoint_name, frozen_state, load_frozen, set_tensors, tunable_names
 from fedbench.rng import Streams
 from fedbench.training.alone import execute
 
@@ -221,16 +224,12 @@ def test_an_alignment_moves_the_emulators_lora_alone_and_clients_are_sent_it(tmp
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_layer_that_is_run_again_is_a_deeper_model_of_its_copies(packed: bool) -> None:
     spec = tiny_fm().spec.with_lora(LoraSpec(2, 4, layers=(0, 2)))
-    from dataclasses import replace
-
     shared = replace(spec, repeats=(1, 3, 1))
     assert ModelSpec.from_json(shared.to_json()) == shared and "repeats" not in spec.to_json()
     model = tiny_fm().tuned(shared, CPU)
     values = random_values(model)
     set_tensors(model, values)
     deep_spec = tiny_fm().spec.with_layers([0, 1, 1, 1, 2]).with_lora(LoraSpec(2, 4, layers=(0, 4)))
-    from fedbench.models.build import build
-
     deep = build(deep_spec)
     place = {0: 0, 1: 1, 2: 1, 3: 1, 4: 2}
 
@@ -247,6 +246,7 @@ def test_a_layer_that_is_run_again_is_a_deeper_model_of_its_copies(packed: bool)
         assert torch.allclose(passing.logits(batch), logits(deep, batch, packed=False), atol=1e-5)
         states = passing.layer_outputs(batch)[0]
         assert len(states) == 3, "a layer that is run again is one layer, and its output that of the last time"
+    assert why_it_cannot_write(model) == "it runs layers again" and why_it_cannot_write(deep) is None
     once = tiny_fm().tuned(spec, CPU)
     set_tensors(once, values)
     assert not torch.allclose(logits(once, batch), logits(deep, batch), atol=1e-2)
@@ -322,3 +322,12 @@ def test_by_default_a_client_holds_about_what_it_does_in_fedpft(method: Any, tmp
     assert (
         note.startswith(f"{method.name} {method.front}-{len(server.emulated)}-{method.back}: ") and "fedpft's" in note
     )
+
+
+def test_fedsodas_alignment_is_of_the_same_weights_where_ffns_have_adapters_too(tmp_path: Path) -> None:
+    plain, adapted = (
+        sides(FedSODA(emulator=2, lora_targets=targets, **FEW), tmp_path, layers=6)[0]
+        for targets in ("attention", "all")
+    )
+    assert [checkpoint_name(n) for n in adapted.trained()] == [checkpoint_name(n) for n in plain.trained()]
+    assert any(".base_layer." in n for n in adapted.trained())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,10 @@ from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import frozen_state, initial_tunables, set_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
+from fedbench.run.hosts.make import make_server
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
+from fedbench.scenario.tables import EvaluationSettings, ObjectiveSettings
 from fedbench.training.cohort import execute_all
 
 CPU = torch.device("cpu")
@@ -236,6 +239,23 @@ def test_a_prefix_is_seen_from_within_a_window_too(fms: Any) -> None:
         alone.append(logits(model, Batch({**row, "attention_mask": mask}, batch.labels[:1], mask)))
     assert torch.allclose(logits(model, batch), torch.cat(alone), atol=1e-5)
     assert not torch.allclose(torch.cat(alone), logits(plain_of(fm, model), batch), atol=1e-2)
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(tokens=N), PromptTuning(tokens=N)])
+def test_written_answers_are_refused_before_anything_is_trained(method: Any, tmp_path: Path) -> None:
+    fm = load_fm(str(save_tiny("llama", tmp_path / "fm")), 3, tmp_path, (), "vocabulary")
+    ctx = context(tmp_path)
+    scenario = Namespace(
+        federation=ctx.federation,
+        evaluation=EvaluationSettings(),
+        objective=ObjectiveSettings(kind="language", scores=("exact_match",), new_tokens=3),
+        name="s",
+    )
+    brief: Any = Namespace(scenario=scenario, streams=ctx.streams, execution=Execution(), cache=tmp_path, seed=0)
+    with pytest.raises(
+        FedbenchError, match=f"{method.name}: its model writes no answers, as it has a prefix or a prompt"
+    ):
+        make_server(brief, method, fm, None, Namespace(probe=train_rows(2)), [[1]])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

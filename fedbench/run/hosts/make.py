@@ -8,12 +8,14 @@ from fedbench.api.context import ServerContext
 from fedbench.api.messages import ClientId
 from fedbench.api.sides import Method
 from fedbench.data.examples import Examples
+from fedbench.errors import FedbenchError
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.measures.aggregation import AggregationErrors
 from fedbench.measures.exposure import Exposures
 from fedbench.measures.gradient import GradientErrors
 from fedbench.measures.scores import HeldOut, Scores
 from fedbench.models.foundation import FoundationModel
+from fedbench.models.parts import why_it_cannot_write
 from fedbench.run.brief import Brief
 from fedbench.run.hosts.side import ClientSide, ServerSide
 from fedbench.run.privacy import Private
@@ -35,6 +37,10 @@ def make_server(
     who = f"{method.name} on {brief.scenario.name}, seed {brief.seed}"
     with time("setup"):
         server = method.server(fm, public, context)
+    if brief.scenario.objective is not None and brief.scenario.objective.scores:
+        for model in (server.put_in_fm(), server.put_in_proxy()):
+            if model is not None and (why := why_it_cannot_write(model)):
+                raise FedbenchError(f"{method.name}: its model writes no answers, as {why}; leave objective.scores out")
     observers = [Exposures(fm), GradientErrors(rows.probe, execution, time), AggregationErrors(time)]
     scores = Scores(rows, evaluation, execution, who, fm, label_counts, time)
     return ServerSide(server, observers, scores, federation, time, bytes_only, private_of(brief))
