@@ -26,7 +26,7 @@ from fedbench.models.parts import Parts
 
 @dataclass(frozen=True, eq=False)
 class Linears:
-    """The linear layers of an encoder layer at a call: query, key, value, output, up, down; and the LoRA of each."""
+    """The linear layers of a layer at a call: query, key, value, output, gate if any, up, down; and their LoRA."""
 
     bases: tuple[FrozenLinear, ...]
     adapters: tuple[Adapter | None, ...]
@@ -61,7 +61,7 @@ class Layer:
             base = layer if adapter is None else layer.base_layer
             if watched(layer) or not isinstance(base, FrozenLinear) or base.dtype_for(hidden) is not torch.float32:
                 return None
-            if base.bias is None or base.bias.requires_grad:
+            if base.bias is not None and base.bias.requires_grad:
                 return None
             bases.append(base)
             adapters.append(adapter)

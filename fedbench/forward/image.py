@@ -25,7 +25,11 @@ SHORT = 128
 def image_layers_of(model: nn.Module) -> list[Layer]:
     """The layers of `model` that can be one function each: all those of a pre-norm encoder with GELU, or none."""
     parts, config = Parts(model), cast(Any, model.config)
-    possible = parts.family.norms_before and getattr(config, parts.family.activation) == "gelu"
+    possible = (
+        parts.family.modality == "image"
+        and parts.family.norms_before
+        and getattr(config, parts.family.activation) == "gelu"
+    )
     return [ImageLayer(parts, i) for i in range(parts.count)] if possible else []
 
 

@@ -15,6 +15,8 @@ from fedbench.models.bottleneck import Bottleneck
 from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
+from fedbench.models.low_rank import low_rank
+from fedbench.models.mpnet import attend_by_registry
 from fedbench.models.parts import Parts, _linear, family_of
 from fedbench.models.prefix import add_prefix
 from fedbench.models.prompt import add_prompt
@@ -43,6 +45,10 @@ def build(spec: ModelSpec) -> nn.Module:
         ffn = (parts.ffn_in_path(i), parts.ffn_gate_path(i) or parts.ffn_in_path(i), parts.ffn_out_path(i))
         for path in (*parts.attention_paths(i), *ffn):
             FrozenLinear.adopt(_linear(model, path))  # fails for a path that is no linear layer
+    for i, rank in enumerate(spec.ranks or ()):
+        if rank is not None:
+            for path in dict.fromkeys(parts.attention_paths(i)):
+                model.set_submodule(path, low_rank(_linear(model, path), rank))
     if spec.lora is not None:
         lora = spec.lora
         layers = range(parts.count) if lora.layers is None else lora.layers
@@ -76,7 +82,7 @@ def as_computed_here(model: nn.Module) -> None:
 
     Transposed linear layers are straightened, gated FFNs can be watched, and a decoder's head for classes reads the
     last real token by the mask, where transformers goes by the number of the padding token; one for the next token
-    gives what is asked for alone.
+    gives what is asked for alone. MPNet's attention goes through the registry.
     """
     family = family_of(model)
     if family.transposed:
@@ -85,6 +91,8 @@ def as_computed_here(model: nn.Module) -> None:
         parts = Parts(model)
         for i in range(parts.count):
             GatedFFN.adopt(model.get_submodule(parts.ffn_path(i)), family)
+    if family.name == "mpnet":
+        attend_by_registry(model)
     if type(model).__name__ == family.language:
         predict_next(model)
     elif family.reads == "last":
