@@ -16,7 +16,8 @@ from fedbench.tables.formats import MEGA
 from fedbench.tables.measures import Measure
 from fedbench.tables.roles import REFERENCES
 from fedbench.tables.rows import Row
-from fedbench.tables.statistics import LEVEL, Improvement, letters
+from fedbench.tables.standing import Improvement, letters
+from fedbench.tables.statistics import LEVEL
 
 
 def ranked_rows(section: Section) -> list[Row]:

@@ -21,7 +21,8 @@ from scipy.stats import norm
 from studies.coverage import EFFECTS, SCENARIOS, SEEDS, observed
 
 from fedbench.tables.roles import REFERENCES
-from fedbench.tables.statistics import LEVEL, Difference, Improvement
+from fedbench.tables.standing import Improvement
+from fedbench.tables.statistics import LEVEL, Difference
 
 GAPS = (0.0, 0.5, 1.5)
 """Mean difference of two methods, in deviations of a seed's own effect on their difference."""

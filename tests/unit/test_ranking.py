@@ -34,7 +34,8 @@ from fedbench.tables.ranking import (
 )
 from fedbench.tables.render.forms import render
 from fedbench.tables.render.ranking import group_notes, pareto_picture
-from fedbench.tables.statistics import Improvement, letters, seeds_to_detect
+from fedbench.tables.standing import Improvement, letters
+from fedbench.tables.statistics import seeds_to_detect
 
 ROWS = 400
 

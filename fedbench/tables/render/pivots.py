@@ -60,7 +60,7 @@ def _text(row: Row, metric: Measure) -> str:
     """Mean ± deviation (n), as per cent for shares of test rows; or why there is none."""
     if not row.scored:
         return row.state
-    of_rows = metric.name.endswith("accuracy") or "accuracy" in metric.name or metric.name in ("gap", "macro_f1")
+    of_rows = "accuracy" in metric.name or metric.name in ("gap", "macro_f1")
     found = row.summary(metric.read, metric.scale * (100 if of_rows else 1))
     if found is None:
         return "–"
