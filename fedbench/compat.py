@@ -37,6 +37,9 @@ softmax_backward: Callable[..., Tensor] = torch._softmax_backward_data
 gelu_backward: Callable[..., Tensor] = torch.ops.aten.gelu_backward
 """(gradient, input) -> gradient of the input."""
 
+silu_backward: Callable[..., Tensor] = torch.ops.aten.silu_backward
+"""(gradient, input) -> gradient of the input."""
+
 layer_norm_forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.native_layer_norm
 """(input, shape, weight, bias, eps) -> output, mean and inverse deviation, which the backward pass needs."""
 

@@ -153,6 +153,11 @@ class LayersServer(ProxyServer):
     def _match(self, middle: range, fm: FoundationModel) -> tuple[int, str]:
         """The emulator's layers that come nearest to fedpft's parameters in the layers a client holds, and a note."""
         m, parts = self.method, Parts(self.full)
+        if m.lora.on_ffns:
+            raise FedbenchError(
+                f"{m.name}: emulator 'fedpft' compares with fedpft, which has no LoRA on FFNs, but lora_targets is "
+                f"{m.lora_targets!r}; give emulator a number of layers"
+            )
         sizes = [{name: p.numel() for name, p in parts.layer(i).named_parameters()} for i in range(parts.count)]
         whole = [sum(size.values()) for size in sizes]
         bare = [sum(n for name, n in size.items() if ".lora_" not in name) for size in sizes]

@@ -7,10 +7,10 @@ what the other adapter methods build on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from torch import Tensor, nn
 
 from fedbench.api.context import ClientContext, ServerContext
@@ -20,7 +20,7 @@ from fedbench.api.sides import Client, Method, Server
 from fedbench.data.examples import Examples
 from fedbench.errors import MessageError
 from fedbench.models.foundation import FoundationModel
-from fedbench.models.spec import LoraSpec, ModelSpec
+from fedbench.models.spec import FFN, FFN_ROLES, PROJECTIONS, LoraSpec, ModelSpec
 from fedbench.models.weights import frozen_state, initial_tunables, set_tensors
 
 
@@ -99,7 +99,7 @@ class TuningMethod(Method):
 
     @property
     def lora(self) -> LoraSpec | None:
-        """Adapters on the attention projections of every layer; None for none."""
+        """Adapters on linear layers of every layer; None for none."""
         return None
 
     def tuned(self, spec: ModelSpec) -> ModelSpec:
@@ -113,12 +113,40 @@ class TuningMethod(Method):
         return AdapterClient(self, ctx)
 
 
+LORA_TARGETS: dict[str, tuple[str, ...]] = {"attention": PROJECTIONS, "ffn": (FFN,), "all": (*PROJECTIONS, FFN)}
+"""The linear layers that adapters go on, by what a setting calls them together."""
+
+
 class LoraMethod(TuningMethod):
-    """Hyper-parameters of LoRA (Hu et al. 2022) on query, key, value and attention output."""
+    """Hyper-parameters of LoRA (Hu et al. 2022).
+
+    lora_targets: the linear layers with an adapter: "attention" (query, key, value and output, as in FedPFT), "ffn"
+    (up and down, and the gate of a gated FFN), "all", or names with commas between them, of query, key, value, output,
+    gate, up and down. Records hold it where it is not "attention".
+    """
 
     lora_r: int = Field(8, ge=1)
     lora_alpha: float = Field(48, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_targets: str = "attention"
+
+    @field_validator("lora_targets")
+    @classmethod
+    def _known_targets(cls, value: str) -> str:
+        """The same in one form: names in the order of a layer, and one word for all of attention."""
+        asked = {name.strip().lower() for name in value.split(",")}
+        roles = (*PROJECTIONS, *FFN_ROLES)
+        if len(asked) == 1 and asked <= LORA_TARGETS.keys():
+            return asked.pop()
+        if unknown := sorted(asked - {*roles}):
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join((*LORA_TARGETS, *roles))}")
+        return "attention" if asked == {*PROJECTIONS} else ",".join(role for role in roles if role in asked)
+
+    @model_serializer(mode="wrap")
+    def _settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what says nothing: keys and records are those of before there was such a setting."""
+        found: dict[str, Any] = handler(self)
+        return {n: v for n, v in found.items() if (n, v) != ("lora_targets", "attention")}
 
     @property
     def dropout(self) -> float:
@@ -126,7 +154,8 @@ class LoraMethod(TuningMethod):
 
     @property
     def lora(self) -> LoraSpec:
-        return LoraSpec(r=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout)
+        targets = LORA_TARGETS.get(self.lora_targets) or tuple(self.lora_targets.split(","))
+        return LoraSpec(self.lora_r, self.lora_alpha, self.lora_dropout, projections=targets)
 
 
 class WeightedMethod(LoraMethod):

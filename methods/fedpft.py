@@ -123,7 +123,14 @@ class FedPFTServer(ProxyServer):
         for i in self.compressed:
             up, down, gate = self.fm_parts.ffn_weights(i)
             self.kept[i] = most_salient(up, down, widths[i], gate)
-        self.spec = self.spec.with_ffn_widths(widths).with_lora(self.client_lora(fm))
+        lora = self.client_lora(fm)
+        if lora.on_ffns and (changed := [*self.aligned]):
+            raise FedbenchError(
+                f"{method.name}: lora_targets is {method.lora_targets!r}, but the sub-FM's FFN of layer {changed[0]} "
+                "is not the FM's, which has no place for its adapters; set lora_targets to attention, or keep all "
+                "layers whole by layers_retained"
+            )
+        self.spec = self.spec.with_ffn_widths(widths).with_lora(lora)
         self.model = build(self.spec).to(ctx.device)
         self.parts = Parts(self.model)
         self.values = {name: self.initial[name] for name in tunable_names(self.model)}

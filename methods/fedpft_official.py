@@ -82,7 +82,7 @@ class FedPFTOfficialServer(FedPFTServer):
 
     @property
     def aligned(self) -> Sequence[int]:
-        return range(self.parts.count) if self.method.cut_retained else self.compressed
+        return range(self.fm_parts.count) if self.method.cut_retained else self.compressed
 
     def product(self, layer: int) -> Tensor:
         product = super().product(layer)

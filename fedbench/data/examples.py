@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedbench.data.answers import Choices, References
 from fedbench.data.pixels import ImageProcessor, to_pixels
 
 
@@ -38,7 +39,7 @@ class Examples:
     the 60,000 images of CIFAR would take 36 GB.
 
     objective: name of what is asked of the rows (`fedbench.objectives`). labels: that, as the objective encodes it: the
-    targets [n], or of each token [n, longest row].
+    targets [n], or of each token [n, longest row]. answers: what rows are scored by beside that, of language.
     """
 
     labels: Tensor
@@ -48,6 +49,7 @@ class Examples:
     segments: Sequence[np.ndarray] | None = None
     processor: ImageProcessor | None = None
     objective: str = "classification"
+    answers: Choices | References | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,7 +64,7 @@ class Examples:
     def select(self, rows: np.ndarray | Sequence[int]) -> Examples:
         """Some rows, in this order."""
         index = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return Examples(
+        chosen = Examples(
             self.labels[index],
             None if self.tokens is None else [self.tokens[i] for i in index.tolist()],
             None if self.pixels is None else self.pixels[index],
@@ -70,7 +72,11 @@ class Examples:
             None if self.segments is None else [self.segments[i] for i in index.tolist()],
             self.processor,
             self.objective,
+            None if self.answers is None else self.answers.select(index.tolist()),
         )
+        if "lengths" in vars(self):  # where they were counted once, they are not counted again
+            vars(chosen)["lengths"] = self.lengths[index.numpy()]
+        return chosen
 
     @classmethod
     def joined(cls, parts: Sequence[Examples]) -> Examples:
@@ -97,6 +103,8 @@ class Examples:
             digest.update(self.pixels.contiguous().numpy().tobytes())
         if self.objective != "classification":  # what a hash is of when it says nothing
             digest.update(self.objective.encode())
+        if self.answers is not None:
+            digest.update(self.answers.digest().encode())
         if self.processor is not None:
             digest.update(repr(self.processor).encode())
         return digest.hexdigest()

@@ -117,4 +117,4 @@ def _unlabelled(part: Part, name: str, count: int | None) -> Part:
     """Rows of a public corpus, at most `count` of them: a fixed draw, in order and without their labels."""
     rows = np.sort(Streams(0, name).numpy("public").permutation(len(part))[:count])
     chosen = part.select(rows)
-    return Part(np.zeros(len(chosen), dtype=np.int64), chosen.texts, chosen.images, chosen.text_pairs)
+    return replace(chosen, labels=np.zeros(len(chosen), dtype=np.int64), groups={}, choices=None)

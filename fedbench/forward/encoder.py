@@ -2,7 +2,7 @@
 
 A step on a hundred tokens spends a fifth of its time not on arithmetic but on calling it, module by module and, for
 gradients, node by node. Here a layer of a post-norm encoder (BERT, RoBERTa, DistilBERT) is one node: attention, FFN,
-residuals and LayerNorms with frozen weights, and LoRA where there is any. In fp32, on batches in blocks, with the
+residuals and LayerNorms with frozen weights, and LoRA on any of its products. In fp32, on batches in blocks, with the
 reordered copies of `fedbench.models.linear`. A layer that somebody watches or tunes otherwise (hooks, biases, dropout)
 is computed by transformers' own code.
 """
@@ -26,7 +26,7 @@ from fedbench.models.parts import Parts
 
 @dataclass(frozen=True, eq=False)
 class Linears:
-    """The linear layers of an encoder layer at a call: query, key, value, output, up, down; LoRA of the first four."""
+    """The linear layers of a layer at a call: query, key, value, output, gate if any, up, down; and their LoRA."""
 
     bases: tuple[FrozenLinear, ...]
     adapters: tuple[Adapter | None, ...]
@@ -40,11 +40,11 @@ class Layer:
         family, path = parts.family, parts.layer_path(i)
         self.module = parts.layer(i)
         self.projections = [get(p) for p in parts.attention_paths(i)]
-        self.ffn = [parts.ffn_in(i), parts.ffn_out(i)]
+        self.ffn = [get(parts.ffn_in_path(i)), get(parts.ffn_out_path(i))]
         norms = family.norms_before or (family.attention_norm, family.ffn_norm)
         self.norms = [cast(nn.LayerNorm, get(f"{path}.{p}")) for p in norms]
         self.residual = get(f"{path}.{family.residual}") if family.residual else None
-        inside = {m for p in self.projections for m in p.modules()}
+        inside = {m for p in (*self.projections, *self.ffn) for m in p.modules()}
         self.others = [m for m in self.module.modules() if m is not self.module and m not in inside]
         config: Any = parts.model.config
         self.heads = config.num_attention_heads
@@ -61,11 +61,11 @@ class Layer:
             base = layer if adapter is None else layer.base_layer
             if watched(layer) or not isinstance(base, FrozenLinear) or base.dtype_for(hidden) is not torch.float32:
                 return None
-            if base.bias is None or base.bias.requires_grad:
+            if base.bias is not None and base.bias.requires_grad:
                 return None
             bases.append(base)
             adapters.append(adapter)
-        return Linears(tuple(bases), tuple(adapters[:4]))
+        return Linears(tuple(bases), tuple(adapters))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What takes the place of the module's own forward pass."""
@@ -130,11 +130,10 @@ class _Function(torch.autograd.Function):
         *values: Tensor,
     ) -> Tensor:
         residual = hidden if first is None else hidden.index_select(0, first)
-        *attention, up, down = linears.bases
         lows: list[Tensor | None] = []
 
         def linear(i: int, x: Tensor) -> Tensor:
-            out, adapter = attention[i].product(x), linears.adapters[i]
+            out, adapter = linears.bases[i].product(x), linears.adapters[i]
             lows.append(None if adapter is None else adapt(out, x, adapter))
             return out
 
@@ -146,12 +145,15 @@ class _Function(torch.autograd.Function):
         mixed = heads.flatten(1)
         mid = linear(3, mixed).add_(residual)
         normed, *mid_norm = norm(mid, layer.norms[0])
-        wide = up.product(normed)
-        end = down.product(nn.functional.gelu(wide)).add_(normed)
+        wide = linear(4, normed)
+        active = nn.functional.gelu(wide)
+        end = linear(5, active).add_(normed)
         out, *end_norm = norm(end, layer.norms[1])
         qkv = query, key, value
+        # What the FFN's products are given is kept for the gradients of their LoRA alone.
+        given = [x if low is not None else None for x, low in zip((normed, active), lows[4:], strict=True)]
         ctx.save_for_backward(
-            hidden, residual, first, mixed, mid, *mid_norm, wide, end, *end_norm, *qkv, *lows, *weights
+            hidden, residual, first, mixed, mid, *mid_norm, wide, end, *end_norm, *qkv, *given, *lows, *weights
         )
         ctx.layer, ctx.linears, ctx.blocks, ctx.scale = layer, linears, blocks, scale
         return out
@@ -160,20 +162,19 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, residual, first, mixed, mid, *saved = ctx.saved_tensors
         mid_norm, wide, end, end_norm = saved[:2], saved[2], saved[3], saved[4:6]
-        (query, key, value), lows, weights = saved[6:9], saved[9:13], saved[13:]
-        *attention, up, down = ctx.linears.bases
-        norms, values = ctx.layer.norms, []
+        (query, key, value), (normed, active), lows, weights = saved[6:9], saved[9:11], saved[11:17], saved[17:]
+        norms, values = ctx.layer.norms, {}
 
-        def back(i: int, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        def back(i: int, grad: Tensor, x: Tensor, wanted: bool = True) -> Tensor:
             adapter = ctx.linears.adapters[i]
-            found = attention[i].product(grad, transposed=True) if wanted else None
-            values.append(() if adapter is None else adapt_backward(found, grad, x, lows[i], adapter))
-            return found
+            found = ctx.linears.bases[i].product(grad, transposed=True) if wanted else None
+            values[i] = () if adapter is None else adapt_backward(found, grad, x, lows[i], adapter)
+            return cast(Tensor, found)
 
         grad = norm_backward(grads[0].contiguous(), end, end_norm, norms[1])
-        inner = gelu_backward(down.product(grad, transposed=True), wide)
-        grad = norm_backward(up.product(inner, transposed=True).add_(grad), mid, mid_norm, norms[0])
-        heads = cast(Tensor, back(3, grad, mixed, True)).view_as(query)
+        inner = gelu_backward(back(5, grad, active), wide)
+        grad = norm_backward(back(4, inner, normed).add_(grad), mid, mid_norm, norms[0])
+        heads = back(3, grad, mixed).view_as(query)
         parts = attend_backward(heads, query, key, value, weights, ctx.blocks, ctx.scale, first is not None)
         wanted = ctx.needs_input_grad[0]
         below = [
@@ -182,11 +183,10 @@ class _Function(torch.autograd.Function):
         ]
         total = None
         if wanted:
-            of_query, of_key, of_value = (cast(Tensor, x) for x in below)
+            of_query, of_key, of_value = below
             grad, total = grad.add_(of_query), of_key.add_(of_value)
             total = total.add_(grad) if first is None else total.index_add_(0, first, grad)
-        of_output, *of_qkv = values
-        return total, None, None, None, None, *(v for own in (*of_qkv, of_output) for v in own)
+        return total, None, None, None, None, *(v for i in range(len(values)) for v in values[i])
 
 
 def norm(x: Tensor, layer: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:

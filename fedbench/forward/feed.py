@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fedbench.compat import attention_of, set_attention
 from fedbench.data.examples import Batch
 from fedbench.forward.attention import Bucket, attend, attend_backward
+from fedbench.forward.causal import causal_layers_of
 from fedbench.forward.encoder import Layer, layers_of, whole_layers
 from fedbench.forward.image import image_layers_of
 from fedbench.forward.layout import Layout
@@ -38,6 +39,7 @@ from fedbench.forward.masks import Masks
 from fedbench.machine.device import Execution
 from fedbench.models.decoder import NextToken, body_of
 from fedbench.models.linear import reordered
+from fedbench.models.mpnet import distance_bias
 from fedbench.models.parts import Parts, adds_tokens, family_of
 from fedbench.models.spec import POOLING
 
@@ -204,10 +206,12 @@ class Forward:
             hooks.append(model.get_submodule(last).register_forward_hook(first_tokens))
         if trim:
             hooks.append(model.get_submodule(f"{last}.{family.residual}").register_forward_pre_hook(first_only))
-        token = _layout.set((chosen, Masks()))
+        masks = Masks(distance_bias(model))
+        blocks = masks.buckets(chosen, causal=family.reads == "last", window=None)
+        token = _layout.set((chosen, masks))
         set_attention(config, NAME)
         try:
-            with whole_layers(self._whole(chosen.blocks), trim, chosen.buckets, chosen.first):
+            with whole_layers(self._whole(chosen.blocks), trim, blocks, chosen.first):
                 yield pack(given, chosen, offset), chosen.real
         finally:
             set_attention(config, before)
@@ -219,7 +223,7 @@ class Forward:
         if not (self._live and possible):
             return ()
         if self._layers is None:
-            self._layers = image_layers_of(self.model) or layers_of(self.model)
+            self._layers = image_layers_of(self.model) or causal_layers_of(self.model) or layers_of(self.model)
         return self._layers
 
     def logits(self, batch: Batch, padded: bool = False) -> Tensor:

@@ -25,7 +25,11 @@ SHORT = 128
 def image_layers_of(model: nn.Module) -> list[Layer]:
     """The layers of `model` that can be one function each: all those of a pre-norm encoder with GELU, or none."""
     parts, config = Parts(model), cast(Any, model.config)
-    possible = parts.family.norms_before and getattr(config, parts.family.activation) == "gelu"
+    possible = (
+        parts.family.modality == "image"
+        and parts.family.norms_before
+        and getattr(config, parts.family.activation) == "gelu"
+    )
     return [ImageLayer(parts, i) for i in range(parts.count)] if possible else []
 
 
@@ -49,11 +53,10 @@ class _Function(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, layer: ImageLayer, linears: Linears, trimmed: bool, *values: Tensor
     ) -> Tensor:
-        *attention, up, down = linears.bases
         lows: list[Tensor | None] = []
 
         def linear(i: int, x: Tensor) -> Tensor:
-            out, adapter = attention[i].product(x), linears.adapters[i]
+            out, adapter = linears.bases[i].product(x), linears.adapters[i]
             lows.append(None if adapter is None else adapt(out, x, adapter))
             return out
 
@@ -70,8 +73,9 @@ class _Function(torch.autograd.Function):
         mixed, *kept = _attend(*qkv)
         mid = linear(3, mixed).add_(residual)
         inner, *mid_statistics = norm(mid, layer.norms[1])
-        wide = up.product(inner)
-        out = down.product(nn.functional.gelu(wide)).add_(mid)
+        wide = linear(4, inner)
+        active = nn.functional.gelu(wide)
+        out = linear(5, active).add_(mid)
         # A tensor that no adapter reads is not kept.
         tuned = [adapter is not None for adapter in linears.adapters]
         ctx.save_for_backward(
@@ -80,6 +84,8 @@ class _Function(torch.autograd.Function):
             asked if tuned[0] else None,
             normed if any(tuned[1:3]) else None,
             mixed if tuned[3] else None,
+            inner if tuned[4] else None,
+            active if tuned[5] else None,
             mid,
             *mid_statistics,
             wide,
@@ -91,21 +97,20 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        whole, mean, deviation, asked, normed, mixed, mid, *saved = ctx.saved_tensors
-        mid_statistics, wide, lows, kept = saved[:2], saved[2], saved[3:7], saved[7:]
-        *attention, up, down = ctx.linears.bases
-        norms, values = ctx.layer.norms, []
+        whole, mean, deviation, asked, normed, mixed, inner, active, mid, *saved = ctx.saved_tensors
+        mid_statistics, wide, lows, kept = saved[:2], saved[2], saved[3:9], saved[9:]
+        norms, values = ctx.layer.norms, {}
 
-        def back(i: int, grad: Tensor, x: Tensor | None, wanted: bool) -> Tensor | None:
+        def back(i: int, grad: Tensor, x: Tensor | None, wanted: bool = True) -> Tensor:
             adapter = ctx.linears.adapters[i]
-            found = attention[i].product(grad, transposed=True) if wanted else None
-            values.append(() if adapter is None else adapt_backward(found, grad, cast(Tensor, x), lows[i], adapter))
-            return found
+            found = ctx.linears.bases[i].product(grad, transposed=True) if wanted else None
+            values[i] = () if adapter is None else adapt_backward(found, grad, cast(Tensor, x), lows[i], adapter)
+            return cast(Tensor, found)
 
         grad = grads[0].flatten(0, 1).contiguous()
-        inner = gelu_backward(down.product(grad, transposed=True), wide)
-        grad = norm_backward(up.product(inner, transposed=True), mid, mid_statistics, norms[1]).add_(grad)
-        heads = cast(Tensor, back(3, grad, mixed, True))
+        of_wide = gelu_backward(back(5, grad, active), wide)
+        grad = norm_backward(back(4, of_wide, inner), mid, mid_statistics, norms[1]).add_(grad)
+        heads = back(3, grad, mixed)
         parts = _attend_backward(heads, ctx.images, ctx.layer.heads, kept)
         wanted = ctx.needs_input_grad[0]
         below = [
@@ -113,7 +118,7 @@ class _Function(torch.autograd.Function):
         ]
         total = None
         if wanted:
-            of_query, of_key, of_value = (cast(Tensor, x) for x in below)
+            of_query, of_key, of_value = below
             total = of_key.add_(of_value)
             first = total.view(ctx.images, -1, total.shape[1])[:, 0] if ctx.trimmed else total
             first.add_(of_query)
@@ -121,8 +126,7 @@ class _Function(torch.autograd.Function):
             first = total.view(ctx.images, -1, total.shape[1])[:, 0] if ctx.trimmed else total
             first.add_(grad)
             total = total.view(ctx.images, -1, total.shape[1])
-        of_output, *of_qkv = values
-        return total, None, None, None, *(v for own in (*of_qkv, of_output) for v in own)
+        return total, None, None, None, *(v for i in range(len(values)) for v in values[i])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,11 @@
-"""Which tokens of a row may see which others, where not all see all: in decoders, and within a window."""
+"""Which tokens of a row may see which others, where not all see all: in decoders, and within a window.
+
+And what is added to the scores of two tokens by their distance, in MPNet.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,7 +18,9 @@ from fedbench.forward.layout import Layout
 class Masks:
     """The buckets of one batch with masks for each kind of attention of a model; made once, used by all its layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: Callable[[int], Tensor] | None = None) -> None:
+        """bias: length -> what is added to the scores of a row of that length, [1, heads, length, length]."""
+        self._bias = bias
         self._made: dict[tuple[bool, int | None], tuple[Bucket, ...]] = {}
 
     def buckets(self, layout: Layout, causal: bool, window: int | None) -> tuple[Bucket, ...]:
@@ -24,12 +30,17 @@ class Masks:
         """
         if window is not None and window >= max(b.length for b in layout.buckets):
             window = None
-        if not causal and window is None:
+        if not causal and window is None and self._bias is None:
             return layout.buckets
         if (causal, window) not in self._made:
             device = layout.position.device
-            made = (_masked(b, layout.blocks, causal, window, device) for b in layout.buckets)
-            self._made[causal, window] = tuple(made)
+            made = layout.buckets
+            if causal or window is not None:
+                made = tuple(_masked(b, layout.blocks, causal, window, device) for b in made)
+            if self._bias is not None:
+                bias = self._bias(max(b.length for b in made))
+                made = tuple(_biased(b, bias) for b in made)
+            self._made[causal, window] = made
         return self._made[causal, window]
 
 
@@ -43,6 +54,14 @@ def _masked(bucket: Bucket, block: bool, causal: bool, window: int | None, devic
     if window is not None:
         hidden |= back.abs() >= window
     return replace(bucket, mask=_joined(bucket.mask, hidden[None, None], block))
+
+
+def _biased(bucket: Bucket, bias: Tensor) -> Bucket:
+    # Rows lie end to end in a block, so the distance of two tokens of a row is that of their places.
+    mask, added = bucket.mask, bias[..., : bucket.length, : bucket.length]
+    if mask is not None and not mask.is_floating_point():
+        mask = torch.zeros(mask.shape, dtype=bias.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return replace(bucket, mask=added if mask is None else added + mask)
 
 
 def _joined(mask: Tensor | None, hidden: Tensor, block: bool) -> Tensor:

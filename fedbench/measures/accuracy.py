@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedbench.data.answers import Choices
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
 from fedbench.forward.feed import forward
 from fedbench.machine.device import Execution
 from fedbench.machine.workers import fork_map
 from fedbench.objectives.base import Objective
-from fedbench.objectives.named import CLASSIFICATION, objective_of
+from fedbench.objectives.choice import chosen
+from fedbench.objectives.language import without_given
+from fedbench.objectives.named import CHOICE, CLASSIFICATION, objective_of
 from fedbench.records.text import pack_correct
 
 
@@ -62,14 +65,19 @@ class Evaluation:
         }
         if rows and not self.objective.every_token:
             out["correct"] = pack_correct(self.correct)
+            more = self.objective.more_outcomes(self.predicted, self.labels)
+            out |= {name: pack_correct(bits) for name, bits in more.items()}
         return out
 
 
 def evaluate(model: nn.Module, data: Examples, size: int, execution: Execution) -> Evaluation:
     """Run `model` over all rows of `data`, in batches of `size` rows of similar length, over worker processes.
 
-    Raises DivergedError where outputs are not finite: the largest of such numbers would pass for an answer.
+    Rows with choices are scored by the choices, all else by their labels. Raises DivergedError where outputs are not
+    finite: the largest of such numbers would pass for an answer.
     """
+    if isinstance(data.answers, Choices):
+        return choose(model, data, data.answers, size, execution)
     batches = data.length_sorted_batches(size)
     objective = objective_of(data.objective)
 
@@ -96,6 +104,41 @@ def evaluate(model: nn.Module, data: Examples, size: int, execution: Execution) 
     if lost:
         raise DivergedError(f"{lost} of {len(data)} rows have logits that are not finite")
     return Evaluation(predicted, labels, sum(losses) / objective.count(data.labels), objective)
+
+
+def choose(model: nn.Module, data: Examples, choices: Choices, size: int, execution: Execution) -> Evaluation:
+    """Score the choices of each row of language by their log-probability, the sum over their tokens.
+
+    The loss is the mean of a token of the right choices, in nats. Raises DivergedError where one is not finite.
+    """
+    asks = objective_of(data.objective)
+    tokens = [row for each in choices.tokens for row in each]
+    counts = [len(each) for each in choices.tokens]
+    given = np.repeat(np.asarray(choices.given), counts)
+    asked = [np.arange(len(row)) >= before for row, before in zip(tokens, given, strict=True)]
+    targets = without_given(asks.targets(np.zeros(len(tokens)), tokens), asked)
+    rows = Examples(targets, tokens, None, data.pad_token, objective=data.objective)
+    batches = rows.length_sorted_batches(size)
+
+    def answer(indices: np.ndarray) -> np.ndarray:
+        with torch.inference_mode(), execution.autocast():
+            batch = rows.batch(indices, execution.device)
+            out = passing.logits(batch, asks.padded).float()
+            return np.asarray(-out[..., 0].double().sum(1).cpu().numpy())
+
+    model.eval()
+    likelihoods = np.zeros(len(tokens))
+    costs = [float(rows.lengths[b].sum()) for b in batches]
+    with forward(model, execution) as passing:
+        for i, found in fork_map(answer, batches, execution.workers, costs):
+            likelihoods[batches[i]] = found
+    if lost := int((~np.isfinite(likelihoods)).sum()):
+        raise DivergedError(f"{lost} of {len(tokens)} choices have log-probabilities that are not finite")
+    first = np.cumsum([0, *counts[:-1]])
+    right = first + choices.right
+    loss = -likelihoods[right].sum() / asks.count(targets[torch.from_numpy(right)])
+    answers = chosen(np.split(likelihoods, first[1:]), choices.letters)
+    return Evaluation(answers, choices.right, float(loss), CHOICE)
 
 
 def per_client(test: Evaluation, classes: np.ndarray, label_counts: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from torch import nn
 
 from fedbench.api.messages import State
 from fedbench.api.sides import Server, tuned_fm
+from fedbench.data.answers import References
 from fedbench.data.examples import Examples
 from fedbench.errors import DivergedError
 from fedbench.machine.device import Execution
 from fedbench.machine.stopwatch import Stopwatch
 from fedbench.measures.accuracy import Evaluation, evaluate, on_own_rows, per_client
 from fedbench.measures.observer import Observer
+from fedbench.measures.written import scores_of, write
 from fedbench.models.foundation import FoundationModel
 from fedbench.scenario.tables import EvaluationSettings
 
@@ -116,18 +118,20 @@ class Scores(Observer):
             nothing = dict.fromkeys(("plug_in", "proxy", "untouched", "gap", "per_client", "unavailable"))
             return {"selection": {"rule": "last", "round": selected}, **nothing}
         with self.time("test"):
-            plug_in = self.evaluate(tuned_fm(server), self.rows.test, selected)
+            plug_in, of_plug_in = self._test(tuned_fm(server), self.rows.test, selected)
             proxy_model = server.put_in_proxy()
-            proxy = None if proxy_model is None else self.evaluate(proxy_model, self.rows.test, selected)
+            proxy, of_proxy = None, None
+            if proxy_model is not None:
+                proxy, of_proxy = self._test(proxy_model, self.rows.test, selected)
             untouched = None
             if self.fm.trained_head is not None:
                 model = self.fm.build(None, self.execution.device)
                 model.load_state_dict(self.fm.trained_head, strict=False)
-                untouched = self.evaluate(model, self.rows.test, selected)
+                _, untouched = self._test(model, self.rows.test, selected, rows=False)
             models = {"plug_in": tuned_fm(server), "proxy": proxy_model}
             extra = {
                 test: {
-                    name: None if model is None else self.evaluate(model, rows, selected).block(rows=True)
+                    name: None if model is None else self._test(model, rows, selected)[1]
                     for name, model in models.items()
                 }
                 for test, rows in self.rows.extra_tests.items()
@@ -138,9 +142,9 @@ class Scores(Observer):
                 final["plug_in_validation"] = self.evaluate(tuned_fm(server), self.rows.validation, selected).accuracy
         accuracy: dict[str, Any] = {
             "selection": {"rule": self.settings.selection, "round": selected},
-            "plug_in": plug_in.block(rows=True),
-            "proxy": proxy.block(rows=True) if proxy else None,
-            "untouched": untouched.block() if untouched else None,
+            "plug_in": of_plug_in,
+            "proxy": of_proxy,
+            "untouched": untouched,
             "gap": plug_in.accuracy - proxy.accuracy if proxy else None,
             "validation": {"plug_in": final.get("plug_in_validation"), "proxy": final.get("proxy_validation")},
             "per_client": self._per_client(plug_in),
@@ -149,6 +153,17 @@ class Scores(Observer):
         if extra:
             accuracy |= {"test_name": self.rows.test_name, "extra_tests": extra}
         return accuracy
+
+    def _test(
+        self, model: nn.Module, data: Examples, round: int, rows: bool = True
+    ) -> tuple[Evaluation, dict[str, Any]]:
+        """Score a model on test rows, and by the answers it writes where the scenario asks for these."""
+        found = self.evaluate(model, data, round)
+        block = found.block(rows=rows)
+        if isinstance(data.answers, References):
+            texts = write(model, data.answers, self.fm.processor, self.settings.batch_size, self.execution)
+            block |= scores_of(texts, data.answers, rows)
+        return found, block
 
     def _per_client(self, test: Evaluation) -> dict[str, Any]:
         """Accuracy by client: on the clients' own test rows where there are any."""

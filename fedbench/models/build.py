@@ -15,10 +15,12 @@ from fedbench.models.bottleneck import Bottleneck
 from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
+from fedbench.models.low_rank import low_rank
+from fedbench.models.mpnet import attend_by_registry
 from fedbench.models.parts import Parts, _linear, family_of
 from fedbench.models.prefix import add_prefix
 from fedbench.models.prompt import add_prompt
-from fedbench.models.spec import PROJECTIONS, ModelSpec
+from fedbench.models.spec import FFN, FFN_ROLES, PROJECTIONS, ModelSpec
 from fedbench.models.straight import straighten
 from fedbench.models.weights import set_tunable
 
@@ -43,6 +45,10 @@ def build(spec: ModelSpec) -> nn.Module:
         ffn = (parts.ffn_in_path(i), parts.ffn_gate_path(i) or parts.ffn_in_path(i), parts.ffn_out_path(i))
         for path in (*parts.attention_paths(i), *ffn):
             FrozenLinear.adopt(_linear(model, path))  # fails for a path that is no linear layer
+    for i, rank in enumerate(spec.ranks or ()):
+        if rank is not None:
+            for path in dict.fromkeys(parts.attention_paths(i)):
+                model.set_submodule(path, low_rank(_linear(model, path), rank))
     if spec.lora is not None:
         lora = spec.lora
         layers = range(parts.count) if lora.layers is None else lora.layers
@@ -76,7 +82,7 @@ def as_computed_here(model: nn.Module) -> None:
 
     Transposed linear layers are straightened, gated FFNs can be watched, and a decoder's head for classes reads the
     last real token by the mask, where transformers goes by the number of the padding token; one for the next token
-    gives what is asked for alone.
+    gives what is asked for alone. MPNet's attention goes through the registry.
     """
     family = family_of(model)
     if family.transposed:
@@ -85,6 +91,8 @@ def as_computed_here(model: nn.Module) -> None:
         parts = Parts(model)
         for i in range(parts.count):
             GatedFFN.adopt(model.get_submodule(parts.ffn_path(i)), family)
+    if family.name == "mpnet":
+        attend_by_registry(model)
     if type(model).__name__ == family.language:
         predict_next(model)
     elif family.reads == "last":
@@ -109,15 +117,19 @@ def _narrow(parts: Parts, i: int, width: int) -> None:
 
 
 def _adapted(parts: Parts, i: int, projections: Sequence[str]) -> list[str]:
-    """The linear layers of a layer's attention that these projections name, each once.
+    """The linear layers of a layer that these projections name, each once.
 
-    Raises FedbenchError where one layer gives several projections, of which some are named and some are not.
+    Raises FedbenchError for one that the layer does not have, and where one linear layer gives several, of which some
+    are named and some are not.
     """
-    named = list(zip(PROJECTIONS, parts.attention_paths(i), strict=True))
-    found = dict.fromkeys(path for projection, path in named if projection in projections)
-    for projection, path in named:
-        if path in found and projection not in projections:
-            together = [other for other, same in named if same == path]
+    roles = parts.linear_paths(i)
+    asked = {*projections} | ({role for role, _ in roles if role in FFN_ROLES} if FFN in projections else set())
+    if missing := sorted(asked - {FFN, *(role for role, _ in roles)}):
+        raise FedbenchError(f"LoRA on {missing[0]}: a layer of {parts.family.name} has none")
+    found = dict.fromkeys(path for role, path in roles if role in asked)
+    for role, path in roles:
+        if path in found and role not in asked:
+            together = [other for other, same in roles if same == path]
             raise FedbenchError(
                 f"LoRA on {', '.join(projections)}: in {parts.family.name} one layer gives {', '.join(together)}; name "
                 "all of them or none"

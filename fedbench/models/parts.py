@@ -12,6 +12,7 @@ from fedbench.errors import FedbenchError
 from fedbench.models.families.family import Family
 from fedbench.models.families.known import family_called
 from fedbench.models.gated import OBSERVED
+from fedbench.models.spec import PROJECTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,15 @@ class Parts:
         """Query, key, value and output projections, as in `PROJECTIONS`."""
         return [f"{self.layer_path(i)}.{path}" for path in self.family.attention]
 
+    def linear_paths(self, i: int) -> list[tuple[str, str]]:
+        """(role, path) of the linear layers that LoRA can be put on: those of attention and, with it, of the FFN.
+
+        One layer may have several roles.
+        """
+        gate = self.ffn_gate_path(i)
+        ffn = [("gate", gate), ("up", self.ffn_in_path(i)), ("down", self.ffn_out_path(i))]
+        return [*zip(PROJECTIONS, self.attention_paths(i), strict=True), *((role, p) for role, p in ffn if p)]
+
     def layer_of(self, name: str) -> int | None:
         """The layer a parameter belongs to; None for embeddings, pooler and head."""
         found = re.match(re.escape(self.family.layers) + r"\.(\d+)\.", name)
@@ -132,12 +142,12 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 
 def note_added_tokens(model: nn.Module) -> None:
     """Note in a model that it adds tokens to those of a row: it has a prefix or a prompt."""
-    model._adds_tokens = True  # type: ignore[assignment]  # no module and no parameter
+    model.adds_tokens = True  # type: ignore[assignment]  # no module and no parameter
 
 
 def adds_tokens(model: nn.Module) -> bool:
     """Whether that was noted."""
-    return bool(getattr(model, "_adds_tokens", False))
+    return bool(getattr(model, "adds_tokens", False))
 
 
 def family_of(model: nn.Module) -> Family:

@@ -78,7 +78,7 @@ def add_prefix(model: nn.Module, tokens: int) -> None:
     Raises FedbenchError for a family whose attention does not go through the registry.
     """
     parts = Parts(model)
-    if not parts.family.packs:
+    if parts.family.relative or not parts.family.packs:
         raise FedbenchError(f"prefix: a model of type {parts.family.name} computes attention in a way of its own")
     for i in range(parts.count):
         query, key, value, _ = parts.attention_paths(i)

@@ -47,7 +47,7 @@ def add_prompt(model: nn.Module, tokens: int) -> None:
         model.register_forward_pre_hook(_extended_before, with_kwargs=True)
         model.register_forward_hook(_cut)
         return
-    if family.modality == "text" and (family.rotary or not family.packs):
+    if family.modality == "text" and (family.rotary or family.relative or not family.packs):
         raise FedbenchError(f"prompt: a model of type {family.name} goes by distances of tokens, which a prompt lacks")
     embeddings = model.get_submodule(family.embeddings)
     embeddings.add_module("prompt", prompt)

@@ -24,7 +24,7 @@ from fedbench.data.image_files import ImageFiles
 from fedbench.data.pixels import ImageProcessor, resize, to_pixels
 from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
-from fedbench.models.conversation import encode_language
+from fedbench.models.conversation import CHUNK, encode_language
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.spec import ModelSpec
 from fedbench.objectives.named import objective_of
@@ -181,10 +181,6 @@ def _each(path: Path, key: str, value: Any, channels: int) -> tuple[float, ...]:
     if len(values) != channels or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
         raise FedbenchError(f"{path}: {key} is {value}, expected {channels} numbers, one a channel")
     return tuple(map(float, values))
-
-
-CHUNK = 8192
-"""Rows tokenised at once: a tokenizer's answer takes many times the memory of the arrays made of it."""
 
 
 def encode(

@@ -75,3 +75,7 @@ class Objective(ABC):
     def more_scores(self, predicted: np.ndarray, targets: np.ndarray, loss: float) -> Mapping[str, float]:
         """What else a record says of the answers, by name; `loss` is the mean over all of them."""
         return {}
+
+    def more_outcomes(self, predicted: np.ndarray, targets: np.ndarray) -> Mapping[str, np.ndarray]:
+        """What else a record says of each row, [n] of bool by name."""
+        return {}

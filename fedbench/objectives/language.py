@@ -70,8 +70,9 @@ class Language(Objective):
         return {"perplexity": float(np.exp(loss)), "tokens": int((targets != IGNORED).sum())}
 
 
-def without_given(targets: Tensor, given: Sequence[int]) -> Tensor:
-    """The targets [n, T] without those among the first tokens of each row, so many as are given."""
-    place = torch.arange(targets.shape[1])
-    hidden = place < torch.tensor(given, dtype=torch.int64)[:, None] - 1  # the last of them has what follows as target
-    return targets.masked_fill(hidden, IGNORED)
+def without_given(targets: Tensor, asked: Sequence[np.ndarray]) -> Tensor:
+    """The targets [n, T] of the tokens alone that are asked for; `asked` says of each row's tokens which, ragged."""
+    out = targets.clone()
+    for row, own in zip(out, asked, strict=True):
+        row[: len(own) - 1][torch.from_numpy(~own[1:])] = IGNORED  # the target of a token is the one after it
+    return out

@@ -5,10 +5,13 @@ from __future__ import annotations
 from fedbench.errors import FedbenchError
 from fedbench.names import nearest
 from fedbench.objectives.base import Objective
+from fedbench.objectives.choice import Choice
 from fedbench.objectives.classification import Classification
 from fedbench.objectives.language import Language
 
 CLASSIFICATION = Classification()
+CHOICE = Choice()
+"""What rows of language with choices are scored as; they are trained on as rows of language."""
 LANGUAGE = {"row": Language("row"), "batch": Language("batch")}
 """The objective of language, by what a row's loss is normalised by."""
 

@@ -31,6 +31,7 @@ from fedbench.records.schema import (
     Residual,
     Round,
     Scenario,
+    Score,
 )
 from fedbench.records.text import plain, shown, unpack_correct
 
@@ -155,6 +156,28 @@ def _contradictions(record: Record) -> Iterator[str]:
             yield f"partition.sizes.{i}: {size}, but its label_counts sum to {sum(counts)}"
 
 
+def _more_scores(place: str, score: Score | None) -> Iterator[str]:
+    """Means of further scores that are not those of their rows."""
+    if score is None:
+        return
+    for said, bits in (("acc_norm", score.correct_norm), ("exact_match", score.exact)):
+        value = getattr(score, said)
+        if bits is None:
+            continue
+        try:
+            share = float(unpack_correct(bits, score.rows).mean())
+        except FedbenchError as error:
+            yield f"{place}.{error}"
+            continue
+        if value is None or not _close(value, share):
+            yield f"{place}.{said}: {value}, but its per-row bits say {share:.9g}"
+    if (rows := score.rouge_l_rows) is not None:
+        if len(rows) != score.rows:
+            yield f"{place}.rouge_l_rows: {len(rows)} values of {score.rows} rows"
+        elif score.rouge_l is None or not _close(score.rouge_l, float(np.mean(rows))):
+            yield f"{place}.rouge_l: {score.rouge_l}, but the mean over its rows is {np.mean(rows):.9g}"
+
+
 def _scores(accuracy: Accuracy) -> Iterator[str]:
     tests = {"accuracy": (accuracy.plug_in, accuracy.proxy)}
     for name, test in (accuracy.extra_tests or {}).items():
@@ -170,6 +193,8 @@ def _scores(accuracy: Accuracy) -> Iterator[str]:
                 continue
             if not _close(score.accuracy, share):
                 yield f"{place}.{name}.accuracy: {score.accuracy}, but its per-row bits say {share:.9g}"
+        for name, score in (("plug_in", plug_in), ("proxy", proxy)):
+            yield from _more_scores(f"{place}.{name}", score)
         if plug_in and proxy and plug_in.rows != proxy.rows:
             yield f"{place}.proxy.rows: {proxy.rows}, but plug_in has {plug_in.rows}"
     gap = accuracy.gap

@@ -94,9 +94,15 @@ class Score(Block):
     macro_f1: Share | None = None
     perplexity: Annotated[float, Field(ge=1)] | None = None  # e to the mean loss of a token, of a language objective
     tokens: Positive | None = None  # that were asked for, of which accuracy is the share that is right
+    acc_norm: Share | None = None  # of multiple choice: accuracy of the choice that is likeliest a character
+    exact_match: Share | None = None  # of answers that the model wrote: share that is the data's
+    rouge_l: Share | None = None  # of such answers: mean F1 of the longest common subsequence of words
     loss: Finite | None = None  # null where it was not finite
     rows: Annotated[int, Field(ge=1, le=ROWS)]
     correct: str | None = None  # which rows were answered rightly: packed bits in base64
+    correct_norm: str | None = None  # the same by the choice that is likeliest a character
+    exact: str | None = None  # the same of answers that the model wrote
+    rouge_l_rows: list[Share] | None = None  # by row, to six digits
 
     @model_validator(mode="after")
     def _scored(self) -> Score:

@@ -30,6 +30,9 @@ from fedbench.machine.device import Execution, choose_execution
 from fedbench.machine.paths import cache_folder
 from fedbench.measures.personal import drawn_rows
 from fedbench.measures.scores import HeldOut
+from fedbench.measures.written import check_scores
+from fedbench.models.answering import answers_for
+from fedbench.models.conversation import NothingAsked
 from fedbench.models.families.known import is_built_in
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode, inputs_hash, unknown_tokens
@@ -198,16 +201,26 @@ def _load(
     """
     data = load_data(data_set, corpus, dataset, public, data_dir, split)
     if objective is not None:
+        check_scores(objective.scores)
         data = replace(data, objective=LANGUAGE[objective.normalised].name)
     load = load_fm if weights else load_reader
     model = load(fm, len(data.class_names), cache, data.class_names, head_for(objective))
     if weights and not is_built_in(model.spec.model_type):
         check_family(model)
-    raw = {"train": data.train, "validation": data.validation, "test": data.test, "public": data.public}
-    raw |= {f"test {name}": part for name, part in data.extra_tests.items()}
-    given = {role: part for role, part in raw.items() if part is not None}
     answers = objective is None or objective.loss_on == "answers"
-    parts = {role: encode(part, model, dataset.max_length, data.objective, answers) for role, part in given.items()}
+    parts: dict[str, Examples] = {}
+    for role in data.roles():
+        while role not in parts:
+            part = data.roles()[role]
+            try:
+                rows = encode(part, model, dataset.max_length, data.objective, answers)
+                if objective is not None and role not in ("train", "public"):
+                    rows = replace(rows, answers=answers_for(part, model, dataset.max_length, objective))
+                parts[role] = rows
+            except NothingAsked as error:
+                if dataset.bad_rows == "error":
+                    raise
+                data = data.without(role, error.rows, f"no answer is left within {dataset.max_length} tokens")
     extra = {name: parts[f"test {name}"] for name in data.extra_tests}
     notes = model.notes
     if (tokens := parts["train"].tokens) and (unknown := unknown_tokens(model.processor, tokens[:1000])):
@@ -279,7 +292,7 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
-    data_set, corpus, natural = sets_of(registry, scenario)
+    data_set, corpus, natural = sets_of(registry, scenario, request.data_dir)
     cache = cache_folder(request.cache)
     common = data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder
     loaded = _load(*common, weights, natural, scenario.objective)
@@ -326,12 +339,16 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
     )
 
 
-def sets_of(registry: Registry, scenario: Scenario) -> tuple[DataSet, DataSet | None, SplitSettings | None]:
+def sets_of(
+    registry: Registry, scenario: Scenario, data_dir: Path | None = None
+) -> tuple[DataSet, DataSet | None, SplitSettings | None]:
     """A scenario's data set, its public corpus, and its split where that is natural."""
     if scenario.dataset.kind is None:
         data_set = registry.load_dataset(scenario.dataset.name)
     else:
-        data_set = own_data_set(scenario.dataset, scenario.split, scenario.folder)
+        language = scenario.objective is not None
+        root = data_folder(data_dir)
+        data_set = own_data_set(scenario.dataset, scenario.split, scenario.folder, language, root)
     corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
     return data_set, corpus, scenario.split if scenario.split.kind == "natural" else None
 

@@ -53,6 +53,14 @@ class DatasetSettings(Settings):
     header: whether tables in CSV and TSV begin with the names of columns, which are numbers from 1 otherwise.
     encoding: of text files; None for UTF-8, or what is recognised. classes: names of the classes in the order of their
     numbers; none takes what the training rows hold. bad_rows: what becomes of rows that cannot be used.
+
+    Of chats, text is the column of their turns, or with an answer, the column of that, those of the prompt; left out,
+    what is recognised. choices: the column of the lists of answers to choose from, or the columns of one each.
+
+    folders: names of the data set's folder below --data-dir, from which on files are then named; where there is none,
+    `hub` has the rows, in splits called train and test. origin: where the files are to be had, for a message. windows:
+    rows are LEAF's windows that slide over a text (x, and the character after it, y), of which the text is put together
+    again, in pieces of so many characters.
     """
 
     later: ClassVar[frozenset[str]] = frozenset(
@@ -72,10 +80,15 @@ class DatasetSettings(Settings):
             "encoding",
             "classes",
             "bad_rows",
+            "answer",
+            "choices",
+            "folders",
+            "origin",
+            "windows",
         ]
     )
 
-    kind: Literal["text", "pairs", "images", "chat"] | None = None
+    kind: Literal["text", "pairs", "images", "chat", "choices"] | None = None
     name: str = Field("", validate_default=True)
     revision: str | None = None
     max_length: int = Field(64, ge=4)
@@ -96,13 +109,11 @@ class DatasetSettings(Settings):
     encoding: str | None = None
     classes: tuple[str, ...] = ()
     bad_rows: Literal["error", "drop"] = "error"
-
-    @field_validator("kind")
-    @classmethod
-    def _at_hand(cls, kind: str | None) -> str | None:
-        if kind == "chat":
-            raise ValueError("rows of chats cannot be read from files yet; use text, pairs or images")
-        return kind
+    answer: str | None = None
+    choices: Texts = "choices"
+    folders: tuple[str, ...] = ()
+    origin: str | None = None
+    windows: int | None = Field(None, ge=8)
 
     @field_validator("name")
     @classmethod
@@ -134,6 +145,12 @@ class DatasetSettings(Settings):
             raise ValueError('pairs need two columns: text = ["first", "second"]')
         elif self.kind != "pairs" and self.text2 is not None:
             raise ValueError('text2 is for kind = "pairs"')
+        elif self.kind != "chat" and self.answer is not None:
+            raise ValueError('answer is for kind = "chat"')
+        elif self.windows is not None and (self.kind != "text" or not self.client):
+            raise ValueError('windows is for kind = "text" with a client')
+        elif self.kind != "choices" and "choices" in self.model_fields_set:
+            raise ValueError('choices is for kind = "choices"')
         elif self.hub is None and (self.revision or self.configuration):
             raise ValueError("revision and configuration are for a data set of the hub; name it in hub")
         return self
@@ -240,11 +257,19 @@ class ObjectiveSettings(Settings):
 
     loss_on: of a row with a second text, its answer alone, or all of it. normalised: whether in training rows count
     alike ("row") or the tokens of a batch do ("batch").
+
+    scores: of answers that the model writes to the prompts of test rows, at most new_tokens each. match: how an exact
+    match is told, by words or by the number behind `####`.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"scores", "new_tokens", "match"})
 
     kind: Literal["language"]
     loss_on: Literal["answers", "all"] = "answers"
     normalised: Literal["row", "batch"] = "row"
+    scores: tuple[Literal["exact_match", "rouge_l"], ...] = ()
+    new_tokens: int = Field(64, ge=1)
+    match: Literal["words", "number"] = "words"
 
 
 class PrivacySettings(Settings):
@@ -271,11 +296,19 @@ class Scenario(Settings):
     evaluation: EvaluationSettings
     fm: str = Field(min_length=1)
     public: PublicSettings | None = None
-    objective: ObjectiveSettings | None = None
+    objective: ObjectiveSettings | None = Field(None, validate_default=True)
     privacy: PrivacySettings | None = None
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _folder: Path = PrivateAttr(default_factory=Path)
+
+    @field_validator("objective")
+    @classmethod
+    def _asked(cls, objective: ObjectiveSettings | None, info: ValidationInfo) -> ObjectiveSettings | None:
+        kind = info.data["dataset"].kind if "dataset" in info.data else None
+        if objective is None and kind in ("chat", "choices"):
+            raise ValueError(f'rows of kind = "{kind}" need a table [objective] with kind = "language"')
+        return objective
 
     @property
     def folder(self) -> Path:
@@ -291,7 +324,13 @@ class Scenario(Settings):
         unset = {name for name in ("privacy", "objective") if getattr(self, name) is None}
         out = self.model_dump(mode="json", exclude={"title", "methods", *unset})
         if self.dataset.kind is not None:
-            places = ("train", "test", *(["validation"] if isinstance(self.dataset.validation, str) else []))
+            places = (
+                "train",
+                "test",
+                "folders",
+                "origin",
+                *(["validation"] if isinstance(self.dataset.validation, str) else []),
+            )
             out["dataset"] = {name: value for name, value in out["dataset"].items() if name not in places}
         return out
 

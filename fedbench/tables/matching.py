@@ -68,7 +68,7 @@ def departures(record: Record, settings: Mapping[str, Any]) -> list[str]:
     settings were resolved. Nor is one that the method changes by its nature (`method.planned`).
     """
     method, planned = record.identity.method, record.method.planned or ()
-    have = {**flat(record.scenario.to_json()), **flat(record.method.settings)}
+    have = {**flat(record.scenario.to_json()), **method_settings(record)}
     out = []
     for key, value in settings.items():
         name = key.removeprefix("method.").removeprefix(f"methods.{method}.")
@@ -80,12 +80,19 @@ def departures(record: Record, settings: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def method_settings(record: Record) -> dict[str, Any]:
+    """The settings of a record's method by dotted path, with those that are left out where they say nothing."""
+    found = flat(record.method.settings)
+    return {**({"lora_targets": "attention"} if "lora_r" in found else {}), **found}
+
+
 def _equal(found: Any, value: Any) -> bool:
     """Whether a setting is `value`, which may be its text."""
     try:
         return math.isclose(float(found), float(value), rel_tol=1e-8)
     except (TypeError, ValueError, OverflowError):
-        return str(found).lower() == str(value).lower()
+        text = str(value).lower()  # which may be quoted, as where a word is not to be read as null
+        return str(found).lower() in (text, text.strip('"'))
 
 
 def flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -31,6 +31,16 @@ def perplexity(run: Record) -> float | None:
     return None if score is None or score.diverged else score.perplexity
 
 
+def _beside(name: str) -> Reader:
+    """A further score of the FM plugged in, on the test rows."""
+
+    def read(run: Record) -> float | None:
+        score = run.accuracy.plug_in
+        return None if score is None or score.diverged else getattr(score, name)
+
+    return read
+
+
 def plug_in(run: Record) -> float | None:
     return score_of(run.accuracy.plug_in)
 
@@ -222,6 +232,9 @@ ASKED = (
     Measure("personal_accuracy_mean", personal_mean),
     Measure("personal_accuracy_worst_tenth", personal_worst_tenth),
     Measure("perplexity", perplexity),
+    Measure("acc_norm", _beside("acc_norm")),
+    Measure("exact_match", _beside("exact_match")),
+    Measure("rouge_l", _beside("rouge_l")),
     Measure("aggregation_error", aggregation_error),
     Measure("factor_averaging_error", factor_averaging_error),
     Measure("client_memory_mb", client_memory, 1 / MEGA),

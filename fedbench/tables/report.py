@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedbench.errors import one_line
 from fedbench.records.record import Record
-from fedbench.records.schema import Accuracy, Compute, Personal, Residual
+from fedbench.records.schema import Accuracy, Compute, Personal, Residual, Score
 from fedbench.tables.formats import MEGA, megabytes, signed
 from fedbench.tables.statistics import binomial_standard_error
 
@@ -80,14 +80,18 @@ def _accuracy(accuracy: Accuracy) -> list[tuple[str, str]]:
     if plug_in.accuracy is None or plug_in.diverged:
         return [("accuracy", "none: the model diverged, its loss on the test set is not a finite number")]
     when = f"best round on validation ({chosen.round + 1})" if chosen.rule == "best" else "last round"
-    if plug_in.perplexity is not None:
+    if plug_in.perplexity is not None and plug_in.acc_norm is None:
         # Tokens of one row are not independent, so no standard error follows from how many there are.
         about = f"perplexity {plug_in.perplexity:,.4g}  ({plug_in.tokens or 0:,} tokens of {plug_in.rows:,} test rows"
     else:
         error = binomial_standard_error(plug_in.accuracy, plug_in.rows)
         tested = f"{plug_in.rows:,} test rows, standard error {100 * error:.2f} points"
-        about = f"macro-F1 {_percent(plug_in.macro_f1)}  ({tested}"
+        other = "macro-F1" if plug_in.acc_norm is None else "acc_norm"
+        about = f"{other} {_percent(plug_in.macro_f1 if plug_in.acc_norm is None else plug_in.acc_norm)}  ({tested}"
     lines = [("accuracy", f"{_percent(plug_in.accuracy)} plug-in, {about}; {when})")]
+    for name, score in (("plug-in", plug_in), ("proxy", proxy), ("FM untouched", accuracy.untouched)):
+        if score and (written := _written(score)):
+            lines.append(("", f"{written} of answers that the {name} wrote"))
     if proxy and proxy.diverged:
         lines.append(("", "none of the proxy: it diverged, its loss on the test set is not a finite number"))
     elif proxy:
@@ -120,6 +124,12 @@ def _personal(models: Personal) -> tuple[str, str]:
         f"{len(models.values)} clients, each on {min(rows)} to {max(rows)} {whose}"
     )
     return "personal", text + (f"; {models.without} clients never trained" if models.without else "")
+
+
+def _written(score: Score) -> str:
+    """Scores of answers that a model wrote, in words; nothing where there are none."""
+    shares = {"exact match": score.exact_match, "ROUGE-L": score.rouge_l}
+    return ", ".join(f"{name} {_percent(share)}" for name, share in shares.items() if share is not None)
 
 
 def _uploads(record: Record) -> list[tuple[str, str]]:

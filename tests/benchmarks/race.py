@@ -7,6 +7,9 @@ output, and head; fp32; 4,000 rows of SST-2 over 100 clients (Dirichlet 1.0), 10
 AdamW 5e-4. Partition, cohorts, order of rows and initial values are the same for every runner, so all have to end in
 the same weights, which is checked. Not in the times: imports, loading, tokenising, evaluation.
 
+`--workload decoder` is the same of a language model, against the bare loop alone: `tiny-llama` (or another decoder,
+`--fm`), r 8, the next token of tweets of up to 128 tokens, 20 clients, 4 a round, ten batches of 4 at each.
+
 Every runner is a process of its own. They take turns, since the speed of a machine drifts. A runner whose framework is
 not installed is left out, with a note.
 """
@@ -34,7 +37,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedbench.machine.paths import cache_folder
 from fedbench.models.zoo.load import minilm_folder
+from fedbench.models.zoo.names import fetched_folder, fm_folder
+from fedbench.models.zoo.tiny_llama import tiny_llama_folder
+from fedbench.objectives.base import IGNORED
 from fedbench.run.loop import Run
 from fedbench.run.prepare import prepare
 from fedbench.run.progress import Silent
@@ -49,18 +56,21 @@ Values = dict[str, torch.Tensor]
 class Workload:
     """What every runner has to do, drawn by fedbench's own streams. Values go by the names of fedbench's model."""
 
-    def __init__(self, data_dir: Path | None, rounds: int, workers: int | None) -> None:
+    def __init__(self, data_dir: Path | None, rounds: int, workers: int | None, decoder: str | None) -> None:
+        """decoder: the FM of the decoder's workload; None for the encoder's."""
+        name = "race" if decoder is None else "race-decoder"
         request = RunRequest(
             method="fedavg-lora",
-            scenario="race-fixed",
+            scenario=f"{name}-fixed",
+            fm=decoder,
             # One round more than is run, so that no round is the last one, which is evaluated.
             settings={"federation.rounds": str(rounds + 1)},
             data_dir=data_dir,
             device="cpu",
-            plugins=(str(HERE / "race.toml"),),
+            plugins=(str(HERE / f"{name}.toml"),),
             workers=workers,
         )
-        self.rounds = rounds
+        self.rounds, self.decoder = rounds, decoder
         self.run = Run(prepare(request), Silent())
         self.init: Values = {n: v.clone() for n, v in self.run.host.server.server.values.items()}  # type: ignore[attr-defined]
 
@@ -73,22 +83,31 @@ class Workload:
         context = self.run.host.clients.client(client).ctx  # type: ignore[attr-defined]
         for indices in context.batches(round, len(rows)):
             batch = rows.batch(indices)
-            yield {**batch.inputs, "labels": batch.labels}
+            labels = batch.labels
+            if self.decoder:  # transformers itself compares each token with what follows it
+                labels = torch.cat([torch.full((len(labels), 1), IGNORED), labels[:, :-1]], 1)
+            yield {**batch.inputs, "labels": labels}
 
     def size(self, client: int) -> int:
         return len(self.run.rows[client])
 
 
-def stock_model(init: Values) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+def stock_model(init: Values, decoder: str | None) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
     """The model as a user of transformers and peft builds it, and its trainable parameters by fedbench's names."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    base = AutoModelForSequenceClassification.from_pretrained(
-        minilm_folder(), num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dtype=torch.float32
-    )
-    targets = ["query", "key", "value", "attention.output.dense"]
-    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets))
+    if decoder is None:
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        base = AutoModelForSequenceClassification.from_pretrained(
+            minilm_folder(), num_labels=2, dtype=torch.float32, **dropout
+        )
+        targets = ["query", "key", "value", "attention.output.dense"]
+    else:
+        base = AutoModelForCausalLM.from_pretrained(decoder_folder(decoder), dtype=torch.float32)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    task = "SEQ_CLS" if decoder is None else "CAUSAL_LM"
+    model = get_peft_model(base, LoraConfig(task_type=task, r=8, lora_alpha=16, target_modules=targets))
     named = {
         name.removeprefix("base_model.model.").replace("modules_to_save.default.", ""): p
         for name, p in model.named_parameters()
@@ -97,6 +116,13 @@ def stock_model(init: Values) -> tuple[torch.nn.Module, dict[str, torch.nn.Param
     assert named.keys() == init.keys(), named.keys() ^ init.keys()
     set_values(named, init)
     return model, named
+
+
+def decoder_folder(name: str) -> Path:
+    """Where a decoder's checkpoint lies."""
+    if name == "tiny-llama":
+        return tiny_llama_folder(cache_folder())[0]
+    return fm_folder(name) or fetched_folder(cache_folder(), name)
 
 
 @torch.no_grad()
@@ -134,7 +160,7 @@ def run_fedbench_bf16(work: Workload) -> tuple[float, Values]:
 
 def run_bare(work: Workload) -> tuple[float, Values]:
     torch.set_num_threads(THREADS)
-    model, parameters = stock_model(work.init)
+    model, parameters = stock_model(work.init, work.decoder)
     values = dict(work.init)
     start = time.perf_counter()
     for round in range(work.rounds):
@@ -168,7 +194,7 @@ def run_flower(work: Workload) -> tuple[float, Values]:
         if not hasattr(race, "_kept"):
             torch.set_num_threads(1)
             own = race.Workload(*race.parse(arguments))
-            race._kept = (own, *race.stock_model(own.init))  # type: ignore[attr-defined]
+            race._kept = (own, *race.stock_model(own.init, own.decoder))  # type: ignore[attr-defined]
         return race._kept  # type: ignore[attr-defined]
 
     client_app, server_app = ClientApp(), ServerApp()
@@ -236,7 +262,7 @@ def run_pfl(work: Workload) -> tuple[float, Values]:
     from pfl.model.pytorch import PyTorchModel
 
     torch.set_num_threads(THREADS)
-    model, parameters = stock_model(work.init)
+    model, parameters = stock_model(work.init, work.decoder)
 
     class Net(torch.nn.Module):
         """The model with the methods pfl calls."""
@@ -303,7 +329,7 @@ def run_fedml(work: Workload) -> tuple[float, Values]:
     from fedml.core import ClientTrainer
 
     torch.set_num_threads(THREADS)
-    model, parameters = stock_model(work.init)
+    model, parameters = stock_model(work.init, work.decoder)
     under_way = [0]
 
     class Trainer(ClientTrainer):
@@ -367,8 +393,10 @@ RUNNERS: dict[str, tuple[Callable[[Workload], tuple[float, Values]], tuple[str, 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     out.add_argument("--data-dir", type=Path, help="folder with SST-2 on disk, else the hub or its cache")
-    out.add_argument("--runners", default="fedbench,bare,flower,fedml,pfl")
-    out.add_argument("--rounds", type=int, default=5, help="federated rounds in each run")
+    out.add_argument("--runners", help="default: fedbench,bare,flower,fedml,pfl; of a decoder the first two")
+    out.add_argument("--workload", choices=("encoder", "decoder"), default="encoder")
+    out.add_argument("--fm", help="decoder of that workload, by name or folder; default: tiny-llama")
+    out.add_argument("--rounds", type=int, help="federated rounds in each run; default: 5, of a decoder 2")
     out.add_argument("--cycles", type=int, default=3, help="how often the runners take turns")
     out.add_argument("--workers", type=int, help="worker processes of fedbench; default: one per core")
     out.add_argument("--only", help=argparse.SUPPRESS)
@@ -376,9 +404,10 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def parse(arguments: list[str]) -> tuple[Path | None, int, int | None]:
+def parse(arguments: list[str]) -> tuple[Path | None, int, int | None, str | None]:
     a = parser().parse_args(arguments)
-    return a.data_dir, a.rounds, a.workers
+    decoder = (a.fm or "tiny-llama") if a.workload == "decoder" else None
+    return a.data_dir, a.rounds or (2 if decoder else 5), a.workers, decoder
 
 
 def one(name: str, out: Path) -> None:
@@ -403,7 +432,9 @@ def main() -> None:
         one(asked.only, asked.out)
         return
     names = []
-    for name in asked.runners.split(","):
+    given = asked.runners or ("fedbench,bare" if asked.workload == "decoder" else "fedbench,bare,flower,fedml,pfl")
+    most = 1e-5 if asked.workload == "decoder" else 1e-4
+    for name in given.split(","):
         if name not in RUNNERS:
             sys.exit(f"race: there is no runner {name!r}; known are {', '.join(RUNNERS)}")
         missing = [m for m in RUNNERS[name][1] if importlib.util.find_spec(m) is None]
@@ -434,7 +465,7 @@ def main() -> None:
         apart = difference(weights[name], weights[reference], init)
         middle = statistics.median(s)
         print(f"{name:13} {middle:9.2f} {min(s):7.2f} {max(s):7.2f} {middle / base:11.3f}   {apart:.1e}")
-        if apart > (0.3 if name == "fedbench-bf16" else 1e-4):
+        if apart > (0.3 if name == "fedbench-bf16" else most):
             sys.exit(f"race: {name} and {reference} did not do the same work: their updates differ by {apart:.1e}")
     if {"fedbench", "bare"} <= seconds.keys():
         print(f"RATIO fedbench/bare {statistics.median(seconds['fedbench']) / base:.3f}")

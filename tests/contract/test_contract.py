@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from fedbench.api.messages import Message
 from fedbench.check.suite import check_method
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.records.differences import comparable
+from fedbench.records.record import Record
 from fedbench.records.schema import Selection
 from fedbench.records.store import load, record_path
 from fedbench.registry import Registry
@@ -180,45 +182,47 @@ def test_packed_and_reference_executor_agree_and_share_a_key(fm: str, tmp_path: 
     assert a.partition == b.partition
 
 
-KILL = """
-import os, sys, signal
-from fedbench.run import loop as engine
-from fedbench.run.run import run
-from fedbench.run.prepare import prepare
-from fedbench.run.request import RunRequest
-from pathlib import Path
-after = int(sys.argv[1])
-original = engine.Run.round
-def dying(self, round):
-    if round == after:
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(self, round)
-engine.Run.round = dying
-request = RunRequest(method="fedpft", scenario="tweets-noniid", fm=sys.argv[2], profile="smoke",
-    settings={"t": "1", "r": "6", "rounds": "4"}, device="cpu", results=Path(sys.argv[3]))
-run(prepare(request))
-"""
+FOUR_ROUNDS = {"t": "1", "r": "6", "rounds": "4"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fm: str, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    return run(prepare(request(fm, tmp_path_factory.mktemp("whole"), settings=FOUR_ROUNDS)))
+
+
+def die(fm: str, results: Path, after: int) -> None:
+    """A run that is killed as its round number `after` begins."""
+    original = Run.round
+
+    def dying(self: Run, round: int) -> None:
+        if round == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, round)
+
+    Run.round = dying  # type: ignore[method-assign]
+    run(prepare(request(fm, results, settings=FOUR_ROUNDS)))
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_run_killed_with_sigkill_resumes_to_the_identical_record(fm: str, tmp_path: Path, after: int) -> None:
-    settings = {"t": "1", "r": "6", "rounds": "4"}
-    whole = run(prepare(request(fm, tmp_path / "whole", settings=settings)))
-    died = subprocess.run([sys.executable, "-c", KILL, str(after), fm, str(tmp_path / "killed")], capture_output=True)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
-    again = prepare(request(fm, tmp_path / "killed", settings=settings))
-    assert not record_path(tmp_path / "killed" / "records", "tweets-noniid", "fedpft", 0, again.key).exists()
-    resumed = run(again)
-    assert comparable(resumed) == comparable(whole)
-    assert not list((tmp_path / "killed" / "checkpoints").iterdir())
-    path = record_path(tmp_path / "killed" / "records", "tweets-noniid", "fedpft", 0, again.key)
-    assert comparable(load(path)) == comparable(whole)
+def test_a_run_killed_with_sigkill_resumes_to_the_identical_record(
+    fm: str, tmp_path: Path, after: int, undisturbed: Record
+) -> None:
+    died = multiprocessing.get_context("fork").Process(target=die, args=(fm, tmp_path, after))
+    died.start()
+    died.join()
+    assert died.exitcode == -signal.SIGKILL
+    again = prepare(request(fm, tmp_path, settings=FOUR_ROUNDS))
+    path = record_path(tmp_path / "records", "tweets-noniid", "fedpft", 0, again.key)
+    assert not path.exists()
+    assert comparable(run(again)) == comparable(undisturbed)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert comparable(load(path)) == comparable(undisturbed)
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_identical_record(fm: str, tmp_path: Path) -> None:
     """Not between rounds but wherever it happens to be, through the command line."""
     command = [sys.executable, "-m", "fedbench.cli.app", "run", "--method", "fedpft", "--scenario", "tweets-noniid"]
-    command += ["--fm", fm, "--profile", "smoke", "--set", "t=1", "--set", "r=6", "--rounds", "40", "--device", "cpu"]
+    command += ["--fm", fm, "--profile", "smoke", "--set", "t=1", "--set", "r=6", "--rounds", "16", "--device", "cpu"]
     command += ["--results", str(tmp_path / "killed")]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     limit = time.monotonic() + 60
@@ -228,7 +232,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_identical_record(fm: str, tmp
         time.sleep(0.01)
     running.kill()
     running.wait()
-    settings = {"t": "1", "r": "6", "rounds": "40"}
+    settings = {"t": "1", "r": "6", "rounds": "16"}
     resumed = run(prepare(request(fm, tmp_path / "killed", settings=settings)))
     whole = run(prepare(request(fm, tmp_path / "whole", settings=settings)))
     assert comparable(resumed) == comparable(whole)

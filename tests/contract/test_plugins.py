@@ -14,6 +14,7 @@ import pytest
 from helpers import save_tiny_bert
 
 import fedbench.scenarios
+from fedbench.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,23 +38,39 @@ def fm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_bert(tmp_path_factory.mktemp("fm") / "bert")
 
 
-def test_the_documented_method_is_short_and_runs_as_a_plugin(tmp_path: Path, fm: Path) -> None:
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command line prints, called in this process."""
+    monkeypatch.setattr(sys, "argv", ["fedbench", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr()
+    assert not end.value.code, printed
+    return str(printed.out)
+
+
+def test_the_documented_method_is_short_and_runs_as_a_plugin(
+    tmp_path: Path, fm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = documented_method()
     assert len(code.splitlines()) <= 40
     (tmp_path / "fedprox_lora.py").write_text(code)
     plugin = ("--plugin", "fedprox_lora.py")
-    listed = call(sys.executable, "list", "methods", *plugin, "--check", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    listed = here(monkeypatch, capsys, "list", "methods", *plugin, "--check")
     assert "FedProx on LoRA adapters" in listed
     smoke = ("--scenario", "tweets-noniid", "--profile", "smoke", "--fm", fm, "--device", "cpu")
     for mu in (0, 10):
-        call(sys.executable, "run", "--method", "fedprox-lora", *plugin, *smoke, "--set", f"mu={mu}", cwd=tmp_path)
+        here(monkeypatch, capsys, "run", "--method", "fedprox-lora", *plugin, *smoke, "--set", f"mu={mu}")
     assert len(list(tmp_path.glob("runs/records/tweets-noniid/fedprox-lora/s0-*.json"))) == 2
-    assert "fedprox-lora" in call(sys.executable, "table", cwd=tmp_path)
+    assert "fedprox-lora" in here(monkeypatch, capsys, "table")
 
 
-def test_the_documented_method_keeps_the_contract(tmp_path: Path, fm: Path) -> None:
+def test_the_documented_method_keeps_the_contract(
+    tmp_path: Path, fm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "fedprox_lora.py").write_text(documented_method())
-    out = call(sys.executable, "check", "fedprox-lora", "--plugin", "fedprox_lora.py", "--fm", fm, cwd=tmp_path)
+    out = here(monkeypatch, capsys, "check", "fedprox-lora", "--plugin", "fedprox_lora.py", "--fm", fm)
     assert "fails" not in out
 
 

@@ -65,6 +65,7 @@ def test_backward_operators_give_the_gradients_of_autograd() -> None:
     found = compat.softmax_backward(grad, x.detach().softmax(-1), -1, x.dtype)
     assert torch.allclose(found, gradient(x.softmax(-1), x, grad))
     assert torch.allclose(compat.gelu_backward(grad, x.detach()), gradient(F.gelu(x), x, grad))
+    assert torch.allclose(compat.silu_backward(grad, x.detach()), gradient(F.silu(x), x, grad))
 
 
 def test_layer_norm_keeps_what_its_backward_pass_needs() -> None:

@@ -263,9 +263,9 @@ def test_what_a_family_does_not_compute_is_refused(
         load_fm(str(folder), 3, tmp_path)
 
 
-def test_a_model_whose_batches_keep_their_padding_says_so(tmp_path: Path) -> None:
-    assert [fm_of(name).name for name in TEXT if fm_of(name).notes] == ["fm"], "mpnet alone"
-    assert "batches keep their padding, for mpnet is not packed" in fm_of("mpnet").notes[0]
+def test_batches_of_all_families_lose_their_padding() -> None:
+    assert TEXT == PACKED
+    assert not any(fm_of(name).notes for name in TEXT)
 
 
 def test_a_modernbert_that_pools_all_tokens_is_fed_padded(tmp_path: Path) -> None:

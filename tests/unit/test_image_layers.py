@@ -26,7 +26,7 @@ from fedbench.objectives.classification import cross_entropy
 from fedbench.training.alone import execute
 
 pytestmark = pytest.mark.skipif(not has_onednn, reason="torch without oneDNN")
-LORA = LoraSpec(2, 4)
+LORA, FFN = LoraSpec(2, 4), LoraSpec(2, 4, projections=("query", "up", "down"))
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def agree(model: nn.Module, names: list[str], n: int = 7) -> None:
 @pytest.mark.parametrize("short", [128, 3], ids=["scores kept", "torch's kernel"])
 @pytest.mark.parametrize(
     "lora",
-    [LORA, LoraSpec(3, 2, layers=(1,)), LoraSpec(2, 4, projections=("key", "output")), None],
-    ids=["all", "one layer", "two projections", "none"],
+    [LORA, LoraSpec(3, 2, layers=(1,)), LoraSpec(2, 4, projections=("key", "output")), FFN, None],
+    ids=["all", "one layer", "two projections", "ffn", "none"],
 )
 def test_a_layer_is_what_transformers_computes(
     fm: FoundationModel, calls: list[int], lora: LoraSpec | None, short: int, monkeypatch: pytest.MonkeyPatch

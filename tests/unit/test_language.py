@@ -15,19 +15,22 @@ import torch
 from helpers import DECODERS, answers_of, random_values, save_tiny, save_tiny_bert, smoke_request
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedbench.api.local import AdamW, LocalTask
 from fedbench.check.suite import tensors_close
-from fedbench.data.examples import Examples
+from fedbench.data.examples import Batch, Examples
 from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
 from fedbench.forward.feed import Forward
 from fedbench.machine.device import Execution
 from fedbench.measures.accuracy import evaluate
 from fedbench.measures.gradient import gradients
+from fedbench.models import decoder
+from fedbench.models.build import build
 from fedbench.models.cache import Frozen
-from fedbench.models.conversation import conversation
-from fedbench.models.decoder import PIECE, next_tokens
+from fedbench.models.conversation import pieces
+from fedbench.models.decoder import next_tokens
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.reading import encode
 from fedbench.models.spec import LoraSpec, ModelSpec
@@ -76,24 +79,65 @@ def texts(family: str = "llama", objective: str = "language", answers: bool = Fa
 # ---------------------------------------------------------------- what a model answers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_losses_and_answers_in_pieces_are_those_of_all_logits_at_once(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("vocabulary", [11, 49152])
+def test_losses_and_answers_in_pieces_are_those_of_all_logits_at_once(
+    vocabulary: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "AT_ONCE", 7 * vocabulary)  # of 7 tokens
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 2 * PIECE, 6, generator=generator, dtype=dtype, requires_grad=True)
-    weight = torch.randn(11, 6, generator=generator, dtype=dtype)
-    targets = torch.randint(0, 11, (3, 2 * PIECE), generator=generator)
+    hidden = torch.randn(3, 14, 64, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, 64, generator=generator, dtype=dtype) / 8
+    targets = torch.randint(0, vocabulary, (3, 14), generator=generator)
     targets[torch.rand(targets.shape, generator=generator) < 0.3] = IGNORED
     found = next_tokens(hidden, weight, targets)
     logits = hidden @ weight.t()
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     scale = torch.randn(losses.shape, generator=generator, dtype=dtype)
-    assert torch.allclose(found[..., 0], losses)
+    assert (found[..., 0] - losses).abs().max() <= tolerance * losses.abs().max()
     asked = targets != IGNORED
     assert torch.equal(found[..., 1][asked].long(), logits.argmax(-1)[asked])
     assert not found[~asked].any()
     [mine] = torch.autograd.grad((found[..., 0] * scale).sum(), hidden)
     [theirs] = torch.autograd.grad((losses * scale).sum(), hidden)
-    assert torch.allclose(mine, theirs, atol=1e-6)
+    assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that anything computes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.held:
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_logits_of_a_large_vocabulary_are_never_there_all_at_once(training: bool) -> None:
+    vocabulary, tokens = 49152, 400
+    config = {**fm_of("llama").spec.config, "vocab_size": vocabulary, "max_position_embeddings": 128}
+    model = build(ModelSpec("llama", config, (24,) * 3, LoraSpec(2, 4), head="vocabulary"))
+    names = tunable_names(model)
+    ids = torch.arange(tokens).view(4, -1)
+    mask = torch.ones_like(ids)
+    targets = torch.where(ids % 2 == 0, ids + 1, IGNORED)
+    batch = Batch({"input_ids": ids, "attention_mask": mask}, targets, mask)
+    with torch.set_grad_enabled(training), Largest(model) as largest:
+        parameters = [model.get_parameter(name).requires_grad_(training) for name in names]
+        losses = LANGUAGE["row"].losses(Forward(model).logits(batch), targets)
+        if training:
+            torch.autograd.grad(losses.sum(), parameters)
+    assert losses.tolist() == pytest.approx([np.log(vocabulary)] * 4), "all words are as likely"
+    asked = int((targets != IGNORED).sum())
+    assert vocabulary < largest.numel <= decoder.AT_ONCE < asked * vocabulary
 
 
 def test_rows_that_ask_for_nothing_have_no_gradient() -> None:
@@ -235,7 +279,7 @@ def test_of_an_answer_its_own_tokens_are_asked_for_and_no_others(template: str |
 
 def test_given_tokens_are_hidden_by_hand() -> None:
     targets = torch.tensor([[2, 3, 4, IGNORED], [6, 7, 8, 9]])
-    found = without_given(targets, [3, 0])
+    found = without_given(targets, [np.array([False, False, False, True]), np.ones(4, dtype=bool)])
     assert found.tolist() == [[IGNORED, IGNORED, 4, IGNORED], [6, 7, 8, 9]]
 
 
@@ -247,7 +291,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
             return f"{len(turns)} turns"
 
     with pytest.raises(FedbenchError, match="writes a prompt in another way once it is answered"):
-        conversation(Tokenizer(), "a", "b")
+        pieces(Tokenizer(), (("user", "a"), ("assistant", "b")))
 
 
 def test_rows_whose_answer_is_cut_off_are_named() -> None:

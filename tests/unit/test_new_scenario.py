@@ -151,6 +151,6 @@ def test_what_cannot_be_recognised_is_said(
     assert not (tmp_path / "x.toml").exists()
     (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     code, said = call(capsys, monkeypatch, "new", "scenario", tmp_path / "chat.jsonl", "-o", tmp_path / "x.toml")
-    assert (code, "column 'messages' holds chats" in said) == (2, True)
+    assert (code, "line 1 has no answer at its end" in said) == (2, True)
     code, said = call(capsys, monkeypatch, "new", "scenario", tmp_path / "y.csv")
     assert (code, "no such file or folder" in said) == (2, True)

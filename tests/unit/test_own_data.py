@@ -438,7 +438,9 @@ def test_settings_of_own_data_say_nothing_of_other_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (('kind = "text"', 'kind = "chat"'), "films.toml: dataset.kind: rows of chats cannot be read"),
+        (('kind = "text"', 'kind = "chat"'), 'films.toml: objective: rows of kind = "chat" need a table [objective]'),
+        (('kind = "text"', 'kind = "text"\nanswer = "a"'), 'films.toml: dataset: answer is for kind = "chat"'),
+        (('kind = "text"', 'kind = "text"\nchoices = "a"'), 'films.toml: dataset: choices is for kind = "choices"'),
         (('kind = "text"', ""), "films.toml: dataset.name: field required"),
         (('kind = "text"', 'name = "tweets"'), "films.toml: dataset: client is for data sets of your own"),
         (('train = "films.csv"', ""), "films.toml: dataset: a data set of your own needs train"),

@@ -30,8 +30,8 @@ from fedbench.run.prepare import Prepared, prepare
 from fedbench.run.progress import Silent
 from fedbench.run.record import finish
 from fedbench.run.run import run
+from fedbench.tables.asked import asked_measures
 from fedbench.tables.compare import compare
-from fedbench.tables.measures import measure_called
 from fedbench.tables.report import summary
 
 CPU = torch.device("cpu")
@@ -160,7 +160,8 @@ def test_a_personal_score_is_told_apart_wherever_it_is_shown(ran: tuple[Record, 
     assert (row.state, row.scored) == ("personal models", {})
     assert any("not to be compared with the accuracy of one model" in note for note in comparison.sections[0].notes)
     assert comparison.frame()["accuracy"].isna().all()
-    assert measure_called("personal_accuracy_mean").read(record) == record.accuracy.personal.mean  # type: ignore[union-attr]
+    [measure] = asked_measures(["personal_accuracy_mean"], ())
+    assert measure.read(record) == record.accuracy.personal.mean  # type: ignore[union-attr]
 
 
 def test_a_personal_block_that_contradicts_its_values_is_refused() -> None:

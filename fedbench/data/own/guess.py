@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedbench.data.own.rows import missing
-from fedbench.data.own.table import Table
+from fedbench.data.own.chats import recognised
+from fedbench.data.own.choices import CHOICES, QUESTIONS, RIGHT
+from fedbench.data.own.table import Table, missing
 
 
 def _names(text: str) -> list[str]:
@@ -118,3 +119,46 @@ def image_column(columns: dict[str, Sequence[Any]]) -> str | None:
         if isinstance(first, list) and len(first) > 8 and all(isinstance(value, (int, float)) for value in first):
             return name
     return None
+
+
+def called_label(table: Table) -> str | None:
+    """A column that is called a label, whatever is in it."""
+    return next((name for name in table.columns if name.strip().lower() in ("label", "labels", "gold_label")), None)
+
+
+def language_rows(table: Table, columns: Sequence[Column]) -> tuple[dict[str, Any], str, list[int]] | None:
+    """Settings of rows of conversations or of multiple choice, what was recognised, and the words of each row, sorted.
+
+    None for other rows; a table of prompts and answers with a column called a label is one of labels.
+    """
+    known = {name.strip().lower(): name for name in table.columns}
+    question, choices, right = (
+        next((known[n] for n in names if n in known), None) for names in (QUESTIONS, CHOICES, RIGHT)
+    )
+    if question and choices and right:
+        rows = zip(table.columns[question], table.columns[choices], strict=True)
+        return (
+            {"kind": "choices", "text": question, "choices": choices, "label": right},
+            "multiple choice",
+            _words(rows),
+        )
+    layout = recognised(table)
+    if layout is None or (not layout.turns and called_label(table)):
+        return None
+    if layout.turns:
+        turns = _words((cell,) for cell in table.columns[layout.turns])
+        return {"kind": "chat", "text": layout.turns}, f"conversations: {layout.said()}", turns
+    prompt = layout.prompt[0] if len(layout.prompt) == 1 else [*layout.prompt]
+    said = _words(zip(*(table.columns[name] for name in (*layout.prompt, layout.answer)), strict=True))
+    return {"kind": "chat", "text": prompt, "answer": layout.answer}, f"conversations: {layout.said()}", said
+
+
+def _words(rows: Iterable[Sequence[Any]]) -> list[int]:
+    """How many words each row has, sorted; of nested cells all texts."""
+    return sorted(sum(_count(cell) for cell in row) for row in rows)
+
+
+def _count(cell: Any) -> int:
+    if isinstance(cell, dict):
+        return sum(map(_count, cell.values()))
+    return sum(map(_count, cell)) if isinstance(cell, list) else len(str(cell or "").split())

@@ -14,7 +14,17 @@ import numpy as np
 
 from fedbench.data.own.decode import PACKED, suffix_of
 from fedbench.data.own.find import image_folder, is_saved, tables_of
-from fedbench.data.own.guess import client_columns, has_header, image_column, label_column, look, text_columns
+from fedbench.data.own.guess import (
+    Column,
+    called_label,
+    client_columns,
+    has_header,
+    image_column,
+    label_column,
+    language_rows,
+    look,
+    text_columns,
+)
 from fedbench.data.own.source import own_data_set
 from fedbench.data.own.table import Table
 from fedbench.data.own.tables import SUFFIXES, read_table, saved_splits
@@ -25,7 +35,16 @@ from fedbench.scenario.tables import DatasetSettings, SplitSettings
 
 ROLES = {"test": ("test",), "validation": ("validation", "valid", "val", "dev")}
 LONGEST = 128
-"""Most tokens that are proposed, of however long texts."""
+LONGEST_READ = 384
+"""Most tokens that are proposed, of however long texts; where all of them are asked for."""
+OBJECTIVE = (
+    "# The next token is asked for, of conversations those of the answers alone.",
+    "[objective]",
+    'kind = "language"',
+    'loss_on = "answers"    # or "all"',
+    'normalised = "row"     # rows count alike; "batch": tokens do',
+    "",
+)
 MOST_TESTED = 2000
 
 
@@ -64,9 +83,8 @@ def propose(source: Path, target: Path) -> Proposal:
 def _misfits(dataset: dict[str, Any], train: Table, folder: Path) -> list[str]:
     """Take out files of test and validation whose columns are not those of training, and say so."""
     said = []
-    texts = dataset.get("text", [])
-    wanted = {*([texts] if isinstance(texts, str) else texts), dataset["label"]}
-    wanted |= {dataset[name] for name in ("image", "client") if name in dataset}
+    named = [dataset.get(name, []) for name in ("text", "choices", "answer", "label", "image", "client")]
+    wanted = {column for columns in named for column in ([columns] if isinstance(columns, str) else columns)}
     asked = {"kind": "images" if dataset["kind"] == "images" else "text", "header": dataset.get("header", True)}
     for role in ROLES:
         if role not in dataset:
@@ -146,17 +164,20 @@ def _first_table(source: Path, files: dict[str, str], folder: Path) -> Table:
 def _dataset(table: Table, files: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The [dataset] table, and a remark on some of its settings."""
     columns = look(table)
-    if chats := next((name for name in ("messages", "conversations", "conversation") if name in table.columns), None):
-        raise FedbenchError(
-            f"{table.where}: column {chats!r} holds chats, which cannot be read yet; write text and label columns"
-        )
+    remarks = {"train": f"{len(table)} rows in {table.where} ({table.about})"}
+    if (language := language_rows(table, columns)) is not None:
+        settings, remarks["kind"], lengths = language
+        return _next_token({**settings, **files}, remarks, lengths, columns)
     images = image_column({**table.columns})
     texts: tuple[str, ...] = (images,) if images else text_columns(columns)
-    remarks = {"train": f"{len(table)} rows in {table.where} ({table.about})"}
     has = ", ".join(f"{column.name} ({len(column.counts)} different)" for column in columns)
     if not texts:
         raise FedbenchError(f"{table.where}: no column of texts or images was recognised; it has {has}")
     label = label_column(columns, texts)
+    if label is None and not images and not called_label(table):
+        remarks["text"] = "no column of labels, so the next token is asked for"
+        lengths = list(next(column.words for column in columns if column.name == texts[0]))
+        return _next_token({"kind": "text", **files, "text": texts[0]}, remarks, lengths, columns)
     if label is None:
         raise FedbenchError(
             f"{table.where}: no column of labels was recognised, of 2 to 200 different values; it has {has}"
@@ -179,27 +200,49 @@ def _dataset(table: Table, files: dict[str, str]) -> tuple[dict[str, Any], dict[
     dataset["label"] = label
     most = ", ".join(f"{name[:30]} {count}" for name, count in by_name[label].counts.most_common(6))
     remarks["label"] = f"{len(by_name[label].counts)} classes: {most}"
-    if candidates := client_columns(columns, (*texts, label)):
+    _add_clients(dataset, remarks, client_columns(columns, (*texts, label)))
+    return dataset, remarks
+
+
+def _next_token(
+    dataset: dict[str, Any], remarks: dict[str, str], lengths: Sequence[int], columns: Sequence[Column]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Rows for the objective of language; `lengths`: the words of each, sorted. tiny-llama has two tokens a word."""
+    longest = lengths[int(0.95 * (len(lengths) - 1))] if lengths else 0
+    dataset["max_length"] = min(LONGEST_READ, max(32, 8 * -(-int(2 * longest + 16) // 8)))
+    remarks["max_length"] = f"tokens; 95% of the rows have at most {longest} words"
+    taken = [dataset[name] for name in ("text", "answer", "choices", "label") if name in dataset]
+    taken = [name for names in taken for name in ([names] if isinstance(names, str) else names)]
+    _add_clients(dataset, remarks, client_columns(columns, taken))
+    return dataset, remarks
+
+
+def _add_clients(dataset: dict[str, Any], remarks: dict[str, str], candidates: Sequence[Column]) -> None:
+    """The likeliest column of clients, where there is one, with a remark on the others."""
+    if candidates:
         dataset["client"] = candidates[0].name
         others = [column.name for column in candidates[1:4]]
         remarks["client"] = f"{len(candidates[0].counts)} clients" + (
             f"; could also be {', '.join(others)}" * bool(others)
         )
-    return dataset, remarks
 
 
 def _read(dataset: dict[str, Any], remarks: dict[str, str], folder: Path) -> tuple[dict[str, Part], int]:
     """The rows as the scenario will read them, and how many clients they have; bad rows are proposed to be dropped."""
     split = SplitSettings(kind="iid", clients=1)
     try:
-        data = own_data_set(DatasetSettings(**dataset), split, folder)
+        data = own_data_set(DatasetSettings(**dataset), split, folder, _asks_next(dataset))
     except FedbenchError as error:
         if "bad_rows" not in str(error):
             raise
         remarks["bad_rows"] = str(error).removeprefix("dataset: ").partition("; mend them")[0]
         dataset["bad_rows"] = "drop"
-        data = own_data_set(DatasetSettings(**dataset), split, folder)
+        data = own_data_set(DatasetSettings(**dataset), split, folder, _asks_next(dataset))
     parts, _ = data.read(None, None)
+    if dataset["kind"] in ("chat", "choices"):
+        dataset["bad_rows"] = "drop"
+        fits = "rows of which no answer is left within max_length are left out too"
+        remarks["bad_rows"] = "; ".join([*([remarks["bad_rows"]] if "bad_rows" in remarks else []), fits])
     if "validation" not in parts:
         rows = len(parts["train"])
         dataset["validation"] = int(min(400, max(2, rows // 10)))
@@ -213,20 +256,27 @@ def _read(dataset: dict[str, Any], remarks: dict[str, str], folder: Path) -> tup
     return parts, len(np.unique(parts["train"].groups[client])) if client else 0
 
 
+def _asks_next(dataset: dict[str, Any]) -> bool:
+    """Whether the rows are for the objective of language."""
+    return dataset["kind"] in ("chat", "choices") or (dataset["kind"] == "text" and "label" not in dataset)
+
+
 def _written(
     source: Path, dataset: dict[str, Any], remarks: dict[str, str], parts: dict[str, Part], clients: int
 ) -> str:
     """The scenario as TOML. Numbers are small: a first run is to take minutes."""
-    images = dataset["kind"] == "images"
+    images, language = dataset["kind"] == "images", _asks_next(dataset)
     rows = len(parts["train"]) - (dataset["validation"] if isinstance(dataset["validation"], int) else 0)
     lines = [
         f"# Proposed by `fedbench new scenario {source}`; docs/data.md says what else there is.",
         f"title = {_toml(f'{source.stem}: rows of our own')}",
-        f"fm = {_toml('vit-digits' if images else 'minilm-l6')}",
+        f"fm = {_toml('vit-digits' if images else 'tiny-llama' if language else 'minilm-l6')}",
+        *(["# tiny-llama is for trying things out; `fedbench fetch smollm2-135m` brings a larger one."] * language),
         "",
         "[dataset]",
         *_commented(dataset, remarks),
         "",
+        *(OBJECTIVE if language else ()),
         "# Unlabelled rows for methods that need them at the server (FedPFT, FedOT).",
         "[public]",
         f"name = {_toml('mnist' if images else 'tweets')}",
@@ -245,13 +295,12 @@ def _written(
             "",
         ]
     drawn = int(min(40, max(2, rows // 40)))
+    own = "" if language else ", each with labels of its own"
     lines += [
-        "# The same rows over clients that are drawn, each with labels of its own, for comparison."
+        f"# The same rows over clients that are drawn{own}, for comparison."
         if clients
-        else "# No column of clients was recognised, so they are drawn: each has labels of its own.",
-        "[splits.noniid]",
-        'kind = "dirichlet"',
-        "alpha = 0.5",
+        else f"# No column of clients was recognised, so they are drawn{own}.",
+        *(["[splits.iid]", 'kind = "iid"'] if language else ["[splits.noniid]", 'kind = "dirichlet"', "alpha = 0.5"]),
         f"clients = {drawn}",
         "",
         "[federation]",

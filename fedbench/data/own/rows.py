@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -15,10 +16,11 @@ import numpy as np
 from fedbench.data.formats.images import image_cell, images_of
 from fedbench.data.image_files import EncodedImage
 from fedbench.data.labels import WRITTEN, shown
-from fedbench.data.own.table import Table
+from fedbench.data.own.chats import chats_of, words_of
+from fedbench.data.own.choices import questions_of
+from fedbench.data.own.table import BadRow, Table, column, missing, text_of_cell
 from fedbench.data.rows import Part
 from fedbench.errors import FedbenchError
-from fedbench.names import nearest
 from fedbench.scenario.tables import DatasetSettings
 
 NAMED = 5
@@ -79,6 +81,10 @@ class Rows:
             cells = self.inputs[0]
             images = np.stack(cells) if isinstance(cells[0], np.ndarray) else images_of(cells)
             return Part(numbers, images=images, groups=groups)
+        if kind == "chat":
+            return Part(numbers, [*map(words_of, self.inputs[0])], groups=groups, chats=self.inputs[0])
+        if kind == "choices":
+            return Part(numbers, self.inputs[0], groups=groups, choices=self.inputs[1])
         return Part(numbers, self.inputs[0], text_pairs=self.inputs[1] if len(self.inputs) > 1 else None, groups=groups)
 
 
@@ -87,38 +93,36 @@ def _sameness(cell: Any) -> str:
 
     if isinstance(cell, str):
         return " ".join(cell.casefold().split())
+    if isinstance(cell, tuple):
+        return " ".join(json.dumps(cell, ensure_ascii=False).casefold().split())
     if isinstance(cell, Path):
         return hashlib.sha256(cell.read_bytes()).hexdigest()
     return hashlib.sha256(cell.content if isinstance(cell, EncodedImage) else cell.tobytes()).hexdigest()
 
 
-def rows_of(tables: Sequence[Table], settings: DatasetSettings, groups: Sequence[str], bad: BadRows) -> Rows:
+def rows_of(
+    tables: Sequence[Table], settings: DatasetSettings, label: str | None, groups: Sequence[str], bad: BadRows
+) -> Rows:
     """The usable rows of some tables; what is not goes to `bad`. `groups`: columns to keep beside inputs and labels.
 
-    Raises FedbenchError for a column that is not there.
+    label: the column of labels; None where rows have none. Raises FedbenchError for a column that is not there.
     """
-    pairs = settings.kind == "pairs"
-    out = Rows([[], []] if pairs else [[]], groups={name: [] for name in groups})
+    columns = 2 if settings.kind in ("pairs", "choices") else 1
+    out = Rows([[] for _ in range(columns)], groups={name: [] for name in groups})
     for table in tables:
         for place, fault, detail in table.broken:
             bad.add(table.where, place, fault, detail)
-        if settings.kind == "images":
-            wanted, taken = [_column(table, settings.image, "image")], _image(table)
-        else:
-            wanted, taken = [_column(table, name, "text") for name in settings.segments], _text
-        label, named = _column(table, settings.label, "label"), table.names.get(settings.label)
-        beside = {name: _column(table, name, "client") for name in groups}
+        inputs_of = _reader(table, settings, label)
+        beside = {name: column(table, name, "client") for name in groups}
         for i, place in enumerate(table.places):
             try:
-                inputs = [taken(column[i], place) for column in wanted]
-                said = label_of(label[i], named)
-                whose = {name: _whose(column[i]) for name, column in beside.items()}
-            except _Bad as error:
+                inputs, said = inputs_of(i)
+                whose = {name: _whose(cells[i]) for name, cells in beside.items()}
+            except BadRow as error:
                 bad.add(table.where, place, *error.args)
                 continue
-            joined = [" ".join(inputs)] if settings.kind == "text" else inputs
-            for column, cell in zip(out.inputs, joined, strict=True):
-                column.append(cell)
+            for cells, cell in zip(out.inputs, inputs, strict=True):
+                cells.append(cell)
             out.labels.append(said)
             for name, cell in whose.items():
                 out.groups[name].append(cell)
@@ -126,38 +130,30 @@ def rows_of(tables: Sequence[Table], settings: DatasetSettings, groups: Sequence
     return out
 
 
-class _Bad(Exception):
-    """Why a row cannot be used: the fault, and what more there is to say of it."""
+def _reader(table: Table, settings: DatasetSettings, label: str | None) -> Callable[[int], tuple[list[Any], str]]:
+    """What takes a row's number for its inputs and its label, or raises BadRow."""
+    if settings.kind == "choices":
+        question, _ = questions_of(table, settings)
 
+        def chosen(i: int) -> tuple[list[Any], str]:
+            words, offered, right = question(i)
+            return [words, offered], str(right)
 
-def _column(table: Table, name: str, setting: str) -> Sequence[Any]:
-    """A column by its name, whatever its case where that is clear."""
-    if name in table.columns:
-        return table.columns[name]
-    alike = [own for own in table.columns if own.strip().lower() == name.strip().lower()]
-    if len(alike) == 1:
-        return table.columns[alike[0]]
-    known = ", ".join(repr(own) for own in [*table.columns][:12])
-    close = nearest(name, table.columns)
-    raise FedbenchError(
-        f"{table.where}: has no column {name!r}, which dataset.{setting} names; it has {known}"
-        + (f"; {close}" if close.startswith("did") else "")
-    )
-
-
-def missing(cell: Any) -> bool:
-    """Whether a cell holds nothing."""
-    return (
-        cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, str) and not cell.strip())
-    )
-
-
-def _text(cell: Any, place: str) -> str:
-    if missing(cell):
-        raise _Bad("has no text")
-    if not isinstance(cell, str):
-        raise _Bad("has no text", f", but {shown(cell)}")
-    return cell
+        return chosen
+    labels, named = None if label is None else column(table, label, "label"), table.names.get(label or "")
+    inputs: Callable[[int], list[Any]]
+    if settings.kind == "images":
+        images, taken = column(table, settings.image, "image"), _image(table)
+        inputs = lambda i: [taken(images[i], table.places[i])]  # noqa: E731
+    elif settings.kind == "chat":
+        chat = chats_of(table, settings)
+        inputs = lambda i: [chat(i)]  # noqa: E731
+    else:
+        texts = [column(table, name, "text") for name in settings.segments]
+        inputs = lambda i: [text_of_cell(cells[i]) for cells in texts]  # noqa: E731
+    if settings.kind == "text":
+        return lambda i: ([" ".join(inputs(i))], "" if labels is None else label_of(labels[i], named))
+    return lambda i: (inputs(i), "" if labels is None else label_of(labels[i], named))
 
 
 def _image(table: Table) -> Callable[[Any, str], Any]:
@@ -168,18 +164,18 @@ def _image(table: Table) -> Callable[[Any, str], Any]:
         if isinstance(cell, Path):
             return cell
         if missing(cell):
-            raise _Bad("has no image")
+            raise BadRow("has no image")
         if isinstance(cell, str):
             path = folder / cell
             if not path.is_file():
-                raise _Bad("has an image that is not there", f": {shown(cell)}")
+                raise BadRow("has an image that is not there", f": {shown(cell)}")
             return path
         if isinstance(cell, list):
             return _pixels(cell)
         try:
             return image_cell(f"{table.where}: {place}", cell)
         except FedbenchError:
-            raise _Bad("has no image") from None
+            raise BadRow("has no image") from None
 
     return taken
 
@@ -189,29 +185,29 @@ def _pixels(cell: list[Any]) -> np.ndarray:
     try:
         pixels = np.asarray(cell, dtype=np.float32)
     except (ValueError, TypeError):
-        raise _Bad("has no image", ", but a list of other things than numbers") from None
+        raise BadRow("has no image", ", but a list of other things than numbers") from None
     side = math.isqrt(pixels.size)
     if side * side != pixels.size or not pixels.size or pixels.min() < 0 or pixels.max() > 1:
-        raise _Bad("has no image", ", but numbers that are no square of grey values in 0..1")
+        raise BadRow("has no image", ", but numbers that are no square of grey values in 0..1")
     return pixels.reshape(side, side)
 
 
 def label_of(cell: Any, named: Sequence[str] | None = None) -> str:
     """A label as text: the name of its class, or a whole number. `named`: names by number, where the file says them."""
     if missing(cell):
-        raise _Bad("has no label")
+        raise BadRow("has no label")
     if isinstance(cell, bool | np.bool_):
         return str(bool(cell)).lower()
     if isinstance(cell, float) and not cell.is_integer():
-        raise _Bad("has a fraction for a label", f", {cell}")
+        raise BadRow("has a fraction for a label", f", {cell}")
     text = str(int(cell)) if isinstance(cell, float) else " ".join(str(cell).split())
     if FRACTION.fullmatch(text):
-        raise _Bad("has a fraction for a label", f", {text}")
+        raise BadRow("has a fraction for a label", f", {text}")
     if WRITTEN.fullmatch(text) and len(text) < 1000:
         number = int(text.partition(".")[0])
         if named is not None:
             if not 0 <= number < len(named):
-                raise _Bad("has no label")  # the hub's -1 stands for none
+                raise BadRow("has no label")  # the hub's -1 stands for none
             return str(named[number])
         return str(number)
     return text
@@ -219,5 +215,5 @@ def label_of(cell: Any, named: Sequence[str] | None = None) -> str:
 
 def _whose(cell: Any) -> str:
     if missing(cell):
-        raise _Bad("has no client")
+        raise BadRow("has no client")
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else " ".join(str(cell).split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,9 +11,12 @@ import numpy as np
 
 from fedbench.data.labels import WRITTEN
 from fedbench.data.natural import client_column
-from fedbench.data.own.find import files_of, tables_of
+from fedbench.data.own.chats import layout_of
+from fedbench.data.own.choices import questions_of
+from fedbench.data.own.find import files_of, located, tables_of
 from fedbench.data.own.rows import BadRows, Rows, rows_of
 from fedbench.data.own.table import Table
+from fedbench.data.own.windows import put_together
 from fedbench.data.rows import Part
 from fedbench.data.sets.dataset import DataSet
 from fedbench.data.sets.dataset import Rows as Read
@@ -25,53 +28,81 @@ MOST_CLASSES = 1000
 """A column with more labels than this is hardly one of classes."""
 
 
-def own_data_set(settings: DatasetSettings, split: SplitSettings, folder: Path) -> DataSet:
+def own_data_set(
+    settings: DatasetSettings, split: SplitSettings, folder: Path, language: bool = False, root: Path | None = None
+) -> DataSet:
     """The data set that `settings` describe, its files named from `folder` on; the same object for the same files.
 
-    Raises FedbenchError for files that are missing, columns that are not there, and, unless they are to be dropped,
-    for rows that cannot be used.
+    language: whether the next token is asked for, so that rows need no labels. root: the user's folder of data sets,
+    for settings that name folders in it. Raises FedbenchError for files that are missing, columns that are not there,
+    and, unless they are to be dropped, for rows that cannot be used.
     """
+    if settings.folders:
+        settings, folder = located(settings, folder, root)
     groups = tuple(dict.fromkeys((*listed(settings.client), *listed(split.by))))
     stamps: list[tuple[str, int, int]] = []
     for role in ("train", "test", "validation") if settings.hub is None else ():
         wanted = getattr(settings, role)
         for path in files_of(f"dataset.{role}", wanted, folder) if wanted and not isinstance(wanted, int) else ():
             if settings.kind == "images" and not path.is_dir():
-                return _read.__wrapped__(settings, groups, folder, ())  # images beside a table may change alone
+                return _read.__wrapped__(settings, groups, folder, (), False)  # images beside a table may change alone
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 about = file.stat()
                 stamps.append((str(file), about.st_size, about.st_mtime_ns))
-    return _read(settings, groups, folder, tuple(stamps))
+    free = language and settings.kind != "choices" and "label" not in settings.model_fields_set
+    return _read(settings, groups, folder, tuple(stamps), free)
 
 
 @lru_cache(maxsize=2)
 def _read(
-    settings: DatasetSettings, groups: tuple[str, ...], folder: Path, stamps: tuple[tuple[str, int, int], ...]
+    settings: DatasetSettings,
+    groups: tuple[str, ...],
+    folder: Path,
+    stamps: tuple[tuple[str, int, int], ...],
+    free: bool,
 ) -> DataSet:
-    """Read once for all runs of a process; `stamps` tell files that were changed in between."""
+    """Read once for all runs of a process; `stamps` tell files that were changed in between.
+
+    free: whether rows may do without labels.
+    """
     bad = BadRows()
     notes: list[str] = []
     found: dict[str, Rows] = {}
     named: Sequence[str] | None = None
+    label: str | None = settings.label
     for role in ("train", "test", "validation"):
         tables = [*tables_of(role, settings, folder)]
         if not tables:
             continue
-        found[role] = rows_of(tables, settings, groups, bad)
+        if settings.windows is not None:
+            tables = [put_together(table, settings.windows, listed(settings.client)) for table in tables]
+        if role == "train" and free and (settings.kind == "chat" or any(label not in t.columns for t in tables)):
+            label = None
+        found[role] = rows_of(tables, settings, label, groups, bad)
         if role == "train":
-            named = _names_said(tables, settings.label)
-        notes.append(f"{role}: {_files(tables)}, {len(found[role])} rows")
+            named = None if label is None else _names_said(tables, label)
+        notes.append(f"{role}: {_files(tables)}{_said(tables[0], settings)}, {len(found[role])} rows")
     if twice := _twice(settings, folder):
         raise FedbenchError(f"dataset: {twice} is named for two of train, test and validation; give it one role")
     if not len(found["train"]):
         raise FedbenchError(f"dataset.train: no usable rows; {bad.said() if bad.found else 'the files are empty'}")
     try:
-        classes, about = _classes(settings, named, found["train"])
+        if settings.kind == "choices":
+            classes, about = _positions(found.values())
+        elif label is None:
+            classes, about = ("any",), "labels: none"
+        else:
+            classes, about = _classes(settings, named, found["train"])
     except FedbenchError:
         _look_at(bad, settings)  # of which the labels may be a consequence
         raise
     notes.append(about)
-    numbers = {role: _numbers(rows, classes, bool(settings.classes), bad) for role, rows in found.items()}
+    numbers = {
+        role: _numbers(rows, classes, bool(settings.classes), bad)
+        if label is not None
+        else np.zeros(len(rows), dtype=np.int64)
+        for role, rows in found.items()
+    }
     _look_at(bad, settings)
     notes += [f"left out: {bad.said()}"] if bad.found else []
     for role in found:
@@ -111,6 +142,19 @@ def _files(tables: Sequence[Table]) -> str:
         return f"{tables[0].where} ({tables[0].about})"
     how = "; ".join(f"{count} {way}" if len(ways) > 1 else way for way, count in ways.items())
     return f"{len(tables)} files from {tables[0].where} to {tables[-1].where} ({how})"
+
+
+def _said(table: Table, settings: DatasetSettings) -> str:
+    """How the conversations or choices in a file were read, in words."""
+    if settings.kind == "chat":
+        return f", {layout_of(table, settings).said()}"
+    return f", {questions_of(table, settings)[1]}" if settings.kind == "choices" else ""
+
+
+def _positions(roles: Iterable[Rows]) -> tuple[tuple[str, ...], str]:
+    """Classes of choices: the number of the right one, of as many as any row has."""
+    most = max(len(choices) for rows in roles for choices in rows.inputs[1])
+    return tuple(str(number) for number in range(most)), f"labels: the right one of up to {most} choices"
 
 
 def _twice(settings: DatasetSettings, folder: Path) -> str | None:

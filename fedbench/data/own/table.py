@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from fedbench.data.labels import shown
+from fedbench.errors import FedbenchError
+from fedbench.names import nearest
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,41 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+class BadRow(Exception):
+    """Why a row cannot be used: the fault, and what more there is to say of it."""
+
+
+def missing(cell: Any) -> bool:
+    """Whether a cell holds nothing."""
+    return (
+        cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, str) and not cell.strip())
+    )
+
+
+def column(table: Table, name: str, setting: str) -> Sequence[Any]:
+    """A column by its name, whatever its case where that is clear. Raises FedbenchError where there is none."""
+    if name in table.columns:
+        return table.columns[name]
+    alike = [own for own in table.columns if own.strip().lower() == name.strip().lower()]
+    if len(alike) == 1:
+        return table.columns[alike[0]]
+    known = ", ".join(repr(own) for own in [*table.columns][:12])
+    close = nearest(name, table.columns)
+    raise FedbenchError(
+        f"{table.where}: has no column {name!r}, which dataset.{setting} names; it has {known}"
+        + (f"; {close}" if close.startswith("did") else "")
+    )
+
+
+def text_of_cell(cell: Any) -> str:
+    """A cell that holds text. Raises BadRow for any other."""
+    if missing(cell):
+        raise BadRow("has no text")
+    if not isinstance(cell, str):
+        raise BadRow("has no text", f", but {shown(cell)}")
+    return cell
 
 
 def rows_from_1(count: int) -> list[str]:

@@ -85,7 +85,7 @@ def _fault(part: Any, classes: int | None) -> str | None:
     if (part.texts is None) == (part.images is None):
         return "holds both texts and images, or neither"
     columns: list[Any] = [column for column in (part.texts, part.text_pairs, part.images) if column is not None]
-    columns += part.groups.values()
+    columns += [*part.groups.values(), *(column for column in (part.chats, part.choices) if column is not None)]
     if lengths := [len(column) for column in columns if len(column) != len(labels)]:
         return f"has {len(labels)} labels and {lengths[0]} rows"
     if not all(isinstance(column, np.ndarray) for column in part.groups.values()):

@@ -22,15 +22,17 @@ class Family:
     the tables of a text family's embeddings, from `embeddings`, or from the model where they lie elsewhere. left_over:
     ends of the names of tensors that checkpoints hold inside the encoder and classification does without.
 
-    ffn_gate: the linear layer whose activation is multiplied with the output of ffn_in (GLU variants, Shazeer 2020);
-    the same path as ffn_in where one layer holds both, the gate's rows first. None for a plain FFN. reads: which token
-    of a row the head reads: "last" in decoders, where no other token has seen the whole row. language: the class of
-    transformers that predicts the next token, in decoders. rotary: whether positions are turned into the attention, so
-    that the model has no table of them. beside: modules of embeddings outside of `embeddings`. packs: whether packed
-    batches are computed; others are fed padded. transposed: whether checkpoints keep linear layers transposed
-    (transformers' `Conv1D`); they are straightened when read. padding_token: the number of the padding token where the
-    model has it built in. computes: settings among those of `fedbench.models.families.refused.NOT_COMPUTED` that this
-    family's class does compute. norms_before: of a pre-norm image model, the LayerNorms in front of attention and FFN.
+    ffn_gate: the linear layer whose activation is multiplied with the output of ffn_in (GLU variants, Shazeer
+    2020); the same path as ffn_in where one layer holds both, the gate's rows first. None for a plain FFN. reads:
+    which token of a row the head reads: "last" in decoders, where no other token has seen the whole row. language:
+    the class of transformers that predicts the next token, in decoders. rotary: whether positions are turned into
+    the attention, so that the model has no table of them. relative: whether the scores of two tokens go by their
+    distance too. beside: modules of embeddings outside of `embeddings`. packs: whether packed batches are computed;
+    others are fed padded. transposed: whether checkpoints keep linear layers transposed (transformers' `Conv1D`);
+    they are straightened when read. padding_token: the number of the padding token where the model has it built in.
+    computes: settings among those of `fedbench.models.families.refused.NOT_COMPUTED` that this family's class does
+    compute. norms_before: of a pre-norm model, the norms in front of attention and FFN, by which whole layers are
+    computed as one function.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Family:
     ffn_gate: str | None = field(default=None, repr=False)
     reads: Literal["first", "last"] = field(default="first", repr=False)
     rotary: bool = field(default=False, repr=False)
+    relative: bool = field(default=False, repr=False)
     language: str | None = field(default=None, repr=False)
     beside: tuple[str, ...] = field(default=(), repr=False)
     packs: bool = field(default=True, repr=False)

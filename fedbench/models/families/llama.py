@@ -26,5 +26,6 @@ LLAMA = Family(
     reads="last",
     language="LlamaForCausalLM",
     rotary=True,
+    norms_before=("input_layernorm", "post_attention_layernorm"),
     computes=("rope_theta", "rope_scaling", "rope_parameters"),
 )

@@ -1,7 +1,4 @@
-"""MPNet (Song et al. 2020): BERT's layers, whose attention adds a learned bias of the distance of two tokens.
-
-transformers computes that attention in the layer itself and not through its registry, so batches are fed padded.
-"""
+"""MPNet (Song et al. 2020): BERT's layers, whose attention adds a learned bias of the distance of two tokens."""
 
 from __future__ import annotations
 
@@ -22,6 +19,6 @@ MPNET = Family(
     attention_norm="attention.LayerNorm",
     dropout={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     position_offset="after padding token",
-    packs=False,
+    relative=True,
     padding_token=1,
 )
