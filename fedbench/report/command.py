@@ -80,12 +80,16 @@ class Origins:
     def _nearest(self, record: Record) -> tuple[str, Scenario | None, dict[str, Any]]:
         """The profile that leaves the fewest settings to be given, its scenario, and those settings.
 
-        Without a profile where that leaves no more than with one.
+        Without a profile where that leaves no more than with one, and where the record does not say all that one sets.
         """
         has = _settings(record)
         found: list[tuple[int, int, str, Scenario, dict[str, Any]]] = []
-        for place, (profile, scenario) in enumerate(_scenarios(self._registry, record.identity.scenario).items()):
+        scenarios = _scenarios(self._registry, record.identity.scenario)
+        bare = flatten(scenarios[""].identity()) if scenarios else {}
+        for place, (profile, scenario) in enumerate(scenarios.items()):
             usual = flatten(scenario.identity())
+            if any(name not in has and bare.get(name) != value for name, value in usual.items()):
+                continue
             rest = {name: value for name, value in has.items() if name not in usual or usual[name] != value}
             found.append((len(rest), place, profile, scenario, rest))
         if not found:

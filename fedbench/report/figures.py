@@ -123,10 +123,13 @@ def traffic_by_kind(runs: Sequence[Shown]) -> Figures:
 
 
 def client_accuracy(runs: Sequence[Shown]) -> Figures:
-    """How many clients have an accuracy from `low` to below `high`, in per cent; the last class holds 100 as well."""
+    """How many clients have an accuracy from `low` to below `high`, in per cent; the last class holds 100 as well.
+
+    Where a method makes clients models of their own, it is the accuracy of these.
+    """
     rows: list[Values] = []
     for place, run in enumerate(runs):
-        block = run.record.accuracy.per_client
+        block = run.record.accuracy.personal or run.record.accuracy.per_client
         if block is None or run.record.accuracy.diverged:
             continue
         step = 100 // ACCURACY_CLASSES

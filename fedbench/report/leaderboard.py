@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from fedbench.records.record import Record
 from fedbench.report.figures import Figures
 from fedbench.report.shown import Shown
 from fedbench.tables import measures
 from fedbench.tables.comparison import Comparison, Section
 from fedbench.tables.formats import MEGA, seeds_text, signed, three_digits
+from fedbench.tables.profiles import chosen_profiles
+from fedbench.tables.ranking import best, groups, ordered_pairs, ranked_rows, standings
 from fedbench.tables.render.frames import accuracy_text
-from fedbench.tables.roles import REFERENCES
 from fedbench.tables.rows import Row
-from fedbench.tables.statistics import LEVEL, Difference
+from fedbench.tables.simulated import SIMULATED, time_measures
+from fedbench.tables.statistics import Difference
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ def _two(value: float) -> str:
 COLUMNS = (
     Column("proxy %", "Accuracy of the model that clients train, where that is not the FM.", measures.proxy, _one, 100),
     Column("gap", "Plug-in minus proxy, in points.", measures.gap, signed, 100),
+    Column(
+        "personal %", "Mean accuracy of clients' own models, not to be compared with that of one model for all.",
+        measures.personal_mean, _one, 100,
+    ),
     Column("MB up", "Sent by clients in the whole run, 10^6 bytes.", measures.up, three_digits, 1 / MEGA),
     Column(
         "MB down", "Sent to clients in the whole run, without set-up.", measures.down_after_setup, three_digits,
@@ -45,16 +53,28 @@ COLUMNS = (
     ),
     Column("MB set-up", "First download of a model by each client.", measures.setup, three_digits, 1 / MEGA),
     Column(
+        "client MB", "Parameters that a client holds in memory, 4 bytes each.", measures.client_memory, three_digits,
+        1 / MEGA,
+    ),
+    Column("trained M", "10^6 parameters that a client trains.", measures.trained, three_digits, 1 / MEGA),
+    Column(
         "grad. error, start", "Gradient on the proxy against the FM's: relative norm, before the first round.",
         measures.gradient_error_start, _two,
     ),
     Column("grad. error, mean", "The same, mean of the run.", measures.gradient_error_mean, _two),
     Column("exposed %", "Share of the FM's weights at a client verbatim.", measures.verbatim, _one, 100),
     Column("within 1%", "Share of the FM's weights at a client within 1%.", measures.near, _one, 100),
-    Column("trained M", "10^6 parameters that a client trains.", measures.trained, three_digits, 1 / MEGA),
-    Column("held M", "10^6 parameters that a client holds in memory.", measures.held, three_digits, 1 / MEGA),
 )  # fmt: skip
 """Of each the mean over the runs of a line."""
+
+
+def columns_of(records: Sequence[Record]) -> list[Column]:
+    """The columns that some record has a number for; simulated time, with each client profile, among them."""
+    timed = [
+        Column(f"{each.name.removeprefix(SIMULATED)[1:]} s", f"{each.about}.", each.read, three_digits)
+        for each in time_measures(chosen_profiles())
+    ]
+    return [column for column in (*COLUMNS, *timed) if any(column.read(record) is not None for record in records)]
 
 
 @dataclass(frozen=True)
@@ -69,8 +89,8 @@ class Cell:
 class Line:
     """A line of the leaderboard: a method in one setting over its seeds.
 
-    behind: its accuracy minus that of the highest line of its section, with the interval. runs: names of its records
-    and their seeds. flag: why it cannot be ranked.
+    behind: its accuracy minus that of the highest line of its section, with the interval. group: letters that it shares
+    with those it cannot be told apart from. runs: names of its records and their seeds. flag: why it cannot be ranked.
     """
 
     section: str
@@ -81,13 +101,14 @@ class Line:
     profiles: tuple[str, ...]
     accuracy: Cell
     behind: Cell
+    group: str
     cells: tuple[Cell, ...]
     best: bool
     flag: str
     runs: tuple[tuple[str, int], ...]
 
 
-def leaderboard(comparison: Comparison, runs: Sequence[Shown]) -> list[Line]:
+def leaderboard(comparison: Comparison, runs: Sequence[Shown], columns: Sequence[Column] = COLUMNS) -> list[Line]:
     """All lines, section by section, in the order of the tables; those without any run are left out.
 
     runs: where the profile of a record is known.
@@ -95,7 +116,7 @@ def leaderboard(comparison: Comparison, runs: Sequence[Shown]) -> list[Line]:
     profiles = {run.name: run.origin.profile for run in runs}
     out = []
     for section in comparison.sections:
-        top, best = highest(section), best_of(section)
+        top, first, letters = highest(section), best(section), groups(section)
         for row in section.rows:
             if not row.runs and not row.failed:
                 continue
@@ -112,8 +133,9 @@ def leaderboard(comparison: Comparison, runs: Sequence[Shown]) -> list[Line]:
                     tuple(dict.fromkeys(profiles.get(name, "") for name, _ in names)),
                     Cell(accuracy_text(row), found.mean if found else None),
                     _behind(section, row, top),
-                    tuple(_cell(row, column) for column in COLUMNS),
-                    row is best,
+                    letters.get(row.label, "–"),
+                    tuple(_cell(row, column) for column in columns),
+                    row.label == first,
                     row.flag,
                     names,
                 )
@@ -121,45 +143,24 @@ def leaderboard(comparison: Comparison, runs: Sequence[Shown]) -> list[Line]:
     return out
 
 
-def _ranked(section: Section) -> list[Row]:
-    """The lines of a section that can be ranked: those with an accuracy, comparable, and no mere references."""
-    return [row for row in section.rows if row.scored and not row.flag and row.method not in REFERENCES]
-
-
 def highest(section: Section) -> Row | None:
     """The line with the highest mean accuracy of those that can be ranked, whether or not it is better than others."""
-    return max(_ranked(section), key=_mean, default=None)
-
-
-def best_of(section: Section) -> Row | None:
-    """The highest line, where the interval of its difference from every other one lies above 0; else none.
-
-    Nothing is best that has no other beside it.
-    """
-    top, others = highest(section), len(_ranked(section)) - 1
-    if top is None or others < 1:
-        return None
-    ahead = [found for row in _ranked(section) if row is not top and (found := _between(section, row, top))]
-    clear = [found for found in ahead if found.interval is not None and found.interval[1] < 0]
-    return top if len(clear) == others else None
+    return max(ranked_rows(section), key=_mean, default=None)
 
 
 def standing(section: Section) -> str:
     """Whether a line of the section is best, and if none is, what keeps the highest from it."""
-    top, best = highest(section), best_of(section)
+    top, first = highest(section), best(section)
     if top is None:
         return "Nothing can be ranked yet."
-    if best is not None:
-        return f"{best.label} is best: each {LEVEL:.0%} interval of another method minus it lies below 0."
-    others = [row for row in _ranked(section) if row is not top]
+    if first is not None:
+        return f"{first} is best: better than every other by intervals that hold for all pairs at once."
+    others = [row.label for row in ranked_rows(section) if row is not top]
     if not others:
         return f"{top.label} has no other method to be compared with."
-    open_ = []
-    for row in others:
-        found = _between(section, row, top)
-        if found is None or found.interval is None or found.interval[1] >= 0:
-            open_.append(row.label)
-    return f"None is marked as best: {top.label} is highest, but not clearly above {', '.join(open_)}."
+    above = set(ordered_pairs(section))
+    unclear = [label for label in others if (top.label, label) not in above]
+    return f"None is marked as best: {top.label} is highest, but not clearly above {', '.join(unclear)}."
 
 
 def _mean(row: Row) -> float:
@@ -196,34 +197,18 @@ def _cell(row: Row, column: Column) -> Cell:
     return Cell("–") if found is None else Cell(column.form(found.mean), found.mean)
 
 
-def accuracy_by_traffic(lines: Sequence[Line], comparison: Comparison) -> Figures:
-    """Accuracy of each line over the MB of its runs, with and without set-up, and whether it lies on the front.
+def front(lines: Sequence[Line], comparison: Comparison) -> Figures:
+    """Accuracy of each line over what it costs, and how it stands: on the front, open or dominated.
 
-    The first column is the number of the line. On the front is what no other line of its section beats in one without
-    being beaten in the other. Lines that cannot be ranked are left out.
+    The first column is the number of the line. Costs are MB both ways, MB of parameters at a client, and the share of
+    the FM's weights there in per cent; lines without one of them, and those that cannot be ranked, are left out.
     """
     numbers = {(line.section, line.label): number for number, line in enumerate(lines)}
-    rows: list[list[float | int | bool | None]] = []
+    rows: list[list[Any]] = []
     for section in comparison.sections:
-        found = []
-        for row in _ranked(section):
-            accuracy = row.summary(measures.plug_in, 100)
-            up, down, setup = (
-                row.summary(read, 1 / MEGA) for read in (measures.up, measures.down_after_setup, measures.setup)
-            )
-            if accuracy and up and down and setup:
-                rest = up.mean + down.mean
-                found.append((numbers[section.title, row.label], accuracy, rest + setup.mean, rest))
-        whole = on_front([(mb, accuracy.mean) for _, accuracy, mb, _ in found])
-        after = on_front([(mb, accuracy.mean) for _, accuracy, _, mb in found])
-        rows += [
-            [number, accuracy.mean, accuracy.std, accuracy.n, mb, rest, *fronts]
-            for (number, accuracy, mb, rest), *fronts in zip(found, whole, after, strict=True)
-        ]
-    columns = ("line", "accuracy", "std", "seeds", "mb", "mb_after_setup", "front", "front_after_setup")
-    return Figures(columns, rows)
-
-
-def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of (cost, gain) pairs: whether no other has at most the cost and at least the gain, and one of them better."""
-    return [not any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in points) for cost, gain in points]
+        for each in standings(section)[0]:
+            std = (found := each.row.summary(measures.plug_in, 100)) and found.std
+            kind = "dominated" if each.below else "open" if each.beside else "front"
+            number = numbers[section.title, each.row.label]
+            rows.append([number, 100 * each.accuracy, std, len(each.row.scored), *each.costs, kind])
+    return Figures(("line", "accuracy", "std", "seeds", "mb", "client_mb", "exposed", "standing"), rows)

@@ -19,7 +19,7 @@ from fedbench.errors import one_line
 from fedbench.package import own_version
 from fedbench.records.record import Record
 from fedbench.report.figures import FIGURES, Figures
-from fedbench.report.leaderboard import COLUMNS, Line, accuracy_by_traffic, leaderboard, standing
+from fedbench.report.leaderboard import Line, columns_of, front, leaderboard, standing
 from fedbench.report.libraries import LICENCES, Libraries, libraries
 from fedbench.report.live import Live
 from fedbench.report.plots import Plot, plots
@@ -29,6 +29,7 @@ from fedbench.tables.compare import compare
 from fedbench.tables.comparison import Comparison
 from fedbench.tables.render.comments import comments
 from fedbench.tables.render.frames import LEGEND
+from fedbench.tables.render.ranking import group_notes, improvement_table
 from fedbench.tables.roles import place
 
 
@@ -50,23 +51,29 @@ def page(
     sources = sources or libraries()
     comparison = compare(records)
     runs = shown_runs(records, comparison)
-    lines = leaderboard(comparison, runs)
+    columns = columns_of(records)
+    lines = leaderboard(comparison, runs, columns)
     labels = sorted({run.label for run in runs} | {run.method for run in live}, key=place)
     drawn = plots(labels)
     content = _content(runs, live, lines, comparison, drawn)
     excerpts = {run.name: excerpt(run.record) for run in runs}
     said = [
-        (one_line(section.title), one_line(standing(section)), [one_line(text) for text in comments(section)])
+        (
+            one_line(section.title),
+            one_line(standing(section)),
+            [one_line(text) for text in (*comments(section), *group_notes(section))],
+        )
         for section in comparison.sections
     ]
     return _template().render(
-        results=one_line(str(results)),
+        results=one_line(results.resolve().name),
         version=own_version(),
         served=served,
         lines=lines,
-        columns=COLUMNS,
+        columns=columns,
         filters=_filters(lines, live),
         said=said,
+        often=improvement_table(comparison.sections),
         runs=[_row(run) for run in runs],
         failed=[run for run in runs if run.record.error],
         live=live,
@@ -115,7 +122,7 @@ def _content(
     figures = {name: read(runs) for name, read in FIGURES.items()}
     for number, run in enumerate(live, start=len(runs)):
         figures["accuracy"].rows.extend([number, *values] for values in run.points)
-    figures["front"] = accuracy_by_traffic(lines, comparison)
+    figures["front"] = front(lines, comparison)
     return {
         "runs": [_run(run) for run in runs] + [_live(run) for run in live],
         "lines": [

@@ -40,15 +40,21 @@ def plots(methods: Sequence[str]) -> list[Plot]:
             "accuracy", specs.accuracy(methods, "mb", "MB that have crossed"),
         ),
         Plot(
-            "front", "front", "Accuracy against bytes",
-            "Mean test accuracy of each method, ± its standard deviation over seeds, over the MB of a run, set-up "
-            "included. The line joins the Pareto front: methods that no other beats in one without being beaten in the "
-            "other.", "accuracy", specs.front(methods, "mb", "front"),
+            "front-bytes", "front", "Accuracy against traffic",
+            "Mean test accuracy of each method, ± its standard deviation over seeds, over the MB of a run both ways, "
+            "set-up included. Faint: dominated, for another costs no more in traffic, client memory and exposure, and "
+            "is better; half: open, for such another cannot be told apart.", "accuracy",
+            specs.front(methods, "mb", "MB both ways", log=True),
         ),
         Plot(
-            "front-after-setup", "front", "Accuracy against bytes after set-up",
-            "The same without the first download of a model by each client.",
-            "accuracy", specs.front(methods, "mb_after_setup", "front_after_setup"),
+            "front-memory", "front", "Accuracy against client memory",
+            "The same over the parameters that a client holds, 4 bytes each.", "accuracy",
+            specs.front(methods, "client_mb", "client MB"),
+        ),
+        Plot(
+            "front-exposure", "front", "Accuracy against exposure",
+            "The same over the share of the FM's weights at a client verbatim.", "accuracy",
+            specs.front(methods, "exposed", "exposed %"),
         ),
         Plot(
             "traffic", "traffic", "Communication by kind",

@@ -13,6 +13,9 @@ from fedbench.report.command import Origin, Origins
 from fedbench.tables.comparison import Comparison
 from fedbench.tables.matching import fm_names, fm_of
 
+BY_ROW = ("correct", "correct_norm", "exact", "rouge_l_rows")
+"""Of a score: what it says of each test row."""
+
 LONGEST_LIST = 24
 """Lists of an excerpt that are longer are cut."""
 
@@ -63,14 +66,15 @@ def shown_runs(records: Sequence[Record], comparison: Comparison) -> list[Shown]
 
 def excerpt(record: Record) -> dict[str, Any]:
     """The record as it lies in its file, without answers by row, and with long lists and texts cut, which it says."""
-    return _cut(record.to_json())
+    content = record.to_json()
+    return {name: _cut(block, BY_ROW if name == "accuracy" else ()) for name, block in content.items()}
 
 
-def _cut(value: Any) -> Any:
+def _cut(value: Any, left_out: Sequence[str]) -> Any:
     if isinstance(value, dict):
-        return {name: _cut(item) for name, item in value.items() if name != "correct"}
+        return {name: _cut(item, left_out) for name, item in value.items() if name not in left_out}
     if isinstance(value, list):
-        kept = [_cut(item) for item in value[:LONGEST_LIST]]
+        kept = [_cut(item, left_out) for item in value[:LONGEST_LIST]]
         return kept if len(value) <= LONGEST_LIST else [*kept, f"… {len(value) - LONGEST_LIST:,} more in the file"]
     if isinstance(value, str) and len(value) > LONGEST_TEXT:
         return f"{value[:LONGEST_TEXT]}… {len(value) - LONGEST_TEXT:,} more characters in the file"

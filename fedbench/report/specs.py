@@ -35,7 +35,7 @@ def _axis(field: str, title: str, **more: Any) -> Spec:
 
 _LOG: Spec = {"type": "log", "nice": False, "padding": 24}
 
-_WHOLE: Spec = {"axis": {"tickMinStep": 1, "format": "d"}}
+_WHOLE: Spec = {"axis": {"ticks": False, "labelExpr": "datum.value % 1 === 0 ? format(datum.value, 'd') : ''"}}
 """Of an axis of whole numbers."""
 
 
@@ -114,26 +114,21 @@ def gap(methods: Sequence[str]) -> Spec:
     return {"layer": [zero, points]}
 
 
-def front(methods: Sequence[str], field: str, flag: str) -> Spec:
-    """Accuracy over the sizes of `field`, and the front of those that `flag` says are on it."""
-    x = {
-        "field": field,
-        "type": "quantitative",
-        "title": "MB of a run",
-        "scale": {"type": "log", "nice": False, "padding": 24},
-    }
+def front(methods: Sequence[str], field: str, title: str, log: bool = False) -> Spec:
+    """Accuracy over the cost `field`; the fainter, the less a method may be on the front."""
+    x = _axis(field, title) | ({"scale": _LOG} if log else {"scale": {"zero": False, "padding": 24}})
     y = _axis("accuracy", "accuracy %")
+    standing = {
+        "field": "standing", "type": "ordinal", "legend": None,
+        "scale": {"domain": ["front", "open", "dominated"], "range": [1, 0.55, 0.2]},
+    }  # fmt: skip
     told = [
         {"field": "method", "type": "nominal"}, {"field": "scenario", "type": "nominal"},
-        {"field": field, "type": "quantitative", "format": ",.1f"},
+        {"field": field, "type": "quantitative", "format": ",.1f", "title": title},
         {"field": "accuracy", "type": "quantitative", "format": ".1f"},
         {"field": "std", "type": "quantitative", "format": ".1f"}, {"field": "seeds", "type": "quantitative"},
+        {"field": "standing", "type": "nominal"},
     ]  # fmt: skip
-    line = {
-        "transform": [{"filter": f"datum.{flag}"}],
-        "mark": {"type": "line", "color": "var(--muted)", "strokeDash": [4, 3], "interpolate": "step-after"},
-        "encoding": {"x": x, "y": y},
-    }
     bars = {
         "transform": [
             {"filter": "datum.std != null"},
@@ -143,13 +138,17 @@ def front(methods: Sequence[str], field: str, flag: str) -> Spec:
         "mark": {"type": "rule"},
         "encoding": {
             "x": x, "y": _axis("low", "accuracy %"), "y2": {"field": "high"}, "color": _colour(methods),
+            "opacity": standing,
         },
     }  # fmt: skip
     points = {
-        "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
-        "encoding": {"x": x, "y": y, "color": _colour(methods), "shape": _shape(methods), "tooltip": told},
-    }
-    return {"transform": [{"filter": f"datum.{field} > 0"}], "layer": [line, bars, points]}
+        "mark": {"type": "point", "filled": True, "size": 90},
+        "encoding": {
+            "x": x, "y": y, "color": _colour(methods), "shape": _shape(methods), "opacity": standing, "tooltip": told,
+        },
+    }  # fmt: skip
+    above = [{"filter": f"datum.{field} > 0"}] if log else []
+    return {"transform": above, "layer": [bars, points]}
 
 
 def traffic() -> Spec:

@@ -14,12 +14,13 @@ from fedbench.records.record import Record
 from fedbench.records.store import load_all
 from fedbench.registry import Registry
 from fedbench.report.command import Origins
-from fedbench.report.leaderboard import Line, accuracy_by_traffic, best_of, leaderboard, on_front, standing
+from fedbench.report.leaderboard import Line, columns_of, front, leaderboard, standing
 from fedbench.report.shown import shown_runs
 from fedbench.scenario.load import load_scenario
 from fedbench.scenario.settings import parse_value
 from fedbench.scenario.tables import flatten
 from fedbench.tables.compare import compare
+from fedbench.tables.ranking import best
 
 COMMITTED = load_all(Path(__file__).parents[2] / "results" / "records")
 
@@ -51,6 +52,7 @@ def test_a_method_is_best_where_every_interval_lies_below_it() -> None:
     assert found["fedot"].behind.value == pytest.approx(-30.0)
     assert found["fedot"].behind.text.startswith("−30.0 [−3")
     assert found["fedot"].behind.text.endswith("] (3)")
+    assert found["fedpft"].group not in ("–", found["fedot"].group)
     assert "fedpft is best" in standing(compare(records).sections[0])
 
 
@@ -60,22 +62,22 @@ def test_nothing_is_best_where_an_interval_holds_0() -> None:
     near = [
         make_record("fedpft-b", seed, correct=answers(0.89, seed)[::-1].copy(), proxy=0.5) for seed in range(3)
     ]  # fmt: skip
-    assert best_of(compare(records).sections[0]) is not None
+    assert best(compare(records).sections[0]) == "fedpft"
     section = compare(records + near).sections[0]
-    assert best_of(section) is None
+    assert best(section) is None
     assert standing(section) == "None is marked as best: fedpft is highest, but not clearly above fedpft-b."
     assert not any(line.best for line in lines_of(records + near).values())
 
 
 def test_one_seed_makes_nothing_best() -> None:
     records = [record for record in runs(fedpft=0.9, fedot=0.3) if record.identity.seed == 0]
-    assert best_of(compare(records).sections[0]) is None
+    assert best(compare(records).sections[0]) is None
     assert lines_of(records)["fedot"].behind.text == "−60.0 (1 seed, no interval)"
 
 
 def test_one_method_alone_is_not_best() -> None:
     section = compare(runs(fedpft=0.9)).sections[0]
-    assert best_of(section) is None
+    assert best(section) is None
     assert standing(section) == "fedpft has no other method to be compared with."
 
 
@@ -98,7 +100,8 @@ def test_a_line_has_means_over_its_seeds_and_names_its_records() -> None:
     # 360, 361 and 362 of 400 rows: a mean of 90.25 and a deviation of 0.25 points.
     assert (line.accuracy.text, line.accuracy.value) == ("90.2 ± 0.2 (3)", pytest.approx(90.25))
     assert line.runs == tuple((record.key[:12], record.identity.seed) for record in records)
-    by_title = dict(zip(("proxy", "gap", "up", "down", "setup"), line.cells, strict=False))
+    by_title = dict(zip(("proxy", "gap", "personal", "up", "down", "setup"), line.cells, strict=False))
+    assert "personal %" not in [column.title for column in columns_of(records)], "nobody has a model of their own"
     assert by_title["proxy"].text == "50.0"
     assert by_title["gap"].value == pytest.approx(40.25)
     assert (by_title["up"].text, by_title["down"].text, by_title["setup"].text) == ("2.00", "2.50", "60.0")
@@ -111,25 +114,15 @@ def test_a_method_that_only_failed_has_a_line_and_one_that_never_ran_has_none() 
     assert found == [("agnews-noniid", "fedot"), ("agnews-noniid", "fedpft"), ("other", "x")]
 
 
-def test_on_the_front_is_what_nothing_beats_without_being_beaten() -> None:
-    points = [(1.0, 70.0), (2.0, 80.0), (2.0, 75.0), (3.0, 80.0), (4.0, 85.0), (4.0, 85.0)]
-    assert on_front(points) == [True, True, False, False, True, True]
-
-
-def test_the_front_counts_set_up_or_leaves_it_out() -> None:
-    records = runs(fedpft=0.9, fedot=0.8)
-    cheap = {
-        "communication.down.bytes": 61_500_000,
-        "communication.down.by_kind.adapter.bytes": 1_500_000,
-        "communication.per_round.1.down": 62_500_000 // 15 - 1_000_000,
-        "rounds.1.bytes_down": None,
-    }
-    records = [altered(r, cheap) if r.identity.method == "fedot" else r for r in records]
+def test_costs_stand_beside_accuracy_and_what_is_dominated_is_said() -> None:
+    records = runs(fedpft=0.9, fedot=0.6)
     comparison = compare(records)
     lines = leaderboard(comparison, shown_runs(records, comparison))
-    found = {lines[row[0]].label: row[1:] for row in accuracy_by_traffic(lines, comparison).rows}
-    assert found["fedpft"] == [pytest.approx(90.25), pytest.approx(0.25), 3, 64.5, 4.5, True, True]
-    assert found["fedot"] == [pytest.approx(80.25), pytest.approx(0.25), 3, 63.5, 3.5, True, True]
+    found = {lines[row[0]].label: row[1:] for row in front(lines, comparison).rows}
+    # Both cost the same: 2 + 62.5 MB, 16.4 million parameters of 4 bytes, 70% of the weights.
+    costs = [64.5, 65.6, pytest.approx(70.0)]
+    assert found["fedpft"] == [pytest.approx(90.25), pytest.approx(0.25), 3, *costs, "front"]
+    assert found["fedot"] == [pytest.approx(60.25), pytest.approx(0.25), 3, *costs, "dominated"]
 
 
 @pytest.mark.parametrize("record", COMMITTED[::7], ids=lambda r: f"{r.identity.scenario}-{r.key[:6]}")

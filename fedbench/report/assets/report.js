@@ -192,9 +192,10 @@
       const link = name => (name ? make("a", name, { href: `#run-${name}` }) : make("span", "–"));
       enhance(table, {
         data: rows,
+        paging: rows.length > 25,
         columns: heads.map(name => ({
           data: row => (name === "record" ? row.name : row[name]) ?? null,
-          className: typeof rows[0]?.[name] === "number" ? "number" : "",
+          className: rows.some(row => typeof row[name] === "number") ? "number" : "",
           render: (value, type) =>
             type !== "display" ? value : name === "record" ? link(value) : make("span", written(value)),
         })),
