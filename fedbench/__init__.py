@@ -203,6 +203,8 @@ def make_table(
     rank: bool = False,
     baseline: str = "",
     pareto: bool = False,
+    by: Literal["", "method", "scenario", "fm"] = "",
+    metric: str = "",
     format: Literal["markdown", "latex", "csv"] = "markdown",
 ) -> str:
     """Compare the methods that a results folder has records of, as `fedbench table` does, and return the text.
@@ -213,7 +215,8 @@ def make_table(
     names in `profile`, which come with the package or are read from the TOML file `profiles`. `within` ("10MB", "2h")
     adds what was reached within budgets, `to` (0.8) what it cost to get there. `rank` marks the methods that cannot be
     told apart, and adds how often one beats another; `pareto` adds the front of accuracy against traffic, client memory
-    and exposure. With a `baseline`, differences are those from that method.
+    and exposure. With a `baseline`, differences are those from that method. `by` gives a table of one measure, `metric`
+    or accuracy, for each method, scenario or FM, and no other.
 
     Returns Markdown, LaTeX or CSV. Raises FedbenchError where no record is left, for a record or a grid that cannot be
     read, and for another format.
@@ -225,7 +228,7 @@ def make_table(
 
     if format not in ("markdown", "latex", "csv"):
         raise FedbenchError(f"format {format!r}: no such format; use markdown, latex or csv")
-    asked = Asked.of(_texts(measures), _texts(profile), _path(profiles), _texts(within), to, rank, pareto)
+    asked = Asked.of(_texts(measures), _texts(profile), _path(profiles), _texts(within), to, rank, pareto, by, metric)
     named, model = (None if given is None else str(given) for given in (grid, fm))
     return render(compare_folder(Path(results), named, _texts(scenarios), model, asked, baseline), format)
 

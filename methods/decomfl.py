@@ -28,9 +28,10 @@ from fedbench.scenario.tables import Federation
 class DeComFL(LoraMethod):
     """DeComFL's settings.
 
-    lr: of plain SGD along measured slopes, far below that of gradients. perturbations: directions a step. scale: how
-    far along a direction a loss is taken, to both sides. steps: local steps, the same for all clients; None takes the
-    scenario's max_steps, or 5 where it has none.
+    lr: of plain SGD along measured slopes, far below that of gradients. perturbations: directions a step, each of which
+    takes two forward passes; with one a step takes about as long as one with a backward pass, the paper has five.
+    scale: how far along a direction a loss is taken, to both sides. steps: local steps, the same for all clients; None
+    takes the scenario's max_steps, or 5 where it has none.
     """
 
     name: ClassVar[str] = "decomfl"
@@ -38,7 +39,7 @@ class DeComFL(LoraMethod):
     needs: ClassVar[Literal["sum", "each"]] = "sum"
 
     lr: float = Field(1e-3, gt=0)
-    perturbations: int = Field(5, ge=1)
+    perturbations: int = Field(1, ge=1)
     scale: float = Field(1e-3, gt=0)
     steps: int | None = Field(None, ge=1)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedbench.cli.console import make_console, stoppable
+from fedbench.cli.console import column_table, make_console, stoppable
 from fedbench.cli.options import (
     CacheDir,
     DataDir,
@@ -25,6 +25,11 @@ from fedbench.cli.options import (
 from fedbench.errors import one_line, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from fedbench.grid.status import CellStatus
     from fedbench.records.record import Record
 
 
@@ -49,16 +54,28 @@ def grid_command(
     profile: Profile = None,
     plugin: Plugins = None,
     workers: Workers = None,
+    status: Annotated[
+        bool, typer.Option("--status", help="Run nothing: say what is done, running, failed and left, and how long.")
+    ] = False,
 ) -> None:
     """Run methods x scenarios x FMs x seeds, skipping what is finished; a failed cell is recorded, the rest goes on."""
     from fedbench.cli.progress import ConsoleProgress
     from fedbench.grid.cells import Cell, LoopRunner, Outcome, run_cells
     from fedbench.grid.file import load_grid
+    from fedbench.grid.status import grid_status
 
     chosen = load_grid(grid).only(names(methods), names(scenarios), seeds, fm)
     known(plugin, chosen.methods, chosen.scenarios)
     cells = chosen.cells()
     console = make_console()
+
+    if status:
+        runner = LoopRunner(
+            results, None, device=device, data_dir=data_dir, cache=cache, profile=profile,
+            plugins=tuple(plugin or ()), precision=precision.value, workers=workers,
+        )  # fmt: skip
+        _print_status(console, grid_status(cells, runner, results))
+        return
 
     def before(index: int, cell: Cell) -> None:
         console.print(f"{index + 1}/{len(cells)}  {cell}", highlight=False, markup=False)
@@ -81,6 +98,38 @@ def grid_command(
     console.print(f"{len(outcomes) - failed} of {len(outcomes)} cells finished, {failed} failed", highlight=False)
     if failed:
         raise typer.Exit(1)
+
+
+def _print_status(console: Console, found: Sequence[CellStatus]) -> None:
+    """Counts by row and scenario, what failed and why, and how long the rest may take in one process."""
+    from fedbench.grid.status import STATES
+
+    table = column_table("row", "scenario", *STATES)
+    groups = dict.fromkeys((each.cell.row, each.cell.scenario, each.cell.fm or "") for each in found)
+    for row, scenario, fm in groups:
+        of = [e.state for e in found if (e.cell.row, e.cell.scenario, e.cell.fm or "") == (row, scenario, fm)]
+        where = f"{scenario}, {fm}" if fm else scenario
+        table.add_row(printable(row), printable(where), *(str(of.count(state) or "") for state in STATES))
+    console.print(table)
+    for each in found:
+        if each.state == "running" or each.why:
+            text = f"{each.state}: {each.cell}" + (f": {one_line(each.why)}" if each.why else "")
+            console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+    counts = ", ".join(f"{sum(each.state == state for each in found)} {state}" for state in STATES)
+    rest = [each.seconds for each in found if each.state != "done"]
+    known = [seconds for seconds in rest if seconds is not None]
+    text = f"{counts} of {len(found)} cells"
+    if known:
+        text += f"; what is not done takes about {_duration(sum(known))} in one process, by records of like runs"
+    if len(known) < len(rest):
+        text += f"; of {len(rest) - len(known)} there is no record to go by"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _score(record: Record) -> str:

@@ -10,7 +10,15 @@ import typer
 
 from fedbench.cli.console import make_console
 from fedbench.cli.options import given
-from fedbench.errors import FedbenchError
+from fedbench.errors import FedbenchError, printable
+
+
+class By(StrEnum):
+    """What there is a table for each of."""
+
+    method = "method"
+    scenario = "scenario"
+    fm = "fm"
 
 
 class Format(StrEnum):
@@ -84,9 +92,20 @@ def table_command(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The Pareto front as a picture, .svg or .png; implies --pareto.")
     ] = None,
+    by: Annotated[
+        By | None, typer.Option(help="One measure alone, in a table for each method, scenario or FM.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help="That measure; any that --measure takes, accuracy by default.")
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Fail where a table in the folder's `tables` is not what its records say now."),
+    ] = False,
 ) -> None:
     """Compare methods: accuracy ± deviation, proxy gap, traffic, gradient error, exposure, parameters."""
     from fedbench.tables.asked import Asked
+    from fedbench.tables.committed import stale_tables
     from fedbench.tables.folder import compare_folder
     from fedbench.tables.render.forms import render
     from fedbench.tables.render.ranking import pareto_picture
@@ -95,7 +114,17 @@ def table_command(
     folder = results or next((Path(name) for name in ("runs", "results") if Path(name).is_dir()), Path("runs"))
     if results and not results.is_dir():
         raise FedbenchError(f"--results {results}: no such folder")
-    asked = Asked.of(measure or (), profile or (), profiles, within or (), to, rank, pareto or picture is not None)
+    if check:
+        stale = list(stale_tables(folder))
+        for line in stale:
+            print(printable(line))
+        if stale:
+            raise typer.Exit(1)
+        return
+    front = pareto or picture is not None
+    asked = Asked.of(
+        measure or (), profile or (), profiles, within or (), to, rank, front, by.value if by else "", metric or ""
+    )
     comparison = compare_folder(folder, grid, scenario or (), fm, asked, baseline or "")
     if picture is not None:
         pareto_picture(comparison.sections, picture)

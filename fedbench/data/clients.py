@@ -29,6 +29,7 @@ class ClientRows(Mapping[int, Examples]):
         return ClientRows(kept, {c: np.arange(end - len(own[c]), end) for c, end in zip(own, ends, strict=True)})
 
     def __getitem__(self, client: int) -> Examples:
+        _ = self._rows.lengths  # counted once for all clients and rounds
         return self._rows.select(self._clients[client])
 
     def __iter__(self) -> Iterator[int]:

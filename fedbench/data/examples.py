@@ -64,7 +64,7 @@ class Examples:
     def select(self, rows: np.ndarray | Sequence[int]) -> Examples:
         """Some rows, in this order."""
         index = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return Examples(
+        chosen = Examples(
             self.labels[index],
             None if self.tokens is None else [self.tokens[i] for i in index.tolist()],
             None if self.pixels is None else self.pixels[index],
@@ -74,6 +74,9 @@ class Examples:
             self.objective,
             None if self.answers is None else self.answers.select(index.tolist()),
         )
+        if "lengths" in vars(self):  # where they were counted once, they are not counted again
+            vars(chosen)["lengths"] = self.lengths[index.numpy()]
+        return chosen
 
     @classmethod
     def joined(cls, parts: Sequence[Examples]) -> Examples:

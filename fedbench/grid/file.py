@@ -24,6 +24,9 @@ A grid file:
     [reported.figures.bert-base]        # accuracy in %, by FM, row and scenario; by test set where there are several
     "fedpft [t 5]" = { agnews-noniid = 87.5, mnli-iid = { matched = 78.6, mismatched = 79.0 } }
 
+    [reported.parameters.bert-base]     # optional: of a client, as the publication prints them
+    "fedpft [t 5]" = "47M"
+
 An FM of [reported.figures] with an empty table is one whose figures are not at hand: they print as "not available".
 """
 
@@ -84,7 +87,8 @@ class Reported(BaseModel):
     """What a publication reports: `figures` by FM, row and scenario, and the `setting` they were measured under.
 
     Keys and values of `setting` are as `--set` takes them; one that a run does not have is not compared. `notes` are
-    printed as they are.
+    printed as they are. `parameters` of a client by FM and row, as they are printed there, are of what `parameters_of`
+    says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,6 +97,8 @@ class Reported(BaseModel):
     notes: list[str] = Field(default_factory=list)
     setting: dict[str, Any] = Field(default_factory=dict)
     figures: dict[str, dict[str, dict[str, Figure]]] = Field(min_length=1)
+    parameters: dict[str, dict[str, str]] = Field(default_factory=dict)
+    parameters_of: str = ""
 
 
 class Grid(BaseModel):
@@ -220,6 +226,10 @@ def load_grid(name: str) -> Grid:
         _known(f"{path}: overrides", entry.methods or (), grid.methods)
         _known(f"{path}: overrides", entry.scenarios or (), grid.scenarios)
     figures = grid.reported.figures if grid.reported else {}
+    parameters = grid.reported.parameters if grid.reported else {}
+    _known(f"{path}: reported.parameters", parameters, list(figures))
+    for fm, counts in parameters.items():
+        _known(f"{path}: reported.parameters.{fm}", counts, grid.rows())
     _known(f"{path}: reported.figures", figures, grid.fms)
     for fm, rows in figures.items():
         _known(f"{path}: reported.figures.{fm}", rows, grid.rows())

@@ -15,6 +15,7 @@ from fedbench.models.bottleneck import Bottleneck
 from fedbench.models.decoder import predict_next, read_last
 from fedbench.models.gated import GatedFFN
 from fedbench.models.linear import AdaptedLinear, FrozenLinear
+from fedbench.models.low_rank import low_rank
 from fedbench.models.mpnet import attend_by_registry
 from fedbench.models.parts import Parts, _linear, family_of
 from fedbench.models.prefix import add_prefix
@@ -44,6 +45,10 @@ def build(spec: ModelSpec) -> nn.Module:
         ffn = (parts.ffn_in_path(i), parts.ffn_gate_path(i) or parts.ffn_in_path(i), parts.ffn_out_path(i))
         for path in (*parts.attention_paths(i), *ffn):
             FrozenLinear.adopt(_linear(model, path))  # fails for a path that is no linear layer
+    for i, rank in enumerate(spec.ranks or ()):
+        if rank is not None:
+            for path in dict.fromkeys(parts.attention_paths(i)):
+                model.set_submodule(path, low_rank(_linear(model, path), rank))
     if spec.lora is not None:
         lora = spec.lora
         layers = range(parts.count) if lora.layers is None else lora.layers

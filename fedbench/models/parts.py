@@ -142,12 +142,12 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 
 def note_added_tokens(model: nn.Module) -> None:
     """Note in a model that it adds tokens to those of a row: it has a prefix or a prompt."""
-    model._adds_tokens = True  # type: ignore[assignment]  # no module and no parameter
+    model.adds_tokens = True  # type: ignore[assignment]  # no module and no parameter
 
 
 def adds_tokens(model: nn.Module) -> bool:
     """Whether that was noted."""
-    return bool(getattr(model, "_adds_tokens", False))
+    return bool(getattr(model, "adds_tokens", False))
 
 
 def family_of(model: nn.Module) -> Family:

@@ -54,7 +54,8 @@ class ModelSpec:
     `biases` every bias of the model itself, adapters of `bottleneck` neurons behind each layer's attention and FFN,
     keys and values of `prefix` tokens in each layer's attention, and the vectors of `prompt` tokens beside the
     embeddings. head: what the model answers with, classes of a row or, of each token, the next one. repeats: how often
-    each layer is run, one after the other; None for once.
+    each layer is run, one after the other; None for once. ranks: of each layer's attention projections, which are then
+    products of two matrices and have no adapters; None for whole ones.
     """
 
     model_type: str
@@ -67,6 +68,7 @@ class ModelSpec:
     prefix: int | None = None
     prompt: int | None = None
     repeats: tuple[int, ...] | None = None
+    ranks: tuple[int | None, ...] | None = None
 
     @property
     def architecture(self) -> str:
@@ -140,6 +142,8 @@ class ModelSpec:
             body["prompt"] = self.prompt
         if self.repeats is not None:
             body["repeats"] = list(self.repeats)
+        if self.ranks is not None:
+            body["ranks"] = list(self.ranks)
         return json.dumps(body, sort_keys=True)
 
     @classmethod
@@ -150,6 +154,5 @@ class ModelSpec:
             r, alpha, dropout, layers, *rest = body["lora"]
             lora = LoraSpec(r, alpha, dropout, None if layers is None else tuple(layers), *map(tuple, rest))
         more = {name: body[name] for name in ("biases", "bottleneck", "head", "prefix", "prompt") if name in body}
-        if "repeats" in body:
-            more["repeats"] = tuple(body["repeats"])
+        more |= {name: tuple(body[name]) for name in ("repeats", "ranks") if name in body}
         return cls(body["type"], body["config"], tuple(body["ffn"]), lora, **more)

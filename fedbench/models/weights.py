@@ -79,11 +79,14 @@ def get_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
 @torch.no_grad()
 def set_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values into the named parameters. Raises FedbenchError for an unknown name or another shape."""
-    parameters = dict(model.named_parameters())
     for name, value in values.items():
-        if name not in parameters or parameters[name].shape != value.shape:
+        try:
+            parameter = model.get_parameter(name)  # walking through all modules takes longer than the copies
+        except AttributeError:
+            parameter = None
+        if parameter is None or parameter.shape != value.shape:
             raise FedbenchError(f"{name!r} {list(value.shape)} is no parameter of the model, or of another shape")
-        parameters[name].copy_(value)
+        parameter.copy_(value)
 
 
 def initial_tunables(model: nn.Module, streams: Streams) -> dict[str, Tensor]:

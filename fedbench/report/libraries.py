@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fedbench.errors import FedbenchError
 
@@ -35,8 +36,9 @@ def libraries() -> Libraries:
         from itables.options import dt_bundle
     except ImportError as error:
         raise FedbenchError(f"fedbench report: {error.name} is not installed; pip install 'fedbench[report]'") from None
+    plots: Any = vl_convert.javascript_bundle  # whose types ask for a snippet, which it does without
     return Libraries(
-        vl_convert.javascript_bundle(),
+        plots(),
         Path(dt_bundle).read_text(encoding="utf-8"),
         tuple(f"{name} {version(name)}" for name in ("vl-convert-python", "itables")),
     )

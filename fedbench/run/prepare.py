@@ -292,7 +292,7 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
     execution = choose_execution(request.device, request.precision, request.executor, request.workers)
     fm_name = scenario.fm if request.fm is None else request.fm
     folder = data_folder(request.data_dir)
-    data_set, corpus, natural = sets_of(registry, scenario)
+    data_set, corpus, natural = sets_of(registry, scenario, request.data_dir)
     cache = cache_folder(request.cache)
     common = data_set, corpus, scenario.dataset, scenario.public, fm_name, cache, folder
     loaded = _load(*common, weights, natural, scenario.objective)
@@ -339,13 +339,16 @@ def prepare(request: RunRequest, weights: bool = True) -> Prepared:
     )
 
 
-def sets_of(registry: Registry, scenario: Scenario) -> tuple[DataSet, DataSet | None, SplitSettings | None]:
+def sets_of(
+    registry: Registry, scenario: Scenario, data_dir: Path | None = None
+) -> tuple[DataSet, DataSet | None, SplitSettings | None]:
     """A scenario's data set, its public corpus, and its split where that is natural."""
     if scenario.dataset.kind is None:
         data_set = registry.load_dataset(scenario.dataset.name)
     else:
         language = scenario.objective is not None
-        data_set = own_data_set(scenario.dataset, scenario.split, scenario.folder, language)
+        root = data_folder(data_dir)
+        data_set = own_data_set(scenario.dataset, scenario.split, scenario.folder, language, root)
     corpus = registry.load_dataset(scenario.public.name) if scenario.public else None
     return data_set, corpus, scenario.split if scenario.split.kind == "natural" else None
 

@@ -56,6 +56,11 @@ class DatasetSettings(Settings):
 
     Of chats, text is the column of their turns, or with an answer, the column of that, those of the prompt; left out,
     what is recognised. choices: the column of the lists of answers to choose from, or the columns of one each.
+
+    folders: names of the data set's folder below --data-dir, from which on files are then named; where there is none,
+    `hub` has the rows, in splits called train and test. origin: where the files are to be had, for a message. windows:
+    rows are LEAF's windows that slide over a text (x, and the character after it, y), of which the text is put together
+    again, in pieces of so many characters.
     """
 
     later: ClassVar[frozenset[str]] = frozenset(
@@ -77,6 +82,9 @@ class DatasetSettings(Settings):
             "bad_rows",
             "answer",
             "choices",
+            "folders",
+            "origin",
+            "windows",
         ]
     )
 
@@ -103,6 +111,9 @@ class DatasetSettings(Settings):
     bad_rows: Literal["error", "drop"] = "error"
     answer: str | None = None
     choices: Texts = "choices"
+    folders: tuple[str, ...] = ()
+    origin: str | None = None
+    windows: int | None = Field(None, ge=8)
 
     @field_validator("name")
     @classmethod
@@ -136,6 +147,8 @@ class DatasetSettings(Settings):
             raise ValueError('text2 is for kind = "pairs"')
         elif self.kind != "chat" and self.answer is not None:
             raise ValueError('answer is for kind = "chat"')
+        elif self.windows is not None and (self.kind != "text" or not self.client):
+            raise ValueError('windows is for kind = "text" with a client')
         elif self.kind != "choices" and "choices" in self.model_fields_set:
             raise ValueError('choices is for kind = "choices"')
         elif self.hub is None and (self.revision or self.configuration):
@@ -311,7 +324,13 @@ class Scenario(Settings):
         unset = {name for name in ("privacy", "objective") if getattr(self, name) is None}
         out = self.model_dump(mode="json", exclude={"title", "methods", *unset})
         if self.dataset.kind is not None:
-            places = ("train", "test", *(["validation"] if isinstance(self.dataset.validation, str) else []))
+            places = (
+                "train",
+                "test",
+                "folders",
+                "origin",
+                *(["validation"] if isinstance(self.dataset.validation, str) else []),
+            )
             out["dataset"] = {name: value for name, value in out["dataset"].items() if name not in places}
         return out
 

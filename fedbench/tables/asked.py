@@ -13,6 +13,9 @@ from fedbench.tables.measures import ASKED, MEASURES, Measure
 from fedbench.tables.profiles import Profile, chosen_profiles
 from fedbench.tables.simulated import SIMULATED, time_measures
 
+BY = ("method", "scenario", "fm")
+"""What there may be a table for each of."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -20,7 +23,8 @@ class Asked:
 
     measures: a column each at the end. within: budgets, whose table says what was reached within all of them. target:
     accuracy as a share, whose table says what it cost. profiles: clients that simulated time is of. rank: groups of
-    rows that cannot be told apart, and how often one beats another. pareto: the front of accuracy against costs.
+    rows that cannot be told apart, and how often one beats another. pareto: the front of accuracy against costs. by: a
+    table of `metric` alone for each method, scenario or fm, in place of all others.
     """
 
     measures: Sequence[Measure] = ()
@@ -29,6 +33,8 @@ class Asked:
     profiles: Sequence[Profile] = ()
     rank: bool = False
     pareto: bool = False
+    by: str = ""
+    metric: Measure = MEASURES[0]
 
     @classmethod
     def of(
@@ -40,6 +46,8 @@ class Asked:
         to: str | float | None = None,
         rank: bool = False,
         pareto: bool = False,
+        by: str = "",
+        metric: str = "",
     ) -> Asked:
         """As the options of `fedbench table` say it.
 
@@ -47,6 +55,11 @@ class Asked:
         FedbenchError for a measure or profile that there is none of, and for what is no budget or target.
         """
         chosen = chosen_profiles(profile, profiles)
+        if by not in ("", *BY):
+            raise FedbenchError(f"--by {by}: no such thing; use {', '.join(BY)}")
+        shown = asked_measures([metric or MEASURES[0].name], chosen, "--metric")
+        if len(shown) > 1:
+            raise FedbenchError(f"--metric {metric}: it is one for each client profile; give one with --profile")
         return cls(
             asked_measures(measures, chosen),
             tuple(parse_budget(text, chosen) for text in within),
@@ -54,10 +67,12 @@ class Asked:
             tuple(chosen),
             rank,
             pareto,
+            by or ("fm" if metric else ""),
+            shown[0],
         )
 
 
-def asked_measures(names: Sequence[str], profiles: Sequence[Profile]) -> tuple[Measure, ...]:
+def asked_measures(names: Sequence[str], profiles: Sequence[Profile], option: str = "--measure") -> tuple[Measure, ...]:
     """The measures of these names; simulated time is one for each profile.
 
     Raises FedbenchError for a name that there is no measure of.
@@ -66,5 +81,5 @@ def asked_measures(names: Sequence[str], profiles: Sequence[Profile]) -> tuple[M
     by_name = {measure.name: [measure] for measure in (*MEASURES, *ASKED, *timed)} | {SIMULATED: timed}
     for name in names:
         if name not in by_name:
-            raise FedbenchError(f"--measure {name}: no such measure; {nearest(name, by_name)}")
+            raise FedbenchError(f"{option} {name}: no such measure; {nearest(name, by_name)}")
     return tuple(dict.fromkeys(measure for name in names for measure in by_name[name]))

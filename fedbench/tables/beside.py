@@ -49,13 +49,19 @@ def reported_beside(sections: Sequence[Section], cells: Sequence[Cell], reported
         }
         notes = [f"reported: {reported.source}", *reported.notes]
         notes += [f"{scenario}: test sets {' / '.join(each)}" for scenario, each in tests.items() if len(each) > 1]
+        parameters = reported.parameters.get(theirs, {})
+        if parameters:
+            notes.append(
+                "parameters: of ours, 10^6 that a client holds, embeddings and head included; reported: "
+                + (reported.parameters_of or "as printed there")
+            )
         notes += _scale_notes(fm, theirs, shown)
         notes += [
             f"{FLAG} {name} on {scenario}: {fault}" for (name, scenario), row in shown.items() for fault in row.faults
         ]
         if several:
             notes.append("where a cell has runs in several settings, those nearest to the reported one are shown here")
-        out.append(Beside(fm, theirs, shown, figures, tests, notes))
+        out.append(Beside(fm, theirs, shown, figures, tests, notes, parameters))
     return out
 
 

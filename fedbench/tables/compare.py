@@ -105,10 +105,20 @@ def _section(
         # A failed seed has no settings worth telling apart; it is shown with the first row of its name.
         rows[-max(1, len(groups))].failed = len(failed)
     section = Section(scenario, fm, rows, twice)
-    flag_rows(section, conditions)
+    flag_rows(section, conditions, _axis(cells or ()))
     add_notes(section)
     add_differences(section, baseline)
     return section
+
+
+def _axis(cells: Sequence[Cell]) -> set[str]:
+    """Settings that a grid varies on purpose: those in which the cells of one method differ, dotted."""
+    out = set()
+    for method in {cell.method for cell in cells}:
+        of_method = [cell.settings for cell in cells if cell.method == method]
+        keys = {key for settings in of_method for key in settings}
+        out |= {key for key in keys if len({settings.get(key) for settings in of_method}) > 1}
+    return {"federation.rounds" if key == "rounds" else key for key in out}
 
 
 def _add_absent(sections: list[Section]) -> None:

@@ -40,6 +40,7 @@ class Beside:
     """Accuracy of our runs with `fm` over the figures a publication reports with `reported_fm`, rows by scenarios.
 
     `cells` and `figures` by row and scenario; figures in % by test set. `tests`: the test sets to show of a scenario.
+    `parameters`: those of a client as they are reported, by row.
     """
 
     fm: str
@@ -48,6 +49,7 @@ class Beside:
     figures: Mapping[tuple[str, str], Mapping[str, float]]
     tests: Mapping[str, Sequence[str]]
     notes: list[str]
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

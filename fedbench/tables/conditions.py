@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from fedbench.records.record import Record
@@ -39,12 +39,19 @@ def conditions_of(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def flag_rows(section: Section, conditions: Mapping[str, Mapping[str, Any]]) -> None:
-    """Mark the rows with faults, and those whose conditions are not those of most runs in the section; say why."""
+def flag_rows(section: Section, conditions: Mapping[str, Mapping[str, Any]], axis: Set[str] = frozenset()) -> None:
+    """Mark the rows with faults, and those whose conditions are not those of most runs in the section; say why.
+
+    axis: settings that rows are to differ in, since that is what the table is about.
+    """
     for row in section.rows:
         row.flag = "; ".join(row.faults)
         section.notes += [f"{FLAG} {row.label}: {fault}" for fault in row.faults]
-    own = [(row, conditions[next(iter(row.runs.values())).key]) for row in section.rows if row.runs]
+    own = []
+    for row in section.rows:
+        if row.runs:
+            stated = conditions[next(iter(row.runs.values())).key]
+            own.append((row, {path: value for path, value in stated.items() if path not in axis}))
     if not own:
         return
 

@@ -182,8 +182,9 @@ class Improvement:
 
     That paper compares every run with every run of a task. Here a seed is one partition, one series of cohorts and
     one initialisation for all methods, so runs of one seed are compared. The interval is Clopper and Pearson's (1934)
-    on the number of pairs that were won. It is exact for one scenario, and no narrower than it has to be for several,
-    in which the chance may differ (Hoeffding 1956). A tie is half a win, and in the interval whatever widens it.
+    on the number of pairs that were won. It is made for one scenario; over several, in which the chance may differ, the
+    number of wins varies less, so that the interval is too wide rather than too narrow (Hoeffding 1956). A tie is half
+    a win, and in the interval whatever widens it.
     """
 
     a: str

@@ -1,13 +1,9 @@
-"""What a round costs besides local training: messages, partition, gradient error; and a large population's start."""
+"""What a round costs besides local training: messages, partition, gradient error."""
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
-from helpers import save_tiny_bert
 from pytest_benchmark.fixture import BenchmarkFixture
 from test_training import MINILM, cohort
 
@@ -21,11 +17,7 @@ from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import frozen_state, tunable_names
 from fedbench.rng import Streams
 from fedbench.run.ledger import Ledger
-from fedbench.run.loop import Run
 from fedbench.run.post import Post
-from fedbench.run.prepare import prepare
-from fedbench.run.progress import Silent
-from fedbench.run.request import RunRequest
 from fedbench.scenario.tables import SplitSettings
 
 
@@ -75,17 +67,3 @@ def test_gradient_error_on_64_rows(benchmark: BenchmarkFixture) -> None:
         return error
 
     assert benchmark.pedantic(measure, rounds=3)
-
-
-def test_ten_thousand_clients_start_like_a_hundred(tmp_path: Path) -> None:
-    fm, seconds = str(save_tiny_bert(tmp_path / "bert")), {}
-    for clients in (100, 10_000):
-        settings = {"split.clients": str(clients), "split.min_size": "1", "federation.fraction": str(10 / clients)}
-        request = RunRequest("fedavg-lora", "tweets-iid", fm=fm, settings=settings, results=tmp_path, device="cpu")
-        prepared = prepare(request)
-        start = time.perf_counter()
-        run = Run(prepared, Silent())
-        run.round(0)
-        seconds[clients] = time.perf_counter() - start
-        assert len(run.host.clients.states()) == 10, "only clients that were sampled are made"
-    assert seconds[10_000] < seconds[100] + 10

@@ -6,21 +6,26 @@ takes torch's threads from OMP_NUM_THREADS.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
+from turns import Ratio, in_turns, seconds_of
 
 from fedbench.api.local import AdamW, LocalTask
 from fedbench.data.examples import Examples
 from fedbench.machine.device import Execution
 from fedbench.models.build import build
 from fedbench.models.cache import Frozen
+from fedbench.models.checkpoint import model_spec
 from fedbench.models.spec import LoraSpec, ModelSpec
 from fedbench.models.weights import get_tensors, tunable_names
+from fedbench.models.zoo.vit_digits import RECIPE
 from fedbench.objectives.classification import cross_entropy
 from fedbench.training.alone import execute
 from fedbench.training.fused import execute_cohort
@@ -62,6 +67,47 @@ def cohort(device: str) -> list[LocalTask]:
         LocalTask(frozen, start, rows, np.split(order, STEPS), AdamW(lr=1e-3), cross_entropy, clip_norm=1.0)
         for order in orders
     ]
+
+
+SHAPES: dict[str, tuple[int, float, float, int, int]] = {
+    # tokens of a row: mean, deviation, most; rows of a batch; steps
+    "sentences as in SST-2, batches of 32": (13, 7, 64, 32, 4),
+    "news of up to 128 tokens, batches of 32": (58, 24, 128, 32, 2),
+    "news cut at 48 tokens, batches of 16": (58, 24, 48, 16, 4),
+}
+
+
+def texts(mean: float, deviation: float, most: int, batch: int, steps: int) -> LocalTask:
+    """A client's steps on rows of so many tokens, on a model of MiniLM's shape."""
+    first = cohort("cpu")[0]
+    rng = np.random.default_rng(1)
+    lengths = rng.normal(mean, deviation, batch * steps).clip(4, most).astype(int)
+    rows = [rng.integers(1, 30522, n, dtype=np.int32) for n in lengths]
+    data = Examples(torch.tensor(rng.integers(0, 3, len(rows))), rows)
+    return replace(first, data=data, batches=np.split(rng.permutation(len(rows)), steps))
+
+
+def digits(steps: int = 40, batch: int = 16) -> LocalTask:
+    """A client's steps on images of 16 pixels, on a ViT of the shape that comes with fedbench."""
+    model = build(model_spec("vit", RECIPE["config"], 10).with_lora(LoraSpec(8, 48)))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(batch * steps, 1, 16, 16, generator=generator)
+    labels = torch.randint(0, 10, (batch * steps,), generator=generator)
+    orders = np.split(np.arange(batch * steps), steps)
+    start = get_tensors(model, tunable_names(model))
+    rows = Examples(labels, pixels=pixels)
+    return LocalTask(Frozen("digits", model), start, rows, orders, AdamW(lr=1e-3), cross_entropy, clip_norm=1.0)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "digits on a ViT, batches of 16"])
+def test_packed_training_against_the_padded_reference(shape: str, say: Callable[[str], None]) -> None:
+    task = texts(*SHAPES[shape]) if shape in SHAPES else digits()
+    sides = {name: seconds_of(partial(execute, task, Execution(executor=name))) for name in ("packed", "reference")}
+    in_turns(sides, 1)
+    found = in_turns(sides, 5)
+    ratio = Ratio.of(found["packed"], found["reference"])
+    say(f"packed over reference {ratio}; {min(found['packed']):.2f} s packed, {torch.get_num_threads()} threads")
+    assert ratio.mean < 1.05
 
 
 @pytest.mark.benchmark(group="local training of a round")

@@ -39,7 +39,7 @@ def scored(*accuracies: float | None, seed: int = 0, method: str = "fedpft", **c
 def tables(records: list[Record], **asked: Any) -> dict[str, tuple[pd.DataFrame, list[str]]]:
     comparison: Comparison = compare(records)
     comparison.asked = Asked.of(**asked)
-    return {title: (frame.set_index("method"), notes) for title, frame, notes in printed(comparison)}
+    return {each.title: (each.frame.set_index("method"), each.notes) for each in printed(comparison)}
 
 
 def test_what_is_spent_is_the_sum_of_the_rounds_so_far() -> None:

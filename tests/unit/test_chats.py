@@ -29,7 +29,8 @@ from fedbench.objectives.base import IGNORED
 from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
 from fedbench.run.run import run
-from fedbench.scenario.load import load_scenario, split_names
+from fedbench.scenario.load import load_scenario
+from fedbench.scenario.toml import split_names
 from fedbench.scenario.tables import DatasetSettings, SplitSettings
 
 IID = SplitSettings(kind="iid", clients=2)

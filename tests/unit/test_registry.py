@@ -539,7 +539,7 @@ def test_every_built_in_method_says_what_its_server_needs_and_where_it_is_from()
     for name, entry in registry.methods.items():
         assert entry.needs in ("sum", "each"), name
         assert entry.needs == registry.load_method(name).needs, name
-    without = ("centralised-lora", "fedex-lora-official", "head-only", "zero-shot")
+    without = ("centralised-lora", "fedbiot-official", "fedex-lora-official", "head-only", "zero-shot")
     own = [n for n in registry.methods if not n.startswith("fedpft-") and n not in without]
     assert all(re.search(r"20\d\d|arXiv", registry.methods[name].summary) for name in own)
 

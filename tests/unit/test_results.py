@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from fedbench.grid.file import load_grid
 from fedbench.records.store import load_all
-from fedbench.tables.compare import compare
-from fedbench.tables.comparison import Comparison
-from fedbench.tables.render.forms import render
+from fedbench.tables.committed import stale_tables
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "results" / "tables").glob("*.md"))
 
 
-def comparison(name: str) -> Comparison:
-    grid = load_grid(name)
-    return compare(load_all(ROOT / "results" / "records"), grid.cells(), grid.title, grid.reported)
-
-
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_tables_are_made_from_the_records(path: Path) -> None:
-    found = comparison(path.stem)
-    for form, suffix in (("markdown", ".md"), ("latex", ".tex"), ("csv", ".csv")):
-        assert render(found, form) == path.with_suffix(suffix).read_text(), f"make {path.stem}{suffix} anew"
+def test_tables_are_made_from_the_records() -> None:
+    assert len(TABLES) == 2
+    assert list(stale_tables(ROOT / "results")) == []
 
 
 def test_the_readme_quotes_a_table() -> None:

@@ -252,13 +252,15 @@ def test_reported_figures_stand_under_ours_of_the_same_fm() -> None:
         "Accuracy in %: ours with roberta-base, reported with roberta-base",
     ]
     assert beside_frame(bert).to_numpy().tolist() == [
-        ["fedavg-lora", "missing", "missing", "missing", "missing"],
-        ["  reported", "91.6", "88.4", "80.7 / 81.6", "87.8"],
-        ["fedot", "missing", "missing", "missing", "failed"],
-        ["  reported", "90.4", "83.9", "74.9 / 74.9", "81.6"],
-        ["fedpft", "missing", "90.0 ± 10.0 (3)", "70.0 / 60.0 (1/3)", "missing"],
-        ["  reported", "91.6", "87.5", "78.6 / 79.0", "86.3"],
+        ["fedavg-lora", "missing", "missing", "missing", "missing", "–"],
+        ["  reported", "91.6", "88.4", "80.7 / 81.6", "87.8", "81M"],
+        ["fedot", "missing", "missing", "missing", "failed", "–"],
+        ["  reported", "90.4", "83.9", "74.9 / 74.9", "81.6", "47M"],
+        ["fedpft", "missing", "90.0 ± 10.0 (3)", "70.0 / 60.0 (1/3)", "missing", "16.4M"],
+        ["  reported", "91.6", "87.5", "78.6 / 79.0", "86.3", "47M"],
     ]
+    assert beside_frame(bert).columns[-1] == "parameters"
+    assert any("those of the transformer layers, in units of 2^20" in note for note in bert.notes)
     assert "ours: no results with roberta-base yet" in roberta.notes
     # The tables of each scenario stay, one for each FM; records of an FM outside the grid have no place in it.
     assert [section.title for section in comparison.sections] == [

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedbench.data.formats.images import image_paths, kind_of_file
 from fedbench.data.own.table import Table, rows_from_1
 from fedbench.data.own.tables import of_dataset, read_table, saved_splits
-from fedbench.data.sources import listing, load_from_hub
+from fedbench.data.sources import listing, load_from_hub, set_folders
 from fedbench.errors import FedbenchError
 from fedbench.scenario.tables import DatasetSettings, Texts, listed
 
@@ -40,6 +40,28 @@ def tables_of(role: str, settings: DatasetSettings, folder: Path) -> Iterator[Ta
             yield image_folder(shown)
         else:
             yield read_table(shown, settings.header, settings.encoding)
+
+
+def located(settings: DatasetSettings, folder: Path, root: Path | None) -> tuple[DatasetSettings, Path]:
+    """The settings of a data set that has a folder below `root`, or is on the hub, and where its files are named from.
+
+    Raises FedbenchError, which says what is expected where, for one that is neither.
+    """
+    found = next(set_folders(root, settings.folders), None) if root is not None else None
+    if found is not None:
+        return settings.model_copy(update={"hub": None, "revision": None, "configuration": None}), found.absolute()
+    if settings.hub is None:
+        raise FedbenchError(f"data set {settings.name}: not found; {expected(settings)}")
+    splits = {"train": "train", "test": "test" if settings.test else ()}
+    return settings.model_copy(update=splits), folder
+
+
+def expected(settings: DatasetSettings) -> str:
+    """What folder and files a data set is expected in, and where they are to be had."""
+    files = ", ".join((*listed(settings.train), *listed(settings.test)))
+    origin = f" (from {settings.origin})" if settings.origin else ""
+    names = " or ".join(settings.folders[:2])
+    return f"give --data-dir DIR (or FEDBENCH_DATA) with DIR/{names} holding {files}{origin}"
 
 
 def files_of(setting: str, wanted: Texts, folder: Path) -> list[Path]:
@@ -104,8 +126,8 @@ def _from_hub(settings: DatasetSettings, splits: tuple[str, ...]) -> Iterator[Ta
     except FedbenchError as error:
         why = str(error).partition("(")[2].partition(")")[0]
         raise FedbenchError(
-            f"dataset.hub {repository}: cannot be had ({why}); connect to the hub, fill its cache, or download "
-            "the files and name them in train"
+            f"dataset.hub {repository}: cannot be had ({why}); connect to the hub, fill its cache, or "
+            + (expected(settings) if settings.folders else "download the files and name them in train")
         ) from None
     for split in splits:
         if split not in loaded:

@@ -13,9 +13,10 @@ from fedbench.data.labels import WRITTEN
 from fedbench.data.natural import client_column
 from fedbench.data.own.chats import layout_of
 from fedbench.data.own.choices import questions_of
-from fedbench.data.own.find import files_of, tables_of
+from fedbench.data.own.find import files_of, located, tables_of
 from fedbench.data.own.rows import BadRows, Rows, rows_of
 from fedbench.data.own.table import Table
+from fedbench.data.own.windows import put_together
 from fedbench.data.rows import Part
 from fedbench.data.sets.dataset import DataSet
 from fedbench.data.sets.dataset import Rows as Read
@@ -27,12 +28,17 @@ MOST_CLASSES = 1000
 """A column with more labels than this is hardly one of classes."""
 
 
-def own_data_set(settings: DatasetSettings, split: SplitSettings, folder: Path, language: bool = False) -> DataSet:
+def own_data_set(
+    settings: DatasetSettings, split: SplitSettings, folder: Path, language: bool = False, root: Path | None = None
+) -> DataSet:
     """The data set that `settings` describe, its files named from `folder` on; the same object for the same files.
 
-    language: whether the next token is asked for, so that rows need no labels. Raises FedbenchError for files that are
-    missing, columns that are not there, and, unless they are to be dropped, for rows that cannot be used.
+    language: whether the next token is asked for, so that rows need no labels. root: the user's folder of data sets,
+    for settings that name folders in it. Raises FedbenchError for files that are missing, columns that are not there,
+    and, unless they are to be dropped, for rows that cannot be used.
     """
+    if settings.folders:
+        settings, folder = located(settings, folder, root)
     groups = tuple(dict.fromkeys((*listed(settings.client), *listed(split.by))))
     stamps: list[tuple[str, int, int]] = []
     for role in ("train", "test", "validation") if settings.hub is None else ():
@@ -68,6 +74,8 @@ def _read(
         tables = [*tables_of(role, settings, folder)]
         if not tables:
             continue
+        if settings.windows is not None:
+            tables = [put_together(table, settings.windows, listed(settings.client)) for table in tables]
         if role == "train" and free and (settings.kind == "chat" or any(label not in t.columns for t in tables)):
             label = None
         found[role] = rows_of(tables, settings, label, groups, bad)

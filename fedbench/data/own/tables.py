@@ -146,6 +146,8 @@ def _json(path: Path, text: str, remark: str) -> Table:
         ]
         if len(lists) == 1:
             content = lists[0]
+        elif lists and len(lists) == len(content):
+            return _by_client(path, content, remark)
         elif content and all(isinstance(value, dict) for value in content.values()):
             content = {name: list(column.values()) for name, column in content.items()}
             lengths = {len(column) for column in content.values()}
@@ -155,6 +157,15 @@ def _json(path: Path, text: str, remark: str) -> Table:
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise FedbenchError(f"{path}: holds no list of JSON objects, and no users of LEAF")
     return _of_objects(str(path), content, rows_from_1(len(content)), f"JSON{remark}")
+
+
+def _by_client(path: Path, content: Mapping[str, list[Any]], remark: str) -> Table:
+    """Lists of rows by the name of their client, as FedLLM-Bench (Ye et al. 2024) has them: its name is column user."""
+    rows = [{"user": name, **row} for name, own in content.items() for row in own if isinstance(row, dict)]
+    if len(rows) != sum(map(len, content.values())):
+        raise FedbenchError(f"{path}: the lists of its clients hold other things than JSON objects")
+    places = [f"row {number} of {name[:60]}" for name, own in content.items() for number in range(1, len(own) + 1)]
+    return _of_objects(str(path), rows, places, f"JSON, {len(content)} clients{remark}")
 
 
 def _refuse(path: Path, error: Exception) -> NoReturn:

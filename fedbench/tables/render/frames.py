@@ -12,8 +12,10 @@ from fedbench.tables import measures
 from fedbench.tables.asked import Asked
 from fedbench.tables.comparison import Beside, Comparison, Section
 from fedbench.tables.formats import MEGA, signed, three_digits
+from fedbench.tables.ranking import best
 from fedbench.tables.render.budgets import budget_tables
 from fedbench.tables.render.comments import comments
+from fedbench.tables.render.pivots import Printed, pivot_tables
 from fedbench.tables.render.ranking import group_column, group_notes, improvement_table, pareto_table
 from fedbench.tables.rows import FLAG, Row, accuracy_in
 
@@ -116,7 +118,7 @@ def accuracy_text(row: Row, tests: Sequence[str] = ("",)) -> str:
 
 
 def beside_frame(beside: Beside) -> pd.DataFrame:
-    """Our accuracy as text over the reported one, rows x scenarios."""
+    """Our accuracy as text over the reported one, rows x scenarios; a client's parameters where they are reported."""
     lines = []
     for name in dict.fromkeys(name for name, _ in beside.cells):
         ours, theirs = [name], ["  reported"]
@@ -124,8 +126,13 @@ def beside_frame(beside: Beside) -> pd.DataFrame:
             row = beside.cells[name, scenario]
             ours.append(accuracy_text(row, tests) + (f" {FLAG}" if row.faults else ""))
             theirs.append(_figure_text(beside.figures.get((name, scenario), {}), tests))
+        if beside.parameters:
+            of_row = [row for (called, _), row in beside.cells.items() if called == name]
+            held = [found.mean for row in of_row if (found := row.summary(measures.held, 1 / MEGA))]
+            ours.append(f"{three_digits(sum(held) / len(held))}M" if held else "–")
+            theirs.append(beside.parameters.get(name, "not available"))
         lines += [ours, theirs]
-    return pd.DataFrame(lines, columns=["method", *beside.tests])
+    return pd.DataFrame(lines, columns=["method", *beside.tests, *(["parameters"] if beside.parameters else [])])
 
 
 def _figure_text(figure: Mapping[str, float], tests: Sequence[str]) -> str:
@@ -135,27 +142,34 @@ def _figure_text(figure: Mapping[str, float], tests: Sequence[str]) -> str:
     return " / ".join(f"{figure[test]:.1f}" if test in figure else "–" for test in tests)
 
 
-def printed(comparison: Comparison) -> list[tuple[str, pd.DataFrame, list[str]]]:
+def printed(comparison: Comparison) -> list[Printed]:
     """Title, table and comments of each table to print; accuracy over scenarios first, reported figures beside it.
 
     Names and notes come from records and may hold anything, so all texts are made lines of printable characters.
     """
-    out = [(beside.title, beside_frame(beside), beside.notes) for beside in comparison.beside]
+    if comparison.asked.by:
+        return [_one_line(table) for table in pivot_tables(comparison)]
+    out = [Printed(beside.title, beside_frame(beside), beside.notes) for beside in comparison.beside]
     if len(comparison.sections) > 1 and not out:
-        out.append(("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
+        out.append(Printed("Accuracy in %, methods by scenarios", overview_frame(comparison), []))
     for each in comparison.sections:
         asked = comparison.asked
         notes = [*comments(each), *(group_notes(each) if asked.rank else ()), *_asked_notes(each, asked.measures)]
-        out.append((each.title, section_frame(each, asked), notes))
-        out += budget_tables(each, asked)
-        out += pareto_table(each) if asked.pareto else []
+        first = best(each) if asked.rank else None
+        bold = frozenset((i, _HEADERS[1]) for i, row in enumerate(each.rows) if row.label == first)
+        out.append(Printed(each.title, section_frame(each, asked), notes, bold))
+        out += [Printed(*table) for table in budget_tables(each, asked)]
+        out += [Printed(*table) for table in pareto_table(each)] if asked.pareto else []
     if comparison.asked.rank:
         baseline = next((each.baseline for each in comparison.sections if each.baseline), "")
-        out += improvement_table(comparison.sections, baseline)
-    return [
-        (one_line(title), frame.map(one_line).rename(columns=one_line), [one_line(note) for note in notes])
-        for title, frame, notes in out
-    ]
+        out += [Printed(*table) for table in improvement_table(comparison.sections, baseline)]
+    return [_one_line(table) for table in out]
+
+
+def _one_line(table: Printed) -> Printed:
+    frame = table.frame.map(one_line).rename(columns=one_line)
+    bold = frozenset((row, one_line(header)) for row, header in table.bold)
+    return Printed(one_line(table.title), frame, [one_line(note) for note in table.notes], bold)
 
 
 def pieces_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 
 import pandas as pd
 
@@ -47,14 +48,14 @@ def latex(comparison: Comparison) -> str:
     """Tables for booktabs no wider than the text, each with its notes under it; the legend comes once, at the end."""
     parts = []
     labels: list[str] = []
-    for title, frame, notes in printed(comparison):
+    for title, frame, notes, bold in printed(comparison):
         label = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         labels.append(label)
         again = f"-{labels.count(label)}" if labels.count(label) > 1 else ""
         pieces, names = pieces_of(frame, _TEXT_WIDTH, _GAP, points)
         lines = ["\\begin{table}", "\\centering\\footnotesize", f"\\setlength{{\\tabcolsep}}{{{_GAP / 2:g}pt}}"]
         lines += [f"\\caption{{{latex_text(title)}}}", f"\\label{{tab:{label}{again}}}"]
-        lines.append("\n\n\\medskip\n".join(_tabular(piece, names) for piece in pieces))
+        lines.append("\n\n\\medskip\n".join(_tabular(piece, names, bold) for piece in pieces))
         if notes:
             lines.append("\\par\\medskip\\raggedright\\footnotesize")
             lines.append("\\\\\n".join(latex_text(note) for note in notes))
@@ -63,8 +64,8 @@ def latex(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _tabular(frame: pd.DataFrame, names: float) -> str:
-    """One piece of a table, of which the first column is `names` points wide."""
+def _tabular(frame: pd.DataFrame, names: float, bold: Set[tuple[int, str]]) -> str:
+    """One piece of a table, of which the first column is `names` points wide, and these cells (row, header) bold."""
 
     def cell(text: str, column: int) -> str:
         room = names if column == 0 else _TEXT_WIDTH - names - _GAP
@@ -74,6 +75,10 @@ def _tabular(frame: pd.DataFrame, names: float) -> str:
         return f"\\parbox[t]{{{room:.0f}pt}}{{\\ragged{side} {latex_text(text)}\\strut}}"
 
     lines = [[cell(str(text), i) for i, text in enumerate(line)] for line in [frame.columns, *frame.to_numpy()]]
+    for row, header in bold:
+        if header in frame.columns:
+            column = list(frame.columns).index(header)
+            lines[1 + row][column] = f"\\textbf{{{lines[1 + row][column]}}}"
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     head, *rows = (
         " & ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " \\\\" for line in lines

@@ -20,8 +20,11 @@ def markdown_text(text: str) -> str:
 
 def markdown(comparison: Comparison) -> str:
     parts = [f"# {markdown_text(one_line(comparison.title))}"] if comparison.title else []
-    for title, frame, notes in printed(comparison):
-        frame = frame.map(markdown_text).rename(columns=markdown_text)
+    for title, frame, notes, bold in printed(comparison):
+        frame = frame.map(markdown_text)
+        for row, header in bold:
+            frame.loc[row, header] = f"**{frame.loc[row, header]!s}**"
+        frame = frame.rename(columns=markdown_text)
         align = ["left"] + ["right"] * (len(frame.columns) - 1)
         # Text is printed as it is: tabulate would read "87.30" as a number and print 87.3.
         table = frame.to_markdown(index=False, disable_numparse=True, colalign=align if len(frame) else None)

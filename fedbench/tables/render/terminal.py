@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -18,8 +19,8 @@ from fedbench.tables.render.frames import LEGEND, pieces_of, printed
 class _Fitted:
     """A table that is whole in a terminal of any width: split where it is wider, with the first column in each part."""
 
-    def __init__(self, frame: pd.DataFrame) -> None:
-        self.frame = frame
+    def __init__(self, frame: pd.DataFrame, bold: Set[tuple[int, str]]) -> None:
+        self.frame, self.bold = frame, bold
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.cells import cell_len
@@ -40,8 +41,10 @@ class _Fitted:
                     overflow="fold",
                     max_width=max(1, int(names)) if first else None,
                 )
-            for line in piece.itertuples(index=False):
-                table.add_row(*(Text(text, style=styles.get(text, "")) for text in line))
+            for row, line in enumerate(piece.itertuples(index=False)):
+                strong = ["bold" if (row, header) in self.bold else "" for header in piece.columns]
+                texts = zip(line, strong, strict=True)
+                table.add_row(*(Text(text, style=styles.get(text, style)) for text, style in texts))
             yield table
 
 
@@ -54,9 +57,9 @@ def terminal(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = [Text(one_line(comparison.title), style="bold")] if comparison.title else []
     if not comparison.sections:
         return Text("no records")
-    for title, frame, notes in printed(comparison):
+    for title, frame, notes, bold in printed(comparison):
         # Not as the table's own title, which would wrap at the width of a narrow table.
-        parts += [Text(""), Text(title, style="bold"), _Fitted(frame)]
+        parts += [Text(""), Text(title, style="bold"), _Fitted(frame, bold)]
         parts += [Padding(Text(note), (0, 0, 0, 2), expand=False) for note in notes]
     parts += [Text(""), *(Text(line, style="dim") for line in LEGEND)]
     return Group(*parts)
