@@ -30,8 +30,8 @@ from fedbench.run.prepare import prepare
 from fedbench.run.request import RunRequest
 from fedbench.run.run import run
 from fedbench.scenario.load import load_scenario
-from fedbench.scenario.toml import split_names
 from fedbench.scenario.tables import DatasetSettings, SplitSettings
+from fedbench.scenario.toml import split_names
 
 IID = SplitSettings(kind="iid", clients=2)
 LONG = (("system", "be brief"), ("user", "is it good"), ("assistant", "yes"), ("user", "and"), ("assistant", "bad"))
