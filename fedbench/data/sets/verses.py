@@ -1,7 +1,8 @@
 """Verses of the Bible in public-domain translations, of the packages `pythonbible-*`: the genre of a verse's book.
 
 The same verses stand in every translation, so clients who are a translation each differ in style alone, and those who
-are a translation and a book differ in everything.
+are a translation and a book differ in everything. Readers are between the two: who follows a reading plan has passages
+of several genres.
 """
 
 from __future__ import annotations
@@ -53,6 +54,21 @@ def genre(book: int) -> str:
     return next((name for last, name in LAST.items() if book <= last), "prophets")
 
 
+PLAN = (1, 15, 40, 44)
+"""The books at which the four readings of M'Cheyne's plan (1842) begin: Genesis, Ezra, Matthew and Acts."""
+READERS = 30
+"""Readers of a translation: each has the same share, of one piece, of each of the four readings."""
+
+
+def readers(verses: np.ndarray) -> np.ndarray:
+    """Which of `READERS` each verse falls to, from 1, by the verses' numbers; one verse may be there several times."""
+    every = np.unique(verses)
+    reading = np.searchsorted(PLAN, every // 10**6, side="right")
+    rank = np.arange(len(every)) - np.searchsorted(reading, reading)
+    reader = 1 + rank * READERS // np.bincount(reading)[reading]
+    return np.asarray(reader[np.searchsorted(every, verses)])
+
+
 def verses_of(source: str) -> dict[int, str]:
     """The text of each verse by its number, book * 10^6 + chapter * 10^3 + verse, from a module of such a package.
 
@@ -86,6 +102,7 @@ def _verses() -> tuple[dict[str, Part], str]:
     groups = {
         "translation": np.array([name for _, name, _ in rows]),
         "book": np.array([BOOKS[book - 1] for book in books]),
+        "reader": np.array([f"reader-{reader:02}" for reader in readers(numbers)]),
     }
     whole = Part(labels, [text for _, _, text in rows], groups=groups)
     verses = np.unique(numbers)
