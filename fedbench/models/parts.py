@@ -152,14 +152,14 @@ def adds_tokens(model: nn.Module) -> bool:
 
 def note_repeats(model: nn.Module) -> None:
     """Note in a model that some of its layers are run again on what they made."""
-    model._repeats = True  # type: ignore[assignment]  # no module and no parameter
+    model.repeats_layers = True  # type: ignore[assignment]  # no module and no parameter
 
 
 def why_it_cannot_write(model: nn.Module) -> str | None:
     """Why a language model cannot write answers with a cache of keys and values here; None if it can."""
     if adds_tokens(model):
         return "it has a prefix or a prompt"
-    return "it runs layers again" if getattr(model, "_repeats", False) else None
+    return "it runs layers again" if getattr(model, "repeats_layers", False) else None
 
 
 def family_of(model: nn.Module) -> Family:
