@@ -117,7 +117,7 @@ class FedBiOTServer(LayersServer):
     def ingredients(self, fm: FoundationModel) -> dict[str, Any]:
         m = self.method
         start = state_digest({**self.values, **self.fixed})
-        return super().ingredients(fm) | {"answers": m.answers, "lora": [m.lora_r, m.lora_alpha], "start": start}
+        return super().ingredients(fm) | {"answers": m.answers, "lora": [m.lora_r, float(m.lora_alpha)], "start": start}
 
     def schedule(self) -> Schedule:
         m = self.method

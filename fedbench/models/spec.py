@@ -121,7 +121,8 @@ class ModelSpec:
         lora: list[Any] | None = None
         if self.lora is not None:
             layers, projections = self.lora.layers, self.lora.projections
-            lora = [self.lora.r, self.lora.alpha, self.lora.dropout, None if layers is None else list(layers)]
+            alpha = int(self.lora.alpha) if self.lora.alpha == int(self.lora.alpha) else self.lora.alpha  # 48 is 48.0
+            lora = [self.lora.r, alpha, self.lora.dropout, None if layers is None else list(layers)]
             if projections != PROJECTIONS:
                 lora.append(list(projections))
         body: dict[str, Any] = {

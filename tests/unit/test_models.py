@@ -235,3 +235,13 @@ def test_packing_gives_every_family_its_own_positions(fm: FoundationModel) -> No
         with torch.no_grad():
             found.append(logits(model, batch, enabled))
     assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_alpha_is_one_text_however_it_was_given() -> None:
+    """What a method's class says, 48, is 48.0 once its settings were read from a record."""
+    texts = {ModelSpec("bert", {}, (4,), LoraSpec(8, alpha)).to_json() for alpha in (48, 48.0)}
+    assert len(texts) == 1
+    assert ModelSpec.from_json(texts.pop()).lora == LoraSpec(8, 48.0)
+    assert (
+        ModelSpec("bert", {}, (4,), LoraSpec(8, 0.5)).to_json() != ModelSpec("bert", {}, (4,), LoraSpec(8, 0)).to_json()
+    )
