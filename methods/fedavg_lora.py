@@ -7,7 +7,7 @@ what the other adapter methods build on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
@@ -142,10 +142,11 @@ class LoraMethod(TuningMethod):
             raise ValueError(f"{unknown[0]!r} is none of {', '.join((*LORA_TARGETS, *roles))}")
         return "attention" if asked == {*PROJECTIONS} else ",".join(role for role in roles if role in asked)
 
+    # pydantic 2.10 looks up what this gives in the module of whatever class inherits it: hence builtins alone.
     @model_serializer(mode="wrap")
-    def _settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Without what says nothing: keys and records are those of before there was such a setting."""
-        found: dict[str, Any] = handler(self)
+        found: dict[str, object] = handler(self)
         return {n: v for n, v in found.items() if (n, v) != ("lora_targets", "attention")}
 
     @property
