@@ -65,13 +65,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Formula:
-    """Operations of a step by its shape: step + rows (row + token T + pair T²) + target asked, T tokens a row.
+    """Operations of a step: step + place T + rows (row + token T + pair T²) + target asked, of T tokens a row.
 
-    The terms are what a transformer is made of: what is done once a step, once a row (its head), for each token (its
-    projections), for each pair of tokens (attention), and for each token that is asked for (logits).
+    The terms are what a transformer is made of: what is done once a step, once for each place in a row, whatever the
+    rows (rotary positions), once a row (its head), for each token (its projections), for each pair of tokens
+    (attention), and for each token that is asked for (logits).
     """
 
     step: Fraction
+    place: Fraction
     row: Fraction
     token: Fraction
     pair: Fraction
@@ -79,7 +81,7 @@ class Formula:
 
     def of(self, shape: Shape) -> Fraction:
         a_row = self.row + self.token * shape.tokens + self.pair * shape.tokens**2
-        return self.step + shape.rows * a_row + self.target * shape.asked
+        return self.step + self.place * shape.tokens + shape.rows * a_row + self.target * shape.asked
 
 
 class RoundFlops:
@@ -144,13 +146,16 @@ def fitted(task: LocalTask, device: torch.device) -> Formula:
     first = counted(2, a, asked)
     target = (counted(2, a, asked + 2) - first) / 2 if every_token else Fraction(0)
     row = counted(3, a, asked) - first
-    step = first - 2 * row - target * asked
+    once = first - 2 * row - target * asked  # step + place a
     if not texts:
-        return Formula(step, row, Fraction(0), Fraction(0), target)
-    longer, longest = ((counted(2, length, asked) - step - target * asked) / 2 for length in (b, c))
+        return Formula(once, Fraction(0), row, Fraction(0), Fraction(0), target)
+    second = counted(2, b, asked)
+    longer = counted(3, b, asked) - second
+    place = (second - 2 * longer - target * asked - once) / (b - a)
+    longest = (counted(2, c, asked) - once - place * (c - a) - target * asked) / 2
     pair = ((longest - row) / (c - a) - (longer - row) / (b - a)) / (c - b)  # Newton's divided differences
     token = (longer - row) / (b - a) - pair * (a + b)
-    return Formula(step, row - token * a - pair * a * a, token, pair, target)
+    return Formula(once - place * a, place, row - token * a - pair * a * a, token, pair, target)
 
 
 def _small(data: Examples, rows: int, tokens: int, asked: int) -> Examples:
