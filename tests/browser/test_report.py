@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from _records import altered, make_record
 
 from fedbench.records.record import Record
 from fedbench.records.store import load_all, save
 from fedbench.report.page import link_to, page
 from fedbench.report.serve import Report, server
-from tests.unit._records import altered, make_record
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from _records import make_record
+from helpers import save_tiny_bert, smoke_request
 
 from fedbench.errors import FedbenchError
 from fedbench.records.store import path_of, save
@@ -19,7 +20,6 @@ from fedbench.run.loop import Run
 from fedbench.run.prepare import prepare
 from fedbench.run.progress import Silent
 from fedbench.run.run import checkpoint_folder
-from tests.helpers import save_tiny_bert, smoke_request
 
 BARE = Libraries("", "", ())
 
