@@ -59,6 +59,11 @@ class ProxyServer(AdapterServer):
     def residuals(self) -> Sequence[Mapping[str, Any]]:
         return self.distilled
 
+    def due(self, t: int, round: int) -> bool:
+        """Whether an alignment follows this round, of one every `t` rounds, 0 for none."""
+        # After the last round it could help no client any more.
+        return t > 0 and (round + 1) % t == 0 and round + 1 < self.ctx.federation.rounds
+
 
 def saliency(w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None) -> Tensor:
     """Saliency of each FFN neuron, [d_ff]: the L2 norm of its input and output weights, biases excluded.

@@ -17,7 +17,7 @@ from fedbench.api.messages import Source
 from fedbench.data.examples import Examples
 from fedbench.errors import FedbenchError
 from fedbench.methods._distillation import ProxyServer, distil_once
-from fedbench.methods._layerwise import LayerLoss, Schedule
+from fedbench.methods._layerwise import LayerLoss, Schedule, distil
 from fedbench.methods.fedavg_lora import LoraMethod
 from fedbench.methods.fedpft import FedPFT
 from fedbench.models.build import build
@@ -134,6 +134,13 @@ class LayersServer(ProxyServer):
         """Distil the emulator before federated learning; returns its residuals."""
         names, loss, schedule = self.trained(), self.loss(), self.schedule()
         return distil_once(self.full, self.model, names, loss, self.public, schedule, self.ctx, self.ingredients(fm))
+
+    def distil_again(self, round: int, schedule: Schedule) -> None:
+        """Distil the proxy on from where it is, towards the FM with the aggregated adapters, after a round."""
+        rng = self.ctx.streams.numpy("alignment", round)
+        teacher, student = self.put_in_fm(), self.put_in_proxy()
+        distil(teacher, student, self.trained(), self.loss(), self.public, schedule, rng, self.ctx.execution)
+        self.version += 1
 
     def loss(self) -> LayerLoss:
         """What distillation holds down."""

@@ -24,7 +24,7 @@ from fedbench.data.examples import Examples
 from fedbench.files import state_digest
 from fedbench.methods._distillation import required
 from fedbench.methods._layers import LayersMethod, LayersServer
-from fedbench.methods._layerwise import LayerLoss, Schedule, distil
+from fedbench.methods._layerwise import LayerLoss, Schedule
 from fedbench.methods._products import pairs
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.models.foundation import FoundationModel
@@ -129,19 +129,13 @@ class FedBiOTServer(LayersServer):
         return residuals
 
     def aligns(self, round: int) -> bool:
-        t = self.method.t
-        # After the last round it could help no client any more.
-        return t > 0 and (round + 1) % t == 0 and round + 1 < self.ctx.federation.rounds
+        return self.due(self.method.t, round)
 
     def align(self, round: int) -> None:
         """Tune the emulator's LoRA towards the FM with the aggregated adapter."""
         m = self.method
-        schedule = Schedule(m.align_steps, m.distil_batch, m.align_lr)
-        rng = self.ctx.streams.numpy("alignment", round)
-        teacher, student = self.put_in_fm(), self.put_in_proxy()
-        distil(teacher, student, self.trained(), self.loss(), self.public, schedule, rng, self.ctx.execution)
+        self.distil_again(round, Schedule(m.align_steps, m.distil_batch, m.align_lr))
         self.fixed = get_tensors(self.model, self.trained())
-        self.version += 1
 
     def put_in_proxy(self) -> nn.Module:
         set_tensors(self.model, self.fixed)

@@ -210,9 +210,7 @@ class FedPFTServer(ProxyServer):
         )
 
     def aligns(self, round: int) -> bool:
-        t = self.method.t
-        # After the last round it could help no client any more.
-        return bool(self.aligned) and t > 0 and (round + 1) % t == 0 and round + 1 < self.ctx.federation.rounds
+        return bool(self.aligned) and self.due(self.method.t, round)
 
     def adapter_meta(self, round: int) -> dict[str, int | float | str | bool]:
         layers = ",".join(map(str, self.aligned)) if self.aligns(round) else ""

@@ -19,7 +19,7 @@ from fedbench.api.sides import Client, Server
 from fedbench.data.examples import Examples
 from fedbench.methods._distillation import required
 from fedbench.methods._layers import LayersMethod
-from fedbench.methods._layerwise import Schedule, distil
+from fedbench.methods._layerwise import Schedule
 from fedbench.methods.crash import GroupsServer
 from fedbench.methods.fedavg_lora import AdapterClient
 from fedbench.models.foundation import FoundationModel
@@ -79,18 +79,12 @@ class FedSODAServer(GroupsServer):
         return Schedule(m.distil_steps if self.several else 0, m.distil_batch, m.distil_lr)
 
     def aligns(self, round: int) -> bool:
-        t = self.method.t
-        # After the last round it could help no client any more.
-        return bool(self.several) and t > 0 and (round + 1) % t == 0 and round + 1 < self.ctx.federation.rounds
+        return bool(self.several) and self.due(self.method.t, round)
 
     def align(self, round: int) -> None:
         """Distil again, towards the FM with the aggregated adapters."""
         m = self.method
-        schedule = Schedule(m.align_steps, m.distil_batch, m.align_lr)
-        rng = self.ctx.streams.numpy("alignment", round)
-        teacher, student = self.put_in_fm(), self.put_in_proxy()
-        distil(teacher, student, self.trained(), self.loss(), self.public, schedule, rng, self.ctx.execution)
-        self.version += 1
+        self.distil_again(round, Schedule(m.align_steps, m.distil_batch, m.align_lr))
 
     def aligned(self) -> dict[str, Any]:
         """What alignments change, by the names of the proxy's checkpoint."""

@@ -9,6 +9,7 @@ transformers' own code runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 
 from fedbench.compat import silu_backward
 from fedbench.forward.attention import Bucket, attend, attend_backward
-from fedbench.forward.encoder import Layer, Linears
-from fedbench.models.linear import adapt, adapt_backward
+from fedbench.forward.encoder import Layer, Linears, in_order
 from fedbench.models.parts import Parts
 
 
@@ -38,11 +38,12 @@ class CausalLayer(Layer):
 
     def __init__(self, parts: Parts, i: int) -> None:
         super().__init__(parts, i)
-        self.ffn = [*map(parts.model.get_submodule, (str(parts.ffn_gate_path(i)), parts.ffn_in_path(i))), self.ffn[-1]]
-        inside = {m for p in (*self.projections, *self.ffn) for m in p.modules()}
-        self.others = [m for m in self.module.modules() if m is not self.module and m not in inside]
         self.attention = parts.model.get_submodule(parts.attention_paths(i)[0].rpartition(".")[0])
         self.key_heads = int(cast(Any, parts.model.config).num_key_value_heads)
+
+    @staticmethod
+    def ffn_paths(parts: Parts, i: int) -> list[str]:
+        return [str(parts.ffn_gate_path(i)), *Layer.ffn_paths(parts, i)]
 
     @property
     def plain(self) -> bool:
@@ -58,9 +59,8 @@ class CausalLayer(Layer):
         linears, turns = self.linears(hidden, False), kwargs.get("position_embeddings")
         if linears is None or turns is None or hidden.dtype is not torch.float32:
             return type(self.module).forward(self.module, hidden, *args, **kwargs)
-        values = [value for adapter in linears.adapters if adapter is not None for value in adapter[:2]]
         cosine, sine = (x[0, :, None] for x in turns)
-        out: Tensor = _Function.apply(hidden[0], self, linears, blocks, cosine, sine, *values)
+        out: Tensor = _Function.apply(hidden[0], self, linears, blocks, cosine, sine, *linears.tuned)
         return out[None]
 
 
@@ -79,11 +79,7 @@ class _Function(torch.autograd.Function):
         *values: Tensor,
     ) -> Tensor:
         lows: list[Tensor | None] = []
-
-        def linear(i: int, x: Tensor) -> Tensor:
-            out, adapter = linears.bases[i].product(x), linears.adapters[i]
-            lows.append(None if adapter is None else adapt(out, x, adapter))
-            return out
+        linear = partial(linears.product, lows)
 
         width = cosine.shape[-1]
         normed, unit, inverse = _norm(hidden, layer.norms[0])
@@ -114,13 +110,9 @@ class _Function(torch.autograd.Function):
         unit, inverse, normed, query, key, value, mixed, mid_unit, mid_inverse, *saved = ctx.saved_tensors
         inner, gated, gate, wide, active, cosine, sine = saved[:7]
         lows, weights, norms = saved[7:14], saved[14:], ctx.layer.norms
-        values: dict[int, tuple[Tensor, ...]] = {}
+        gradients: dict[int, tuple[Tensor, ...]] = {}
 
-        def back(i: int, grad: Tensor, x: Tensor, wanted: bool = True) -> Tensor:
-            adapter = ctx.linears.adapters[i]
-            found = ctx.linears.bases[i].product(grad, transposed=True) if wanted else None
-            values[i] = () if adapter is None else adapt_backward(found, grad, x, lows[i], adapter)
-            return cast(Tensor, found)
+        back = partial(ctx.linears.product_backward, lows, gradients)
 
         grad = grads[0].contiguous()
         of_gated = back(6, grad, gated)
@@ -137,7 +129,7 @@ class _Function(torch.autograd.Function):
         if wanted:
             of_normed = below[0].add_(below[1]).add_(below[2])
             total = _norm_backward(of_normed, unit, inverse, norms[0]).add_(grad)
-        return total, None, None, None, None, None, *(v for i in range(len(values)) for v in values[i])
+        return total, None, None, None, None, None, *in_order(gradients)
 
 
 def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

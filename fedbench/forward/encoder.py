@@ -9,7 +9,7 @@ is computed by transformers' own code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,40 @@ class Linears:
     bases: tuple[FrozenLinear, ...]
     adapters: tuple[Adapter | None, ...]
 
+    @property
+    def tuned(self) -> list[Tensor]:
+        """a and b of each adapter there is, whose gradients `product_backward` gathers."""
+        return [value for adapter in self.adapters if adapter is not None for value in adapter[:2]]
+
+    def product(self, lows: list[Tensor | None], i: int, x: Tensor) -> Tensor:
+        """What layer i makes of x [N, in]; appends LoRA's projection to `lows`, so layers are called in their order."""
+        out, adapter = self.bases[i].product(x), self.adapters[i]
+        lows.append(None if adapter is None else adapt(out, x, adapter))
+        return out
+
+    def product_backward(
+        self,
+        lows: Sequence[Tensor | None],
+        gradients: dict[int, tuple[Tensor, ...]],
+        i: int,
+        grad: Tensor,
+        x: Tensor,
+        wanted: bool = True,
+    ) -> Tensor:
+        """The gradient of x, from that of what layer i made of it; None where it is not `wanted`.
+
+        Puts those of a and b into `gradients`. x is looked at by LoRA alone.
+        """
+        adapter, low = self.adapters[i], lows[i]
+        found = self.bases[i].product(grad, transposed=True) if wanted else None
+        gradients[i] = () if adapter is None else adapt_backward(found, grad, x, cast(Tensor, low), adapter)
+        return cast(Tensor, found)
+
+
+def in_order(gradients: Mapping[int, tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """The gradients of `Linears.tuned`."""
+    return (gradient for i in range(len(gradients)) for gradient in gradients[i])
+
 
 class Layer:
     """An encoder layer and its parts."""
@@ -40,7 +74,7 @@ class Layer:
         family, path = parts.family, parts.layer_path(i)
         self.module = parts.layer(i)
         self.projections = [get(p) for p in parts.attention_paths(i)]
-        self.ffn = [get(parts.ffn_in_path(i)), get(parts.ffn_out_path(i))]
+        self.ffn = [get(p) for p in self.ffn_paths(parts, i)]
         norms = family.norms_before or (family.attention_norm, family.ffn_norm)
         self.norms = [cast(nn.LayerNorm, get(f"{path}.{p}")) for p in norms]
         self.residual = get(f"{path}.{family.residual}") if family.residual else None
@@ -48,6 +82,11 @@ class Layer:
         self.others = [m for m in self.module.modules() if m is not self.module and m not in inside]
         config: Any = parts.model.config
         self.heads = config.num_attention_heads
+
+    @staticmethod
+    def ffn_paths(parts: Parts, i: int) -> list[str]:
+        """Where the FFN's linear layers are, in the order in which they are called."""
+        return [parts.ffn_in_path(i), parts.ffn_out_path(i)]
 
     def linears(self, hidden: Tensor, trimmed: bool) -> Linears | None:
         """The linear layers, if `_Function` computes what the module would; else None."""
@@ -86,10 +125,9 @@ class TextLayer(Layer):
         linears = self.linears(hidden, trimmed)
         if linears is None:
             return type(self.module).forward(self.module, hidden, *args, **kwargs)
-        values = [value for adapter in linears.adapters if adapter is not None for value in adapter[:2]]
         # In the blocks rows lie in another order than in the batch.
         in_blocks, row = first.sort() if trimmed else (None, None)
-        out: Tensor = _Function.apply(hidden[0], self, linears, blocks, in_blocks, *values)
+        out: Tensor = _Function.apply(hidden[0], self, linears, blocks, in_blocks, *linears.tuned)
         return out[None] if row is None else out.index_select(0, row.argsort())[None]
 
 
@@ -131,11 +169,7 @@ class _Function(torch.autograd.Function):
     ) -> Tensor:
         residual = hidden if first is None else hidden.index_select(0, first)
         lows: list[Tensor | None] = []
-
-        def linear(i: int, x: Tensor) -> Tensor:
-            out, adapter = linears.bases[i].product(x), linears.adapters[i]
-            lows.append(None if adapter is None else adapt(out, x, adapter))
-            return out
+        linear = partial(linears.product, lows)
 
         query, key, value = (
             linear(i, x).unflatten(1, (layer.heads, -1)) for i, x in enumerate((residual, hidden, hidden))
@@ -163,13 +197,9 @@ class _Function(torch.autograd.Function):
         hidden, residual, first, mixed, mid, *saved = ctx.saved_tensors
         mid_norm, wide, end, end_norm = saved[:2], saved[2], saved[3], saved[4:6]
         (query, key, value), (normed, active), lows, weights = saved[6:9], saved[9:11], saved[11:17], saved[17:]
-        norms, values = ctx.layer.norms, {}
+        norms, gradients = ctx.layer.norms, dict[int, tuple[Tensor, ...]]()
 
-        def back(i: int, grad: Tensor, x: Tensor, wanted: bool = True) -> Tensor:
-            adapter = ctx.linears.adapters[i]
-            found = ctx.linears.bases[i].product(grad, transposed=True) if wanted else None
-            values[i] = () if adapter is None else adapt_backward(found, grad, x, lows[i], adapter)
-            return cast(Tensor, found)
+        back = partial(ctx.linears.product_backward, lows, gradients)
 
         grad = norm_backward(grads[0].contiguous(), end, end_norm, norms[1])
         inner = gelu_backward(back(5, grad, active), wide)
@@ -186,7 +216,7 @@ class _Function(torch.autograd.Function):
             of_query, of_key, of_value = below
             grad, total = grad.add_(of_query), of_key.add_(of_value)
             total = total.add_(grad) if first is None else total.index_add_(0, first, grad)
-        return total, None, None, None, None, *(v for i in range(len(values)) for v in values[i])
+        return total, None, None, None, None, *in_order(gradients)
 
 
 def norm(x: Tensor, layer: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:

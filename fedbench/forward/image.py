@@ -8,14 +8,14 @@ pre-norm (Dosovitskiy et al. 2021): LayerNorms with frozen weights stand in fron
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedbench.compat import gelu_backward, softmax_backward
-from fedbench.forward.encoder import Layer, Linears, norm, norm_backward
-from fedbench.models.linear import adapt, adapt_backward
+from fedbench.forward.encoder import Layer, Linears, in_order, norm, norm_backward
 from fedbench.models.parts import Parts
 
 SHORT = 128
@@ -42,8 +42,7 @@ class ImageLayer(Layer):
         if linears is None or any(mask is not None for mask in (*args, kwargs.get("attention_mask"))):
             out = type(self.module).forward(self.module, hidden, *args, **kwargs)
             return out[:, :1] if trimmed else out
-        values = [value for adapter in linears.adapters if adapter is not None for value in adapter[:2]]
-        return _Function.apply(hidden, self, linears, trimmed, *values)
+        return _Function.apply(hidden, self, linears, trimmed, *linears.tuned)
 
 
 class _Function(torch.autograd.Function):
@@ -54,11 +53,7 @@ class _Function(torch.autograd.Function):
         ctx: Any, hidden: Tensor, layer: ImageLayer, linears: Linears, trimmed: bool, *values: Tensor
     ) -> Tensor:
         lows: list[Tensor | None] = []
-
-        def linear(i: int, x: Tensor) -> Tensor:
-            out, adapter = linears.bases[i].product(x), linears.adapters[i]
-            lows.append(None if adapter is None else adapt(out, x, adapter))
-            return out
+        linear = partial(linears.product, lows)
 
         images = len(hidden)
         whole = hidden.flatten(0, 1)
@@ -99,13 +94,9 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         whole, mean, deviation, asked, normed, mixed, inner, active, mid, *saved = ctx.saved_tensors
         mid_statistics, wide, lows, kept = saved[:2], saved[2], saved[3:9], saved[9:]
-        norms, values = ctx.layer.norms, {}
+        norms, gradients = ctx.layer.norms, dict[int, tuple[Tensor, ...]]()
 
-        def back(i: int, grad: Tensor, x: Tensor | None, wanted: bool = True) -> Tensor:
-            adapter = ctx.linears.adapters[i]
-            found = ctx.linears.bases[i].product(grad, transposed=True) if wanted else None
-            values[i] = () if adapter is None else adapt_backward(found, grad, cast(Tensor, x), lows[i], adapter)
-            return cast(Tensor, found)
+        back = partial(ctx.linears.product_backward, lows, gradients)
 
         grad = grads[0].flatten(0, 1).contiguous()
         of_wide = gelu_backward(back(5, grad, active), wide)
@@ -126,7 +117,7 @@ class _Function(torch.autograd.Function):
             first = total.view(ctx.images, -1, total.shape[1])[:, 0] if ctx.trimmed else total
             first.add_(grad)
             total = total.view(ctx.images, -1, total.shape[1])
-        return total, None, None, None, *(v for i in range(len(values)) for v in values[i])
+        return total, None, None, None, *in_order(gradients)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

@@ -41,6 +41,12 @@ class HeldOut:
     extra_tests: Mapping[str, Examples] = field(default_factory=dict)
     test_clients: np.ndarray | None = None
 
+    @property
+    def of_clients(self) -> np.ndarray | None:
+        """`test_clients` where some test row belongs to a client; None where none does."""
+        whose = self.test_clients
+        return whose if whose is not None and (whose >= 0).any() else None
+
 
 @dataclass(frozen=True)
 class Best:
@@ -167,8 +173,8 @@ class Scores(Observer):
 
     def _per_client(self, test: Evaluation) -> dict[str, Any]:
         """Accuracy by client: on the clients' own test rows where there are any."""
-        whose = self.rows.test_clients
-        if whose is not None and (whose >= 0).any():
+        whose = self.rows.of_clients
+        if whose is not None:
             return on_own_rows(test, whose)
         return per_client(test, self.rows.test_classes, self.label_counts)
 

@@ -134,8 +134,8 @@ class Prepared:
     def own_tests(self, clients: Sequence[ClientId]) -> dict[ClientId, Examples]:
         """The test rows of each of these clients that has some: its own or, of a drawn split, drawn for it."""
         held = self.held_out
-        whose = held.test_clients
-        if whose is not None and (whose >= 0).any():
+        whose = held.of_clients
+        if whose is not None:
             own = {cid: np.flatnonzero(whose == cid) for cid in clients}
         else:
             counts = self.division.label_counts

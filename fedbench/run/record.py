@@ -38,11 +38,10 @@ def personal_of(run: Run) -> dict[str, Any]:
     found = run.host.clients.personal(outbox, tests, run.evaluation.batch_size)
     if not found:
         raise FedbenchError(f"{run.p.method.name}: no client that trained has a test row, so no model can be scored")
-    whose = run.p.held_out.test_clients
     return {
         **over_clients(np.array([found[cid] for cid in sorted(found)])),
         "rows": [len(tests[cid]) for cid in sorted(found)],
-        "drawn": whose is None or not bool((whose >= 0).any()),
+        "drawn": run.p.held_out.of_clients is None,
         "without": len(run.partition.clients) - len(found),
     }
 
