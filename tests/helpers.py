@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
-from fedbench.api.context import ServerContext
+from fedbench.api.context import ClientContext, ServerContext
+from fedbench.api.local import LocalResult, LocalTask
 from fedbench.data.examples import Batch, Examples
 from fedbench.forward.feed import Forward
 from fedbench.forward.layout import Layout
@@ -18,6 +20,7 @@ from fedbench.machine.device import Execution
 from fedbench.measures.exposure import Exposure, Exposures
 from fedbench.measures.gradient import GradientErrors
 from fedbench.measures.scores import Scores
+from fedbench.models.cache import ModuleCache
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.weights import get_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
@@ -26,7 +29,13 @@ from fedbench.run.hosts.side import ClientSide
 from fedbench.run.loop import Run
 from fedbench.run.request import RunRequest
 from fedbench.scenario.tables import Federation
+from fedbench.training import fused
+from fedbench.training.alone import execute
+from fedbench.training.cohort import execute_all
+from fedbench.training.fused import execute_cohort
 
+Invoke = Callable[..., tuple[int, str, str]]
+"""The fixture `invoke`."""
 PACKED, PADDED = Execution(), Execution(executor="reference")
 
 WORDS = [
@@ -291,3 +300,30 @@ def answers_of(
         for p in parameters:
             p.requires_grad_(False)
     return out.detach(), dict(zip(names, grads, strict=True))
+
+
+def on_every_executor(
+    tasks: Sequence[LocalTask], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[LocalResult, LocalResult]]:
+    """What each task gives by the reference, beside what it gives packed, and then fused with the others."""
+    references = [execute(one, Execution(executor="reference")) for one in tasks]
+    packed = [execute(one, Execution()) for one in tasks]
+    monkeypatch.setattr(fused, "execute", None)  # nobody is trained alone
+    together = execute_cohort(tasks, Execution(executor="fused"))
+    for results in (packed, together):
+        yield from zip(references, results, strict=True)
+
+
+def updates_by(method: Any, executors: Sequence[str], cache: Path) -> list[list[dict[str, Tensor]]]:
+    """Of two clients of a method on `tiny_fm`, from random tunables: their updates, by each of these executors."""
+    ctx, modules = context(cache), ModuleCache(torch.device("cpu"))
+    server: Any = method.server(tiny_fm(), None, ctx)
+    server.values = random_values(server.full)
+    outbox = server.broadcast(0, [0, 1])
+    clients = [method.client(ClientContext(i, Streams(0, "unit"), ctx.federation, modules)) for i in (0, 1)]
+    tasks = [client.task(0, outbox[i], train_rows(12)) for i, client in enumerate(clients)]
+    updates = []
+    for each in executors:
+        found = dict(execute_all(tasks, Execution(executor=each, workers=1)))
+        updates.append([{n: t - tasks[i].tunables[n] for n, t in found[i].tunables.items()} for i in (0, 1)])
+    return updates

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import save_tiny_bert
+from helpers import Invoke, save_tiny_bert
 
 import fedbench.scenarios
-from fedbench.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,39 +38,41 @@ def fm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_bert(tmp_path_factory.mktemp("fm") / "bert")
 
 
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+@pytest.fixture
+def here(invoke: Invoke) -> Callable[..., str]:
     """What the command line prints, called in this process."""
-    monkeypatch.setattr(sys, "argv", ["fedbench", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    printed = capsys.readouterr()
-    assert not end.value.code, printed
-    return str(printed.out)
+
+    def call(*arguments: object) -> str:
+        code, out, err = invoke(*arguments)
+        assert not code, (out, err)
+        return out
+
+    return call
 
 
 def test_the_documented_method_is_short_and_runs_as_a_plugin(
-    tmp_path: Path, fm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fm: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., str]
 ) -> None:
     code = documented_method()
     assert len(code.splitlines()) <= 40
     (tmp_path / "fedprox_lora.py").write_text(code)
     plugin = ("--plugin", "fedprox_lora.py")
     monkeypatch.chdir(tmp_path)
-    listed = here(monkeypatch, capsys, "list", "methods", *plugin, "--check")
+    listed = here("list", "methods", *plugin, "--check")
     assert "FedProx on LoRA adapters" in listed
     smoke = ("--scenario", "tweets-noniid", "--profile", "smoke", "--fm", fm, "--device", "cpu")
     for mu in (0, 10):
-        here(monkeypatch, capsys, "run", "--method", "fedprox-lora", *plugin, *smoke, "--set", f"mu={mu}")
+        here("run", "--method", "fedprox-lora", *plugin, *smoke, "--set", f"mu={mu}")
     assert len(list(tmp_path.glob("runs/records/tweets-noniid/fedprox-lora/s0-*.json"))) == 2
-    assert "fedprox-lora" in here(monkeypatch, capsys, "table")
+    assert "fedprox-lora" in here("table")
 
 
 def test_the_documented_method_keeps_the_contract(
-    tmp_path: Path, fm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fm: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fedprox_lora.py").write_text(documented_method())
-    out = here(monkeypatch, capsys, "check", "fedprox-lora", "--plugin", "fedprox_lora.py", "--fm", fm)
+    out = here("check", "fedprox-lora", "--plugin", "fedprox_lora.py", "--fm", fm)
     assert "fails" not in out
 
 

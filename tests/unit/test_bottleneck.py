@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import context, logits, random_values, save_tiny, smoke_request, tiny_fm, train_rows
+from helpers import logits, random_values, save_tiny, smoke_request, tiny_fm, train_rows, updates_by
 from torch.nn.functional import gelu
 
-from fedbench.api.context import ClientContext
 from fedbench.check.suite import tensors_close
-from fedbench.machine.device import Execution
 from fedbench.methods.adapter import Adapter
 from fedbench.models.bottleneck import Bottleneck
-from fedbench.models.cache import ModuleCache
 from fedbench.models.linear import FrozenLinear
 from fedbench.models.spec import ModelSpec
 from fedbench.models.weights import frozen_state, initial_tunables, set_tensors, tunable_names
@@ -24,7 +20,6 @@ from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
-from fedbench.training.cohort import execute_all
 
 CPU = torch.device("cpu")
 SPEC = tiny_fm().spec.with_bottleneck(3)
@@ -73,16 +68,7 @@ def test_it_changes_what_the_model_computes_in_every_form_alike() -> None:
 
 @pytest.mark.parametrize("executor", ["packed", "fused"])
 def test_every_executor_trains_it_as_the_reference_does(executor: str, tmp_path: Path) -> None:
-    ctx, method, modules = context(tmp_path), Adapter(bottleneck=3), ModuleCache(CPU)
-    server: Any = method.server(tiny_fm(), None, ctx)
-    server.values = random_values(server.full)
-    outbox = server.broadcast(0, [0, 1])
-    clients = [method.client(ClientContext(i, Streams(0, "unit"), ctx.federation, modules)) for i in (0, 1)]
-    tasks = [client.task(0, outbox[i], train_rows(12)) for i, client in enumerate(clients)]
-    updates = []
-    for each in (executor, "reference"):
-        found = dict(execute_all(tasks, Execution(executor=each, workers=1)))
-        updates.append([{n: t - tasks[i].tunables[n] for n, t in found[i].tunables.items()} for i in (0, 1)])
+    updates = updates_by(Adapter(bottleneck=3), (executor, "reference"), tmp_path)
     assert all(tensors_close(b, a, 1e-3) for a, b in zip(*updates, strict=True))
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 from _records import altered, make_record
+from helpers import Invoke
 from test_simulated import TWO, measured, profile
 
 import fedbench
-from fedbench.cli.app import main
 from fedbench.errors import FedbenchError
 from fedbench.records.record import Record
 from fedbench.records.store import save
@@ -129,14 +129,8 @@ def test_a_target_is_a_share_or_per_cent() -> None:
             parse_target(text)
 
 
-def test_the_command_line_and_python_have_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_and_python_have_both(tmp_path: Path, invoke: Invoke) -> None:
     save(scored(0.5, 0.8), tmp_path / "records")
-    options = ["--results", str(tmp_path), "--within", "4MB", "--to", "0.8", "--format", "markdown"]
-    monkeypatch.setattr("sys.argv", ["fedbench", "table", *options])
-    with pytest.raises(SystemExit):
-        main()
-    out = capsys.readouterr().out
+    _, out, _ = invoke("table", "--results", tmp_path, "--within", "4MB", "--to", "0.8", "--format", "markdown")
     assert "50.0 (1)" in out and "2.0 (1)" in out
     assert out == fedbench.make_table(tmp_path, within="4MB", to=0.8)

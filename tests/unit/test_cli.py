@@ -7,34 +7,19 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from helpers import save_tiny_bert
+from helpers import Invoke, save_tiny_bert
 
-from fedbench.cli.app import app, main
+from fedbench.cli.app import app
 from fedbench.cli.options import pairs
 from fedbench.errors import FedbenchError
 from fedbench.machine.device import choose_device, choose_precision
 from fedbench.run import run as running
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "pandas", "scipy", "sklearn"}
-Invoke = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Calls the command line in this process: arguments -> (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedbench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        code = end.value.code
-        return int(code or 0), *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from helpers import (
     answers_of,
     context,
     logits,
+    on_every_executor,
     public_rows,
     random_values,
     save_tiny,
@@ -42,9 +43,6 @@ from fedbench.models.spec import LoraSpec
 from fedbench.models.weights import get_tensors, initial_tunables, set_tensors, tunable_names
 from fedbench.models.zoo.load import load_fm
 from fedbench.rng import Streams
-from fedbench.training import fused
-from fedbench.training.alone import execute
-from fedbench.training.fused import execute_cohort
 
 CPU = torch.device("cpu")
 TEXT = [name for name, family in FAMILIES.items() if family.modality == "text"]
@@ -125,14 +123,9 @@ def test_clients_of_a_family_learn_alike_on_every_executor(family: str, monkeypa
         return LocalTask(Frozen("fm", model), {n: t.clone() for n, t in values.items()}, rows, batches, AdamW(1e-3))
 
     tasks = [task(seed) for seed in range(3)]
-    references = [execute(one, Execution(executor="reference")) for one in tasks]
-    packed = [execute(one, Execution()) for one in tasks]
-    monkeypatch.setattr(fused, "execute", None)  # nobody is trained alone
-    together = execute_cohort(tasks, Execution(executor="fused"))
-    for results in (packed, together):
-        for reference, result in zip(references, results, strict=True):
-            assert result.loss == pytest.approx(reference.loss, rel=1e-4)
-            assert tensors_close(reference.tunables, result.tunables, 1e-3)
+    for reference, result in on_every_executor(tasks, monkeypatch):
+        assert result.loss == pytest.approx(reference.loss, rel=1e-4)
+        assert tensors_close(reference.tunables, result.tunables, 1e-3)
 
 
 @pytest.mark.parametrize("family", TEXT)

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 from _records import altered, make_record
-from helpers import save_tiny_bert
+from helpers import Invoke, save_tiny_bert
 from test_claims import another_process
 
-from fedbench.cli.app import main
 from fedbench.errors import FedbenchError
 from fedbench.grid.cells import Cell
 from fedbench.grid.status import expected_seconds, grid_status
@@ -144,7 +142,7 @@ print([outcome.status for outcome in cells.run_cells(asked, Runner(), root)])
 
 
 def begin(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WORK, str(folder), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", WORK, str(folder), str(Path(__file__).parents[1])]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -202,19 +200,15 @@ def test_a_cell_whose_process_is_killed_is_made_by_the_other_and_no_other_cell_t
     assert len(load_all(tmp_path / "records")) == 6
 
 
-def test_the_command_line_says_how_far_a_grid_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_says_how_far_a_grid_is(tmp_path: Path, invoke: Invoke) -> None:
     def grid(*more: str) -> str:
         options = [
             "--methods", "fedavg-lora", "--fm", save_tiny_bert(tmp_path / "bert", layers=2), "--profile", "smoke",
             "--results", tmp_path / "runs", "--cache", tmp_path / "cache", "--device", "cpu",
         ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["fedbench", "grid", "quickstart", *map(str, options), *more])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert not end.value.code
-        return capsys.readouterr().out
+        code, out, _ = invoke("grid", "quickstart", *options, *more)
+        assert not code
+        return out
 
     out = grid("--seeds", "2", "--status")
     assert "0 done, 0 running, 0 failed, 2 left of 2 cells; of 2 there is no record to go by" in out

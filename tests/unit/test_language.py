@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DECODERS, answers_of, random_values, save_tiny, save_tiny_bert, smoke_request
+from helpers import DECODERS, answers_of, on_every_executor, random_values, save_tiny, save_tiny_bert, smoke_request
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,9 +43,6 @@ from fedbench.run.prepare import prepare
 from fedbench.run.run import run
 from fedbench.tables.asked import asked_measures
 from fedbench.tables.report import _lines
-from fedbench.training import fused
-from fedbench.training.alone import execute
-from fedbench.training.fused import execute_cohort
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -224,14 +221,9 @@ def shared() -> nn.Module:
 @pytest.mark.parametrize("objective", [o.name for o in LANGUAGE.values()])
 def test_clients_learn_alike_on_every_executor(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [task(seed, objective) for seed in range(3)]
-    references = [execute(one, Execution(executor="reference")) for one in tasks]
-    packed = [execute(one, Execution()) for one in tasks]
-    monkeypatch.setattr(fused, "execute", None)  # nobody is trained alone
-    together = execute_cohort(tasks, Execution(executor="fused"))
-    for results in (packed, together):
-        for reference, result in zip(references, results, strict=True):
-            assert result.loss == pytest.approx(reference.loss, rel=1e-5)
-            assert tensors_close(reference.tunables, result.tunables, 1e-3)
+    for reference, result in on_every_executor(tasks, monkeypatch):
+        assert result.loss == pytest.approx(reference.loss, rel=1e-5)
+        assert tensors_close(reference.tunables, result.tunables, 1e-3)
 
 
 def test_gradients_are_of_the_mean_over_tokens() -> None:

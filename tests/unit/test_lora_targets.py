@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import answers_of, context, logits, public_rows, random_values, save_tiny, smoke_request, train_rows
+from helpers import (
+    answers_of,
+    context,
+    logits,
+    on_every_executor,
+    public_rows,
+    random_values,
+    save_tiny,
+    smoke_request,
+    train_rows,
+)
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -37,9 +47,6 @@ from fedbench.rng import Streams
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
 from fedbench.tables.matching import departures
-from fedbench.training import fused
-from fedbench.training.alone import execute
-from fedbench.training.fused import execute_cohort
 
 CPU = torch.device("cpu")
 FAMILIES = ("bert", "distilbert", "vit", "modernbert", "gpt2", "llama")
@@ -166,13 +173,8 @@ def test_clients_learn_alike_on_every_executor(family: str, monkeypatch: pytest.
         return LocalTask(Frozen("fm", model), {n: t.clone() for n, t in values.items()}, rows, batches, AdamW(1e-3))
 
     tasks = [task(seed) for seed in range(2)]
-    references = [execute(one, Execution(executor="reference")) for one in tasks]
-    packed = [execute(one, Execution()) for one in tasks]
-    monkeypatch.setattr(fused, "execute", None)  # nobody is trained alone
-    together = execute_cohort(tasks, Execution(executor="fused"))
-    for results in (packed, together):
-        for reference, result in zip(references, results, strict=True):
-            assert tensors_close(reference.tunables, result.tunables, 1e-4)
+    for reference, result in on_every_executor(tasks, monkeypatch):
+        assert tensors_close(reference.tunables, result.tunables, 1e-4)
 
 
 # ---------------------------------------------------------------- proxies, runs and records

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from _records import altered, make_record
+from helpers import Invoke
 from test_ranking import BAD, GOOD, SAME, runs
 from test_tables import compiled, shown
 
 import fedbench
-from fedbench.cli.app import main
 from fedbench.errors import FedbenchError
 from fedbench.grid.file import load_grid
 from fedbench.records.store import save
@@ -75,19 +75,14 @@ def test_the_best_is_bold_only_where_it_is_better_than_all_others() -> None:
     assert "**" not in render(clear, "markdown"), "only where it is asked for"
 
 
-def test_the_command_line_has_what_python_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_has_what_python_has(tmp_path: Path, invoke: Invoke) -> None:
     for record in (*runs("fedpft", *GOOD), *runs("fedprox", *BAD)):
         save(record, tmp_path / "records")
 
     def table(*options: str) -> str:
-        place = ["--results", str(tmp_path), "--format", "markdown"]
-        monkeypatch.setattr("sys.argv", ["fedbench", "table", *place, *options])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert not end.value.code
-        return capsys.readouterr().out
+        code, out, _ = invoke("table", "--results", tmp_path, "--format", "markdown", *options)
+        assert not code
+        return out
 
     assert table() == fedbench.make_table(tmp_path)
     found = fedbench.make_table(tmp_path, rank=True, baseline="fedprox")
@@ -122,9 +117,7 @@ def test_latex_tables_are_whole() -> None:
         assert {line.replace("\\&", "").count("&") + 1 for line in rows} == {columns}
 
 
-def test_a_stale_table_is_named_with_the_command_that_makes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stale_table_is_named_with_the_command_that_makes_it(tmp_path: Path, invoke: Invoke) -> None:
     record = make_record("fedpft", 0, 0.8, scenario="tweets-noniid")
     save(record, tmp_path / "records")
     grid = load_grid("quickstart")
@@ -132,10 +125,7 @@ def test_a_stale_table_is_named_with_the_command_that_makes_it(
     path = tmp_path / "tables" / "quickstart.md"
 
     def check() -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["fedbench", "table", "--check", "--results", str(tmp_path)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0), capsys.readouterr().out
+        return invoke("table", "--check", "--results", tmp_path)[:2]
 
     path.write_text(render(compare([record], grid.cells(), grid.title, grid.reported), "markdown"))
     path.with_suffix(".csv").write_text(fedbench.make_table(tmp_path, grid="quickstart", format="csv"))

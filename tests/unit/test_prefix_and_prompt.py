@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import context, logits, random_values, save_tiny, smoke_request, tiny_fm, train_rows
+from helpers import context, logits, random_values, save_tiny, smoke_request, tiny_fm, train_rows, updates_by
 from torch import Tensor, nn
 
-from fedbench.api.context import ClientContext
 from fedbench.check.suite import tensors_close
 from fedbench.data.examples import Batch
 from fedbench.errors import FedbenchError
@@ -20,7 +19,6 @@ from fedbench.forward.feed import Forward, forward
 from fedbench.machine.device import Execution
 from fedbench.methods.prefix import PrefixTuning
 from fedbench.methods.prompt import PromptTuning
-from fedbench.models.cache import ModuleCache
 from fedbench.models.foundation import FoundationModel
 from fedbench.models.parts import Parts, adds_tokens
 from fedbench.models.prefix import Prefix
@@ -32,7 +30,6 @@ from fedbench.run.hosts.make import make_server
 from fedbench.run.prepare import prepare
 from fedbench.run.run import run
 from fedbench.scenario.tables import EvaluationSettings, ObjectiveSettings
-from fedbench.training.cohort import execute_all
 
 CPU = torch.device("cpu")
 ENCODERS = ("bert", "roberta", "distilbert", "electra")
@@ -303,16 +300,7 @@ def test_it_goes_together_with_lora() -> None:
 @pytest.mark.parametrize("method", [PrefixTuning(tokens=N), PromptTuning(tokens=N)])
 @pytest.mark.parametrize("executor", ["packed", "fused"])
 def test_every_executor_trains_it_as_the_reference_does(method: Any, executor: str, tmp_path: Path) -> None:
-    ctx, modules = context(tmp_path), ModuleCache(CPU)
-    server: Any = method.server(tiny_fm(), None, ctx)
-    server.values = random_values(server.full)
-    outbox = server.broadcast(0, [0, 1])
-    clients = [method.client(ClientContext(i, Streams(0, "unit"), ctx.federation, modules)) for i in (0, 1)]
-    tasks = [client.task(0, outbox[i], train_rows(12)) for i, client in enumerate(clients)]
-    updates = []
-    for each in (executor, "reference"):
-        found = dict(execute_all(tasks, Execution(executor=each, workers=1)))
-        updates.append([{n: t - tasks[i].tunables[n] for n, t in found[i].tunables.items()} for i in (0, 1)])
+    updates = updates_by(method, (executor, "reference"), tmp_path)
     assert all(tensors_close(b, a, 1e-3) for a, b in zip(*updates, strict=True))
     assert all(bool(t.count_nonzero()) for n, t in updates[0][0].items())
 
